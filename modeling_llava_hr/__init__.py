@@ -1,0 +1,34 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""LLaVA-HR for transformers. Importing this package makes it known to the Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from .configuration_llava_hr import LlavaHrConfig, get_num_image_tokens
+from .modeling_llava_hr import LlavaHrForConditionalGeneration, LlavaHrModel
+from .processing_llava_hr import LlavaHrProcessor
+
+
+AutoConfig.register(LlavaHrConfig.model_type, LlavaHrConfig, exist_ok=True)
+AutoModel.register(LlavaHrConfig, LlavaHrModel, exist_ok=True)
+AutoModelForImageTextToText.register(LlavaHrConfig, LlavaHrForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(LlavaHrConfig, LlavaHrProcessor, exist_ok=True)
+
+__all__ = [
+    "LlavaHrConfig",
+    "LlavaHrForConditionalGeneration",
+    "LlavaHrModel",
+    "LlavaHrProcessor",
+    "get_num_image_tokens",
+]

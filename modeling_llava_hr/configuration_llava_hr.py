@@ -1,0 +1,228 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""LLaVA-HR configuration."""
+
+import os
+
+from transformers import CONFIG_MAPPING, AutoConfig, CLIPVisionConfig, PreTrainedConfig, TimmWrapperConfig
+
+
+# What a saved config.json tells transformers about the code that lies beside it. `save_pretrained` of a model only
+# registers that model's own class; vLLM and others need the base model as well.
+AUTO_MAP = {
+    "AutoConfig": "configuration_llava_hr.LlavaHrConfig",
+    "AutoModel": "modeling_llava_hr.LlavaHrModel",
+    "AutoModelForImageTextToText": "modeling_llava_hr.LlavaHrForConditionalGeneration",
+}
+
+SUPPORTED_VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model")
+
+_CHOICES = {
+    "mr_adapter_gate": ("scalar", "channel"),
+    "mr_adapter_gate_act": ("tanh", "sigmoid", "hard_sigmoid"),
+    "mr_adapter_low_res_mapping": ("conv", "mlp"),
+    "mr_adapter_high_res_mapping": ("conv", "mlp"),
+    "fusion": ("sum", "concat"),
+}
+
+
+def get_num_image_tokens(size: int, patch_size: int) -> int:
+    """
+    Number of language-model tokens that one picture takes. It depends on the low-resolution view alone
+    (section 4.1 of the paper): one token per ViT patch, no class token.
+
+    Args:
+        size (`int`): Side of the square low-resolution view in pixels.
+        patch_size (`int`): Side of a ViT patch in pixels.
+
+    Returns:
+        `int`: The number of tokens, e.g. 1024 for 448 pixels and patches of 14.
+
+    Raises:
+        ValueError: If `size` is not a positive multiple of `patch_size`.
+    """
+    if size <= 0 or size % patch_size:
+        raise ValueError(
+            f"`size` is the side of the low-resolution view and must be a positive multiple of the patch size "
+            f"{patch_size}, but got {size}. The nearest that fits is {max(round(size / patch_size), 1) * patch_size}."
+        )
+    return (size // patch_size) ** 2
+
+
+class LlavaHrConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`LlavaHrForConditionalGeneration`] ("Mixture-of-Resolution Adaptation for Multimodal Large
+    Language Models", arXiv 2403.03003). The defaults describe LLaVA-HR-7B as released; where paper and released code
+    differ, the released behaviour is the default and the paper's formula is one value away.
+
+    Args:
+        vision_config (`CLIPVisionConfig`, `SiglipVisionConfig` or `dict`, *optional*):
+            The low-resolution pathway's ViT. Defaults to CLIP ViT-L/14-336.
+        high_res_vision_config (`TimmWrapperConfig` or `dict`, *optional*):
+            The high-resolution pathway: any CNN of timm by its name (`architecture`), with `model_args` for other
+            depths and widths. Defaults to `convnext_large_mlp`.
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            Any causal language model of transformers. Defaults to Vicuna-7B v1.5 with an image token (vocabulary
+            padded from 32001 to 32064 entries, a multiple of 64).
+        image_token_id (`int`, *optional*, defaults to 32000):
+            Id of the token that stands for an image feature in the prompt; must lie inside the vocabulary.
+        mr_adapter_layers (`list[int]`, *optional*, defaults to `[6, 12, 18]`):
+            Indices of the ViT layers before which an MR-Adapter stands, ascending (section 5.2: the last three of four
+            equal stages). `[]` is a model after stage 1: two pathways, joined after the ViT alone.
+        mr_adapter_gate (`str`, *optional*, defaults to `"scalar"`):
+            `"scalar"` as released: one gate per picture, computed from the low-resolution tokens with their residual.
+            `"channel"` as equation 4 of the paper: one gate per channel, computed without the residual.
+        mr_adapter_gate_act (`str`, *optional*, defaults to `"tanh"`):
+            Gate function of table 3: `"tanh"`, `"sigmoid"` or `"hard_sigmoid"`.
+        mr_adapter_low_res_mapping (`str`, *optional*, defaults to `"conv"`):
+            f_l of equation 3: `"conv"` (depthwise 7x7, GELU, pointwise) or `"mlp"` (two linear layers).
+        mr_adapter_high_res_mapping (`str`, *optional*, defaults to `"mlp"`):
+            f_h of equation 3: `"mlp"` or `"conv"`.
+        fusion (`str`, *optional*, defaults to `"sum"`):
+            How an MR-Adapter joins the two mapped views: `"sum"` (equation 3) or `"concat"` (table 3): both side by
+            side through one linear layer, which starts as the sum.
+        projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation between the projector's two linear layers.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether input and output embeddings are one tensor. Follows `text_config` if that says so.
+
+    Raises:
+        ValueError: If the values contradict each other; the message says what to change.
+
+    Example:
+
+    ```python
+    >>> from transformers import LlamaConfig, TimmWrapperConfig
+    >>> from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration
+
+    >>> llava_hr_7b = LlavaHrConfig()
+
+    >>> # LLaVA-HR-X-13B: a larger language model and a larger high-resolution pathway
+    >>> llava_hr_x_13b = LlavaHrConfig(
+    ...     high_res_vision_config=TimmWrapperConfig(architecture="convnext_xxlarge", do_pooling=False),
+    ...     text_config=LlamaConfig(
+    ...         vocab_size=32064,
+    ...         hidden_size=5120,
+    ...         intermediate_size=13824,
+    ...         num_hidden_layers=40,
+    ...         num_attention_heads=40,
+    ...         max_position_embeddings=4096,
+    ...         rms_norm_eps=1e-5,
+    ...     ),
+    ... )
+    ```"""
+
+    model_type = "llava_hr"
+    sub_configs = {"vision_config": AutoConfig, "high_res_vision_config": TimmWrapperConfig, "text_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states", "high_res_features", "mr_adapter_gates"]
+    _auto_class = "AutoConfig"
+
+    vision_config: dict | PreTrainedConfig | None = None
+    high_res_vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 32000
+    mr_adapter_layers: list[int] | None = None
+    mr_adapter_gate: str = "scalar"
+    mr_adapter_gate_act: str = "tanh"
+    mr_adapter_low_res_mapping: str = "conv"
+    mr_adapter_high_res_mapping: str = "mlp"
+    fusion: str = "sum"
+    projector_hidden_act: str = "gelu"
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.vision_config is None:
+            self.vision_config = CLIPVisionConfig(
+                hidden_size=1024,
+                intermediate_size=4096,
+                num_hidden_layers=24,
+                num_attention_heads=16,
+                image_size=336,
+                patch_size=14,
+                projection_dim=768,
+            )
+        elif isinstance(self.vision_config, dict):
+            self.vision_config = _config_from_dict("vision_config", self.vision_config, "clip_vision_model")
+        if self.high_res_vision_config is None:
+            self.high_res_vision_config = TimmWrapperConfig(architecture="convnext_large_mlp", do_pooling=False)
+        elif isinstance(self.high_res_vision_config, dict):
+            self.high_res_vision_config = _config_from_dict(
+                "high_res_vision_config", self.high_res_vision_config, "timm_wrapper"
+            )
+        if self.text_config is None:
+            self.text_config = CONFIG_MAPPING["llama"](
+                vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5, pad_token_id=0
+            )
+        elif isinstance(self.text_config, dict):
+            self.text_config = _config_from_dict("text_config", self.text_config, "llama")
+        if self.mr_adapter_layers is None:
+            self.mr_adapter_layers = [6, 12, 18]
+        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        self._check_choices()
+        super().__post_init__(**kwargs)
+
+    def _check_choices(self):
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but got {getattr(self, name)!r}.")
+
+        vision, high_res = self.vision_config, self.high_res_vision_config
+        if vision.model_type not in SUPPORTED_VISION_MODEL_TYPES:
+            raise ValueError(
+                f"`vision_config` must be of type {' or '.join(SUPPORTED_VISION_MODEL_TYPES)}, but got "
+                f"{vision.model_type!r}. Take the vision part of a CLIP or SigLIP model."
+            )
+        if high_res.model_type != "timm_wrapper":
+            raise ValueError(
+                f"`high_res_vision_config` must be a TimmWrapperConfig, but got {high_res.model_type!r}. Name a CNN "
+                'of timm, for example TimmWrapperConfig(architecture="convnext_large_mlp", do_pooling=False).'
+            )
+        if vision.image_size % vision.patch_size:
+            raise ValueError(
+                f"`vision_config.image_size` ({vision.image_size}) must be a multiple of `vision_config.patch_size` "
+                f"({vision.patch_size}): the position embeddings form a square grid with one entry per patch."
+            )
+
+        layers = list(self.mr_adapter_layers)
+        if any(not isinstance(layer, int) or not 0 <= layer < vision.num_hidden_layers for layer in layers):
+            raise ValueError(
+                f"`mr_adapter_layers` are indices of ViT layers before which an adapter stands, from 0 to "
+                f"{vision.num_hidden_layers - 1} (`vision_config.num_hidden_layers` - 1), but got {layers}."
+            )
+        if layers != sorted(set(layers)):
+            raise ValueError(
+                f"`mr_adapter_layers` must ascend and name each layer once, but got {layers}. "
+                f"Use {sorted(set(layers))}."
+            )
+        vocab_size = self.text_config.get_text_config().vocab_size
+        if not 0 <= self.image_token_id < vocab_size:
+            raise ValueError(
+                f"`image_token_id` ({self.image_token_id}) must lie inside the vocabulary (`text_config.vocab_size` = "
+                f"{vocab_size}). Extend the vocabulary by an image token, or name a token that it has."
+            )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """Like [`PreTrainedConfig.save_pretrained`], with the complete `auto_map` that remote loading needs."""
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+def _config_from_dict(name: str, values: dict, default_model_type: str) -> PreTrainedConfig:
+    model_type = values.get("model_type", default_model_type)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"`{name}` has the model type {model_type!r}, which transformers does not know.")
+    return CONFIG_MAPPING[model_type](**values)
+
+
+__all__ = ["LlavaHrConfig", "get_num_image_tokens"]

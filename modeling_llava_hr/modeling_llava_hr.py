@@ -1,0 +1,844 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+PyTorch LLaVA-HR: "Mixture-of-Resolution Adaptation for Multimodal Large Language Models" (arXiv 2403.03003).
+
+Shape legend: `images` pictures in the batch, `d` ViT width, `g` side of the ViT grid (patches), `C` channels and `k`
+side of the high-resolution feature map, `D` language-model width.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.models.convnext import ConvNeXtBlock
+from torch import nn
+from transformers import AutoModel, BitsAndBytesConfig, TimmWrapperModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
+from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer
+from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_llava_hr import LlavaHrConfig
+
+
+_VISION_LAYERS = {"clip_vision_model": CLIPEncoderLayer, "siglip_vision_model": SiglipEncoderLayer}
+_GATE_ACTS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
+
+# What 4-bit and 8-bit loading leaves as it is unless the user names modules: small beside the language model, and the
+# gates and convolutions lose most. Names match from the start, so both the bare model's and the head model's are here.
+MODULES_TO_NOT_QUANTIZE = [
+    "lm_head",
+    "vision_tower",
+    "multi_modal_projector",
+    "model.vision_tower",
+    "model.multi_modal_projector",
+]
+
+
+@dataclass
+class LlavaHrVisionModelOutput(BaseModelOutputWithPooling):
+    r"""
+    Output of the dual-resolution vision model and of `get_image_features`.
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(images, g * g, d)`):
+            The fused features F_v of equation 2.
+        pooler_output (`torch.Tensor` of shape `(images, g * g, D)`, *optional*):
+            The projected features that take the place of the image tokens; set by `get_image_features`.
+        hidden_states (`tuple(torch.Tensor)`, *optional*): Inputs of each ViT layer and output of the last.
+        attentions (`tuple(torch.Tensor)`, *optional*): Attention weights of each ViT layer.
+        high_res_features (`torch.Tensor` of shape `(images, C, k, k)`):
+            The high-resolution feature map F_vh.
+        mr_adapter_gates (`tuple(torch.Tensor)` of shape `(images, 1)` or `(images, d)`):
+            The gate g of each MR-Adapter: how much of the high-resolution view it lets in.
+    """
+
+    high_res_features: torch.Tensor | None = None
+    mr_adapter_gates: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class LlavaHrModelOutputWithPast(BaseModelOutputWithPast):
+    r"""
+    Output of [`LlavaHrModel`]: that of the language model, and what came of the pictures (`None` without any).
+
+    Args:
+        image_hidden_states (`torch.Tensor` of shape `(images, g * g, D)`, *optional*):
+            The projected image features that were put into the prompt.
+        high_res_features (`torch.Tensor` of shape `(images, C, k, k)`, *optional*):
+            See [`LlavaHrVisionModelOutput`].
+        mr_adapter_gates (`tuple(torch.Tensor)`, *optional*): See [`LlavaHrVisionModelOutput`].
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+    high_res_features: torch.Tensor | None = None
+    mr_adapter_gates: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class LlavaHrCausalLMOutputWithPast(ModelOutput):
+    r"""
+    Output of [`LlavaHrForConditionalGeneration`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*): Next-token loss, if `labels` were given.
+        logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): Scores before the softmax.
+        past_key_values (`Cache`, *optional*): The language model's keys and values.
+        hidden_states (`tuple(torch.Tensor)`, *optional*): Hidden states of the language model.
+        attentions (`tuple(torch.Tensor)`, *optional*): Attention weights of the language model.
+        image_hidden_states, high_res_features, mr_adapter_gates: See [`LlavaHrModelOutputWithPast`].
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+    high_res_features: torch.Tensor | None = None
+    mr_adapter_gates: tuple[torch.Tensor, ...] | None = None
+
+
+class LlavaHrXavierLinear(nn.Linear):
+    """Linear layer of an MR-Adapter; starts Xavier-uniform with zero bias (released code)."""
+
+
+class LlavaHrXavierConv2d(nn.Conv2d):
+    """Convolution of an MR-Adapter; starts Xavier-uniform with zero bias (released code)."""
+
+
+class LlavaHrZeroLinear(nn.Linear):
+    """Last linear layer of a mapping; starts at zero, so that an inserted adapter changes nothing at first."""
+
+
+class LlavaHrSumLinear(nn.Linear):
+    """Linear layer over two concatenated halves of equal width; starts as their sum."""
+
+
+class LlavaHrConvMapping(nn.Module):
+    """Convolution block of an MR-Adapter: depthwise 7x7, GELU, pointwise (section 4.3)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.depthwise = LlavaHrXavierConv2d(in_channels, in_channels, kernel_size=7, padding=3, groups=in_channels)
+        self.pointwise = LlavaHrZeroLinear(in_channels, out_channels)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """`(images, in_channels, h, w)` -> `(images, out_channels, h, w)`."""
+        hidden = F.gelu(self.depthwise(features)).permute(0, 2, 3, 1)  # (images, h, w, in_channels)
+        return self.pointwise(hidden).permute(0, 3, 1, 2)
+
+
+class LlavaHrMlpMapping(nn.Module):
+    """MLP of an MR-Adapter, applied to each position: linear, GELU, linear (section 4.3)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.fc1 = LlavaHrXavierLinear(in_channels, in_channels)
+        self.fc2 = LlavaHrZeroLinear(in_channels, out_channels)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """`(images, in_channels, h, w)` -> `(images, out_channels, h, w)`."""
+        hidden = F.gelu(self.fc1(features.permute(0, 2, 3, 1)))  # (images, h, w, in_channels)
+        return self.fc2(hidden).permute(0, 3, 1, 2)
+
+
+_MAPPINGS = {"conv": LlavaHrConvMapping, "mlp": LlavaHrMlpMapping}
+
+
+class LlavaHrGate(nn.Module):
+    """Gate of equation 4: act(W2 GELU(W1 [pooled low-res, pooled high-res]))."""
+
+    def __init__(self, hidden_size: int, out_features: int, act: str):
+        super().__init__()
+        self.fc1 = LlavaHrXavierLinear(2 * hidden_size, hidden_size // 2)
+        self.fc2 = LlavaHrXavierLinear(hidden_size // 2, out_features)
+        self.act = _GATE_ACTS[act]
+
+    def forward(self, low_res: torch.Tensor, high_res: torch.Tensor) -> torch.Tensor:
+        """Two maps `(images, d, g, g)` -> gate `(images, out_features)`."""
+        pooled = torch.cat([low_res.mean(dim=(2, 3)), high_res.mean(dim=(2, 3))], dim=-1)  # (images, 2 * d)
+        return self.act(self.fc2(F.gelu(self.fc1(pooled))))
+
+
+def check_grids(low_res_grid: int, high_res_grid: int) -> None:
+    """
+    Checks that a high-resolution feature map can be brought to the ViT's grid.
+
+    Args:
+        low_res_grid (`int`): Side of the ViT's grid in patches.
+        high_res_grid (`int`): Side of the high-resolution feature map in positions.
+
+    Raises:
+        ValueError: If the map is larger than the grid, but not by an integer factor.
+    """
+    if high_res_grid > low_res_grid and high_res_grid % low_res_grid:
+        raise ValueError(
+            f"The high-resolution feature map ({high_res_grid} x {high_res_grid}) cannot be pooled to the ViT's grid "
+            f"({low_res_grid} x {low_res_grid}): it must be at most as large, or an integer multiple of it. Change "
+            f"`size` or `high_res_size` of the image processor, for example 448 with 1024 or 336 with 768 pixels."
+        )
+
+
+def align_to_grid(features: torch.Tensor, grid: int) -> torch.Tensor:
+    """
+    Brings a square feature map to the ViT's grid (`align` of the released code): enlarged bilinearly with aligned
+    corners in float32, or average-pooled by the integer factor.
+
+    Args:
+        features (`torch.Tensor` of shape `(images, channels, k, k)`): The map.
+        grid (`int`): Side of the ViT's grid in patches.
+
+    Returns:
+        `torch.Tensor` of shape `(images, channels, grid, grid)`, same dtype.
+    """
+    side = features.shape[-1]
+    if side == grid:
+        return features
+    if side > grid:
+        return F.avg_pool2d(features, side // grid)
+    return F.interpolate(features.float(), size=(grid, grid), mode="bilinear", align_corners=True).to(features.dtype)
+
+
+class LlavaHrMixtureOfResolutionAdapter(GradientCheckpointingLayer):
+    """
+    MR-Adapter (section 4.3, equations 3 and 4): lets the high-resolution features into the ViT.
+
+        l  = F + f_l(F)
+        h  = align(f_h(F_vh))
+        g  = gate(l, h)                     "channel" (equation 4): gate(f_l(F), h)
+        F' = l + g * h                      "concat": Linear([l, g * h])
+    """
+
+    def __init__(self, config: LlavaHrConfig, high_res_channels: int):
+        super().__init__()
+        hidden_size = config.vision_config.hidden_size
+        self.gate_per_channel = config.mr_adapter_gate == "channel"
+        self.low_res_mapping = _MAPPINGS[config.mr_adapter_low_res_mapping](hidden_size, hidden_size)
+        self.high_res_mapping = _MAPPINGS[config.mr_adapter_high_res_mapping](high_res_channels, hidden_size)
+        self.gate = LlavaHrGate(hidden_size, hidden_size if self.gate_per_channel else 1, config.mr_adapter_gate_act)
+        self.fusion = LlavaHrSumLinear(2 * hidden_size, hidden_size) if config.fusion == "concat" else None
+
+    def forward(
+        self, hidden_states: torch.Tensor, high_res_features: torch.Tensor, grid: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(images, g * g, d)`): The ViT's tokens F.
+            high_res_features (`torch.Tensor` of shape `(images, C, k, k)`): The high-resolution map F_vh.
+            grid (`int`): Side g of the ViT's grid in patches.
+
+        Returns:
+            `tuple`: The new tokens `(images, g * g, d)` and the gate, `(images, 1)` or `(images, d)`.
+        """
+        low_res = hidden_states.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)  # (images, d, g, g)
+        mapped = self.low_res_mapping(low_res)
+        low_res = low_res + mapped
+        high_res = align_to_grid(self.high_res_mapping(high_res_features), grid)
+        gate = self.gate(mapped if self.gate_per_channel else low_res, high_res)
+        high_res = gate[:, :, None, None] * high_res
+
+        if self.fusion is None:
+            return (low_res + high_res).flatten(2).transpose(1, 2), gate
+        both = torch.cat([low_res, high_res], dim=1).flatten(2).transpose(1, 2)  # (images, g * g, 2 * d)
+        return self.fusion(both), gate
+
+
+class LlavaHrFusion(nn.Module):
+    """Fusion of the two pathways after the ViT (equation 2 as released): one linear layer each, summed."""
+
+    def __init__(self, hidden_size: int, high_res_channels: int):
+        super().__init__()
+        self.low_res_proj = nn.Linear(hidden_size, hidden_size)
+        self.high_res_proj = nn.Linear(high_res_channels, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, high_res_features: torch.Tensor, grid: int) -> torch.Tensor:
+        """Tokens `(images, g * g, d)` and map `(images, C, k, k)` -> fused tokens `(images, g * g, d)`."""
+        high_res = align_to_grid(high_res_features, grid).flatten(2).transpose(1, 2)  # (images, g * g, C)
+        low_res = self.low_res_proj(hidden_states)
+        return low_res + self.high_res_proj(high_res).to(low_res.device)
+
+
+class LlavaHrVisionEmbeddings(nn.Module):
+    """Patch and position embeddings of CLIP or SigLIP without a class token, for any input size."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.num_positions = (config.image_size // config.patch_size) ** 2
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels,
+            config.hidden_size,
+            kernel_size=config.patch_size,
+            stride=config.patch_size,
+            bias=config.model_type == "siglip_vision_model",
+        )
+        self.position_embedding = nn.Embedding(self.num_positions, config.hidden_size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(images, 3, L, L)` -> `(images, g * g, d)` with g = L / patch size."""
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # (images, d, g, g)
+        grid = patches.shape[-1]
+        # the module is called, not its weight read: offloaded weights are there during a call only
+        positions = self.position_embedding(torch.arange(self.num_positions, device=patches.device))
+        if grid * grid != self.num_positions:
+            side = int(self.num_positions**0.5)
+            table = positions.T.unflatten(1, (side, side))[None].float()  # (1, d, side, side)
+            table = F.interpolate(table, size=(grid, grid), mode="bicubic", antialias=True, align_corners=False)
+            positions = table[0].flatten(1).T.to(patches.dtype)
+        return patches.flatten(2).transpose(1, 2) + positions
+
+
+class LlavaHrPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, loading and saving that all LLaVA-HR models share."""
+
+    config: LlavaHrConfig
+    config_class = LlavaHrConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CLIPEncoderLayer", "SiglipEncoderLayer", "LlavaHrMixtureOfResolutionAdapter"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, (LlavaHrXavierLinear, LlavaHrXavierConv2d)):
+            init.xavier_uniform_(module.weight)
+        elif isinstance(module, LlavaHrZeroLinear):
+            init.zeros_(module.weight)
+        elif isinstance(module, LlavaHrSumLinear):
+            identity = torch.eye(module.out_features, dtype=module.weight.dtype, device=module.weight.device)
+            init.copy_(module.weight, torch.cat([identity, identity], dim=1))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, quantization_config=None, **kwargs):
+        """
+        Like [`PreTrainedModel.from_pretrained`]. With a `BitsAndBytesConfig` (or its dict) that names no modules to
+        skip, the language model's layers alone are quantized; towers, adapters, projector and `lm_head` stay as they
+        are.
+        """
+        return super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            quantization_config=_with_default_skips(quantization_config),
+            **kwargs,
+        )
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """
+        Like [`PreTrainedModel.save_pretrained`].
+
+        Raises:
+            ValueError: If this is a 4-bit model that already ran on a CPU: bitsandbytes has then repacked its weights
+                with a loss, and what would be saved is not the model.
+        """
+        if any(_is_repacked_for_cpu(module) for module in self.modules()):
+            raise ValueError(
+                "This 4-bit model has already run on the CPU, where bitsandbytes repacks its weights in place, and "
+                "would be saved wrong. Load it again and call `save_pretrained` before the first forward pass."
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _is_repacked_for_cpu(module: nn.Module) -> bool:
+    quant_state = getattr(getattr(module, "weight", None), "quant_state", None)  # on bitsandbytes' weights alone
+    return getattr(quant_state, "packing_format_for_cpu", False)
+
+
+def _with_default_skips(quantization_config):
+    quantization_config = copy.deepcopy(quantization_config)
+    if isinstance(quantization_config, BitsAndBytesConfig) and quantization_config.llm_int8_skip_modules is None:
+        quantization_config.llm_int8_skip_modules = list(MODULES_TO_NOT_QUANTIZE)
+    elif isinstance(quantization_config, dict) and (
+        quantization_config.get("load_in_4bit") or quantization_config.get("load_in_8bit")
+    ):
+        if quantization_config.get("llm_int8_skip_modules") is None:
+            quantization_config["llm_int8_skip_modules"] = list(MODULES_TO_NOT_QUANTIZE)
+    return quantization_config
+
+
+class LlavaHrHighResVisionModel(TimmWrapperModel):
+    """
+    High-resolution pathway: the stem and stages of a CNN of timm, without final norm, pooling and head
+    (section 4.2; CLIP-ConvNeXt in the released models).
+    """
+
+    _no_split_modules = ["ConvNeXtBlock"]
+    # A CNN has no attention, so any choice that the user makes for the other parts is fine
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self._gradient_checkpointing = False
+        classifier = self.timm_model.pretrained_cfg["classifier"]
+        # num_classes=0 still leaves the head's norm (ConvNeXt), which would never get a gradient
+        setattr(self.timm_model, classifier.split(".")[0], nn.Identity())
+        self.num_channels = self.timm_model.num_features
+        self.stride = self.timm_model.feature_info[-1]["reduction"]
+        if not any(isinstance(module, ConvNeXtBlock) for module in self.modules()):
+            # the blocks of other CNNs go by many names: such a tower stays on one device as a whole
+            self._no_split_modules.add(type(self).__name__)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether the CNN recomputes its activations in the backward pass (a switch of timm's, set through here)."""
+        return self._gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool):
+        self._gradient_checkpointing = enable and self.supports_gradient_checkpointing
+        if self.supports_gradient_checkpointing:
+            self.timm_model.set_grad_checkpointing(enable)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(getattr(module, "gamma", None), nn.Parameter):
+            # layer scale: 1 rather than timm's 1e-6, with which a CNN does not learn to read from nothing
+            init.ones_(module.gamma)
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> TimmWrapperModelOutput:
+        """`(images, 3, H, H)` -> an output with `last_hidden_state` `(images, C, H / stride, H / stride)`."""
+        return TimmWrapperModelOutput(last_hidden_state=self.timm_model.forward_features(pixel_values.to(self.dtype)))
+
+
+class LlavaHrVisionModel(LlavaHrPreTrainedModel):
+    """
+    The two pathways and what joins them (sections 4.1 to 4.3): a ViT that sees the picture at low resolution, a CNN
+    that sees it at high resolution, MR-Adapters between the ViT's stages and the fusion after them. All layers of the
+    ViT run; there is no class token and no post-layernorm (released code).
+    """
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _input_embed_layer = "patch_embedding"
+    _can_record_outputs = {
+        "hidden_states": [CLIPEncoderLayer, SiglipEncoderLayer],
+        "attentions": [CLIPAttention, SiglipAttention],
+    }
+
+    def __init__(self, config: LlavaHrConfig):
+        # The ViT's own config, not the composite one: its layers look up the attention implementation there
+        super().__init__(config.vision_config)
+        vision_config = config.vision_config
+        self.high_res_tower = LlavaHrHighResVisionModel(config.high_res_vision_config)
+        high_res_channels = self.high_res_tower.num_channels
+
+        self.embeddings = LlavaHrVisionEmbeddings(vision_config)
+        self.pre_layernorm = (
+            nn.LayerNorm(vision_config.hidden_size, eps=vision_config.layer_norm_eps)
+            if vision_config.model_type == "clip_vision_model"
+            else nn.Identity()
+        )
+        layer_class = _VISION_LAYERS[vision_config.model_type]
+        self.layers = nn.ModuleList([layer_class(vision_config) for _ in range(vision_config.num_hidden_layers)])
+        self.mr_adapter_layers = list(config.mr_adapter_layers)
+        self.mr_adapters = nn.ModuleList(
+            [LlavaHrMixtureOfResolutionAdapter(config, high_res_channels) for _ in self.mr_adapter_layers]
+        )
+        self.fusion = LlavaHrFusion(vision_config.hidden_size, high_res_channels)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        high_res_pixel_values: torch.Tensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LlavaHrVisionModelOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(images, 3, L, L)`): Low-resolution view.
+            high_res_pixel_values (`torch.Tensor` of shape `(images, 3, H, H)`): High-resolution view.
+
+        Returns:
+            [`LlavaHrVisionModelOutput`]
+
+        Raises:
+            ValueError: If the views do not belong together or their grids cannot be aligned.
+        """
+        grid = self._check_views(pixel_values, high_res_pixel_values)
+        high_res_features = self.high_res_tower(high_res_pixel_values).last_hidden_state
+        hidden_states = self.pre_layernorm(self.embeddings(pixel_values))
+
+        gates = []
+        for index, layer in enumerate(self.layers):
+            if index in self.mr_adapter_layers:
+                adapter = self.mr_adapters[self.mr_adapter_layers.index(index)]
+                hidden_states, gate = adapter(hidden_states, high_res_features, grid)
+                gates.append(gate)
+            hidden_states = layer(hidden_states, attention_mask=None, **kwargs)
+
+        return LlavaHrVisionModelOutput(
+            last_hidden_state=self.fusion(hidden_states, high_res_features, grid),
+            high_res_features=high_res_features,
+            mr_adapter_gates=tuple(gates),
+        )
+
+    def _check_views(self, pixel_values: torch.Tensor, high_res_pixel_values: torch.Tensor) -> int:
+        patch_size, stride = self.embeddings.patch_size, self.high_res_tower.stride
+        for name, view, unit in (
+            ("pixel_values", pixel_values, patch_size),
+            ("high_res_pixel_values", high_res_pixel_values, stride),
+        ):
+            if view.ndim != 4 or view.shape[-1] != view.shape[-2] or view.shape[-1] % unit:
+                raise ValueError(
+                    f"`{name}` must have the shape (images, 3, side, side) with a side that is a multiple of {unit} "
+                    f"pixels, but got {tuple(view.shape)}. The image processor makes both views."
+                )
+        if pixel_values.shape[0] != high_res_pixel_values.shape[0]:
+            raise ValueError(
+                f"`pixel_values` holds {pixel_values.shape[0]} pictures and `high_res_pixel_values` "
+                f"{high_res_pixel_values.shape[0]}. Both must be views of the same pictures."
+            )
+        grid = pixel_values.shape[-1] // patch_size
+        check_grids(grid, high_res_pixel_values.shape[-1] // stride)
+        return grid
+
+
+class LlavaHrMultiModalProjector(nn.Module):
+    """Two linear layers with an activation between, from the ViT's width to the language model's."""
+
+    def __init__(self, config: LlavaHrConfig):
+        super().__init__()
+        text_hidden_size = config.text_config.get_text_config().hidden_size
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, text_hidden_size)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(text_hidden_size, text_hidden_size)
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        """`(images, g * g, d)` -> `(images, g * g, D)`."""
+        return self.linear_2(self.act(self.linear_1(image_features)))
+
+
+class LlavaHrModel(LlavaHrPreTrainedModel):
+    """Dual-resolution vision model, projector and language model, without the language-modeling head."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: LlavaHrConfig):
+        super().__init__(config)
+        self.vision_tower = LlavaHrVisionModel(config)
+        self.multi_modal_projector = LlavaHrMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        high_res_pixel_values: torch.Tensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | LlavaHrVisionModelOutput:
+        """
+        Encodes pictures. The result can be handed to `forward` and `generate` as
+        `mm_encoder_outputs={"image": result}`, so that a picture is encoded once for many questions.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(images, 3, L, L)`): Low-resolution views.
+            high_res_pixel_values (`torch.Tensor` of shape `(images, 3, H, H)`): High-resolution views.
+
+        Returns:
+            [`LlavaHrVisionModelOutput`] with `pooler_output` of shape `(images, g * g, D)`.
+
+        Raises:
+            ValueError: If a view is missing, or the views do not belong together.
+        """
+        if pixel_values is None or high_res_pixel_values is None:
+            missing = "pixel_values" if pixel_values is None else "high_res_pixel_values"
+            raise ValueError(
+                f"`{missing}` is missing: LLaVA-HR needs both views of a picture, as the processor makes."
+            )
+        outputs = self.vision_tower(pixel_values, high_res_pixel_values, return_dict=True, **kwargs)
+        outputs.pooler_output = self.multi_modal_projector(outputs.last_hidden_state)
+        return outputs
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Finds the positions in the prompt that stand for image features.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Token ids.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, D)`): Their embeddings; searched
+                for the image token's embedding if there are no `input_ids`.
+            image_features (`torch.Tensor` of shape `(images, g * g, D)`): The features to be placed.
+
+        Returns:
+            `torch.BoolTensor` of shape `(batch_size, sequence_length, 1)`.
+
+        Raises:
+            ValueError: If prompt and pictures do not have the same number of image tokens.
+        """
+        mask = self.get_image_token_mask(input_ids, inputs_embeds).to(inputs_embeds.device)
+        num_images, tokens_per_image, _ = image_features.shape
+        # a data-dependent check breaks the graph for torch 2.11; what was compiled was checked in its eager form
+        if not torch.compiler.is_compiling() and mask.sum() != num_images * tokens_per_image:
+            raise ValueError(
+                f"The prompt has {mask.sum()} image tokens, but {num_images} pictures give "
+                f"{num_images * tokens_per_image} features ({tokens_per_image} each). Make `input_ids` and pixels in "
+                f"one call of the processor, with one image tag for each picture, and do not cut the prompt."
+            )
+        return mask.unsqueeze(-1)
+
+    def get_image_token_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`(batch_size, sequence_length)`, true where an image token stands in the ids, or else in the embeddings."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        image_token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        high_res_pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | LlavaHrModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Prompt with one image token for each image feature; either this or `inputs_embeds`.
+            pixel_values (`torch.Tensor` of shape `(images, 3, L, L)`, *optional*):
+                Low-resolution views of all pictures of the batch in their order in the prompts. `None` for text alone:
+                the vision model does not run then.
+            high_res_pixel_values (`torch.Tensor` of shape `(images, 3, H, H)`, *optional*): High-resolution views.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 marks padding.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Positions.
+            past_key_values (`Cache`, *optional*): Keys and values of earlier tokens.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, D)`, *optional*): See `input_ids`.
+            mm_encoder_outputs (`dict`, *optional*): `{"image": outputs of get_image_features}` in place of pixels.
+
+        Returns:
+            [`LlavaHrModelOutputWithPast`]
+
+        Raises:
+            ValueError: If inputs contradict each other or the number of image tokens does not fit the pictures.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+        has_pixels = pixel_values is not None or high_res_pixel_values is not None
+        image_outputs = mm_encoder_outputs.get("image") if mm_encoder_outputs is not None else None
+        if has_pixels and image_outputs is not None:
+            raise ValueError(
+                "Got both pixel values and `mm_encoder_outputs`. Give the pixels, or what `get_image_features` "
+                "made of them."
+            )
+
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if has_pixels:
+            image_outputs = self.get_image_features(pixel_values, high_res_pixel_values, return_dict=True)
+        image_features = None
+        if image_outputs is not None:
+            image_features = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return LlavaHrModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+            high_res_features=image_outputs.high_res_features if image_outputs is not None else None,
+            mr_adapter_gates=image_outputs.mr_adapter_gates if image_outputs is not None else None,
+        )
+
+
+class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, GenerationMixin):
+    """LLaVA-HR with its language-modeling head: answers questions about pictures."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _auto_class = "AutoModelForImageTextToText"
+
+    def __init__(self, config: LlavaHrConfig):
+        super().__init__(config)
+        self.model = LlavaHrModel(config)
+        text_config = config.text_config.get_text_config()
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        high_res_pixel_values: torch.Tensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | LlavaHrVisionModelOutput:
+        """See [`LlavaHrModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, high_res_pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        high_res_pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | LlavaHrCausalLMOutputWithPast:
+        r"""
+        Args:
+            input_ids, pixel_values, high_res_pixel_values, attention_mask, position_ids, past_key_values:
+                See [`LlavaHrModel.forward`], and there `inputs_embeds` and `mm_encoder_outputs` as well.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Target ids at the same positions as `input_ids` (the loss shifts them); -100 is left out of the loss.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Compute the logits of the last so many positions (or of these indices) alone; 0 for all.
+
+        Returns:
+            [`LlavaHrCausalLMOutputWithPast`]
+
+        Example:
+
+        ```python
+        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+        >>> import modeling_llava_hr
+
+        >>> model = AutoModelForImageTextToText.from_pretrained("llava-hr-7b-sft-1024-hf")
+        >>> processor = AutoProcessor.from_pretrained("llava-hr-7b-sft-1024-hf")
+        >>> question = {"type": "text", "text": "What is written on the small sign?"}
+        >>> messages = [{"role": "user", "content": [{"type": "image", "path": "street.jpg"}, question]}]
+        >>> inputs = processor.apply_chat_template(
+        ...     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ... )
+        >>> output = model.generate(**inputs, max_new_tokens=50)
+        >>> processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        ```"""
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            high_res_pixel_values=high_res_pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+
+        return LlavaHrCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            high_res_features=outputs.high_res_features,
+            mr_adapter_gates=outputs.mr_adapter_gates,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds=None, is_first_iteration=False, mm_encoder_outputs=None, **kwargs
+    ):
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            # later steps find the pictures in the cache (transformers 5.18 and later know this name themselves)
+            model_inputs["mm_encoder_outputs"] = mm_encoder_outputs
+        return model_inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        """
+        Repeats each sample's pictures as a group with its prompt. transformers repeats each picture by itself
+        (before 5.18), or changes the encoded pictures that the caller may want to use again.
+        """
+        encoded = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
+        pixels = {name: kwargs.pop(name, None) for name in ("pixel_values", "high_res_pixel_values")}
+        if expand_size > 1 and (encoded is not None or pixels["pixel_values"] is not None):
+            num_tokens = self._count_image_tokens(input_ids, kwargs.get("inputs_embeds"))
+            num_images = len(encoded.pooler_output if encoded is not None else pixels["pixel_values"])
+            tokens_per_image = max(sum(num_tokens) // num_images, 1)
+            groups = torch.arange(num_images).split([count // tokens_per_image for count in num_tokens])
+            order = torch.cat([group.repeat(expand_size) for group in groups])
+            pixels = {name: view[order] if view is not None else None for name, view in pixels.items()}
+            if encoded is not None:
+                encoded = type(encoded)(**{**encoded, "pooler_output": encoded.pooler_output[order]})
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        kwargs.update({name: view for name, view in pixels.items() if view is not None})
+        if encoded is not None:
+            kwargs["mm_encoder_outputs"] = {"image": encoded}
+        return input_ids, kwargs
+
+    def _count_image_tokens(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> list[int]:
+        use_ids = input_ids is not None and input_ids.numel() > 0
+        mask = self.model.get_image_token_mask(input_ids if use_ids else None, inputs_embeds)
+        return mask.sum(-1).tolist()
+
+
+__all__ = [
+    "LlavaHrForConditionalGeneration",
+    "LlavaHrHighResVisionModel",
+    "LlavaHrMixtureOfResolutionAdapter",
+    "LlavaHrModel",
+    "LlavaHrPreTrainedModel",
+    "LlavaHrVisionModel",
+]

@@ -1,0 +1,202 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Processor class for LLaVA-HR."""
+
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+
+from .configuration_llava_hr import get_num_image_tokens
+
+
+# Stage 2 and inference of the released models ("vicuna_v1"). Pictures come first in their message, each on a line of
+# its own, wherever they stand among the parts: so the models were trained. Tags inside a string stay where they are.
+# The space after the first token is what the released tokenization of a text's start amounts to.
+VICUNA_V1_CHAT_TEMPLATE = """\
+{%- macro text_of(content) -%}
+{%- if content is string -%}
+{{- content -}}
+{%- else -%}
+{{- content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\\n') -}}
+{%- endif -%}
+{%- endmacro -%}
+{{- bos_token }}{{ ' ' }}
+{%- if messages and messages[0]['role'] == 'system' -%}
+{%- set system, turns = text_of(messages[0]['content']), messages[1:] -%}
+{%- else -%}
+{%- set system = "A chat between a curious user and an artificial intelligence assistant. The assistant gives \
+helpful, detailed, and polite answers to the user's questions." -%}
+{%- set turns = messages -%}
+{%- endif -%}
+{{- system + ' ' if system else '' -}}
+{%- for message in turns -%}
+{%- if message['role'] == 'user' -%}
+{{- 'USER: ' -}}
+{%- if message['content'] is not string -%}
+{%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}
+{%- endif -%}
+{{- text_of(message['content']) + ' ' -}}
+{%- elif message['role'] == 'assistant' -%}
+{{- 'ASSISTANT:' -}}{%- generation -%}{{- ' ' + text_of(message['content']) + eos_token -}}{%- endgeneration -%}
+{%- else -%}
+{{- raise_exception("A message's role must be 'user' or 'assistant', or 'system' in the first message, but got '" \
++ message['role'] + "'.") -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
+"""
+
+# Stage 1 of the released models ("plain"): picture and caption, no system text, no roles.
+PLAIN_CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{%- set content = message['content'] -%}
+{%- set text = content if content is string else content | map(attribute='text') | join('\\n') -%}
+{%- generation -%}{{- text + '\\n' -}}{%- endgeneration -%}
+{%- else -%}
+{{- '<image>' -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
+class LlavaHrProcessor(ProcessorMixin):
+    r"""
+    Image processor, tokenizer and chat template of LLaVA-HR in one.
+
+    Args:
+        image_processor ([`LlavaHrImageProcessor`] or [`LlavaHrImageProcessorPil`]):
+            Makes the two views of a picture.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Any tokenizer that has `image_token` as one token.
+        chat_template (`str`, *optional*):
+            Jinja template of the conversation; the prompt form of the released models ("vicuna_v1") by default.
+        image_token (`str`, *optional*, defaults to `"<image>"`):
+            Stands for one picture in the text, and for each of its features in the expanded prompt.
+        image_suffix (`str`, *optional*, defaults to `""`):
+            Put between a picture and the text after it. `" "` for Llama's sentencepiece tokenizer gives the token ids
+            of the released code, which tokenizes the text after a picture as the start of a text.
+
+    Raises:
+        ValueError: If the tokenizer does not know `image_token`.
+
+    Example:
+
+    ```python
+    >>> content = [{"type": "image", "path": "street.jpg"}, {"type": "text", "text": "What does the sign say?"}]
+    >>> messages = [{"role": "user", "content": content}]
+    >>> inputs = processor.apply_chat_template(
+    ...     messages,
+    ...     add_generation_prompt=True,
+    ...     tokenize=True,
+    ...     return_dict=True,
+    ...     return_tensors="pt",
+    ...     processor_kwargs={"size": 336, "high_res_size": 1536},  # a sharper view, still 576 tokens
+    ... )
+    ```"""
+
+    _auto_class = "AutoProcessor"
+
+    def __init__(self, image_processor, tokenizer, chat_template=None, image_token="<image>", image_suffix=""):
+        self.image_token = image_token
+        self.image_suffix = image_suffix
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+            raise ValueError(
+                f"`tokenizer` does not have the image token {image_token!r}. Add it with "
+                f"`tokenizer.add_tokens({image_token!r}, special_tokens=True)` and extend the model's embeddings, or "
+                f"start from a folder made by conversion.assemble."
+            )
+        if chat_template is None:
+            chat_template = VICUNA_V1_CHAT_TEMPLATE
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """
+        Checks that texts and pictures belong together, sample by sample where `images` is a list per sample.
+
+        Raises:
+            ValueError: If there is neither, or the number of image tags differs from that of the pictures.
+        """
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        if text is None or images is None or not all(isinstance(sample, (list, tuple)) for sample in images):
+            return
+        if len(images) != len(text):
+            raise ValueError(f"`images` is a list of {len(images)} lists, but `text` has {len(text)} samples.")
+        for index, (sample, sample_images) in enumerate(zip(text, images, strict=True)):
+            num_tags, num_images = sample.count(self.image_token), len(sample_images)
+            if num_tags != num_images:
+                raise ValueError(
+                    f"Sample {index} has {num_tags} {self.image_token} tags in its text, but {num_images} pictures in "
+                    f"`images`. Give one tag for each picture."
+                )
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """The text that stands for picture `image_idx`: one image token for each of its features."""
+        size = image_inputs["pixel_values"][image_idx].shape[-1]
+        return self.image_token * get_num_image_tokens(size, kwargs.get("patch_size", self.image_processor.patch_size))
+
+    def get_text_with_replacements(
+        self, text, images_replacements=(), videos_replacements=(), audio_replacements=()
+    ) -> tuple[list[str], list[list[dict]]]:
+        """Like [`ProcessorMixin.get_text_with_replacements`], with `image_suffix` after pictures that text follows."""
+        text, batch_offsets = super().get_text_with_replacements(
+            text, list(images_replacements), list(videos_replacements), list(audio_replacements)
+        )
+        if not self.image_suffix:
+            return text, batch_offsets
+        for index, offsets in enumerate(batch_offsets):
+            text[index], batch_offsets[index] = self._add_image_suffixes(text[index], offsets)
+        return text, batch_offsets
+
+    def _add_image_suffixes(self, sample: str, offsets: list[dict]) -> tuple[str, list[dict]]:
+        pieces, new_offsets, last, shift = [], [], 0, 0
+        for offset in offsets:
+            start, end = offset["new_span"]
+            new_offsets.append({**offset, "new_span": (start + shift, end + shift)})
+            pieces.append(sample[last:end])
+            last = end
+            if end < len(sample) and not sample.startswith(self.image_token, end):
+                pieces.append(self.image_suffix)
+                shift += len(self.image_suffix)
+                # An insertion of its own, one character on: an answer that begins right after a picture begins with
+                # the suffix, as its label does in the released code
+                after = offset["span"][1] + 1
+                span, new_span = (after, after), (end + shift + 1, end + shift + 1)
+                new_offsets.append(
+                    {"type": "image", "span": span, "new_span": new_span, "text": "", "replacement": self.image_suffix}
+                )
+        return "".join([*pieces, sample[last:]]), new_offsets
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """
+        Number of image tokens for pictures that are not at hand yet; vLLM plans its memory with it.
+
+        Args:
+            image_sizes (`list[tuple[int, int]]`, *optional*): Heights and widths of the pictures in pixels. Only
+                their number matters: each picture becomes one square view of the same size.
+
+        Returns:
+            `MultiModalData` with `num_image_tokens` and `num_image_patches` (1 each) for each picture.
+        """
+        if image_sizes is None:
+            return MultiModalData()
+        size = kwargs.get("size") or self.image_processor.size
+        size = size if isinstance(size, int) else size["height"]
+        num_tokens = get_num_image_tokens(size, self.image_processor.patch_size)
+        return MultiModalData(
+            num_image_tokens=[num_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+        )
+
+
+__all__ = ["LlavaHrProcessor", "PLAIN_CHAT_TEMPLATE", "VICUNA_V1_CHAT_TEMPLATE"]

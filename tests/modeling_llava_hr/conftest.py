@@ -1,0 +1,115 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A miniature LLaVA-HR with random weights, and inputs for it."""
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, TimmWrapperConfig
+
+from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration
+
+
+IMAGE_TOKEN_ID = 120
+LOW_RES, HIGH_RES, TOKENS = 56, 128, 16  # 4 x 4 patches of 14 pixels; 4 x 4 positions of 32 pixels
+
+
+def make_config(**kwargs) -> LlavaHrConfig:
+    defaults = {
+        "vision_config": CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            image_size=56,
+            patch_size=14,
+        ),
+        "high_res_vision_config": TimmWrapperConfig(
+            architecture="convnext_large_mlp",
+            do_pooling=False,
+            model_args={"depths": [1, 1, 1, 1], "dims": [16, 24, 32, 48]},
+        ),
+        "text_config": LlamaConfig(
+            vocab_size=128,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            pad_token_id=0,
+        ),
+        "image_token_id": IMAGE_TOKEN_ID,
+        "mr_adapter_layers": [1, 2, 3],
+    }
+    return LlavaHrConfig(**{**defaults, **kwargs})
+
+
+def make_model(**kwargs) -> LlavaHrForConditionalGeneration:
+    """Random weights, large enough that pictures and gates matter: adapters start at zero."""
+    torch.manual_seed(0)
+    model = LlavaHrForConditionalGeneration(make_config(**kwargs)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "norm" not in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def make_inputs(*images_per_sample: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Left-padded batch with the given number of pictures in each sample, no token of it like another's."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for index, num_images in enumerate(images_per_sample):
+        ids = torch.randint(3, 100, (5 + index,), generator=generator).tolist()
+        for _ in range(num_images):
+            ids += [IMAGE_TOKEN_ID] * TOKENS + torch.randint(3, 100, (3,), generator=generator).tolist()
+        samples.append(ids)
+    length = max(len(ids) for ids in samples)
+    inputs = {
+        "input_ids": torch.tensor([[0] * (length - len(ids)) + ids for ids in samples]),
+        "attention_mask": torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in samples]),
+    }
+    if num_images := sum(images_per_sample):
+        inputs["pixel_values"] = torch.randn(num_images, 3, LOW_RES, LOW_RES, generator=generator)
+        inputs["high_res_pixel_values"] = torch.randn(num_images, 3, HIGH_RES, HIGH_RES, generator=generator)
+    return inputs
+
+
+def take_sample(inputs: dict[str, torch.Tensor], images_per_sample: tuple[int, ...], index: int) -> dict:
+    """One sample of a batch of `make_inputs`, without padding and with its own pictures alone."""
+    keep = inputs["attention_mask"][index].bool()
+    sample = {"input_ids": inputs["input_ids"][index : index + 1, keep]}
+    sample["attention_mask"] = torch.ones_like(sample["input_ids"])
+    start = sum(images_per_sample[:index])
+    if images_per_sample[index]:
+        for name in ("pixel_values", "high_res_pixel_values"):
+            sample[name] = inputs[name][start : start + images_per_sample[index]]
+    return sample
+
+
+@pytest.fixture
+def mini():
+    """The functions of this file: test modules here are not importable from each other."""
+    from types import SimpleNamespace
+
+    return SimpleNamespace(
+        config=make_config,
+        model=make_model,
+        inputs=make_inputs,
+        sample=take_sample,
+        image_token_id=IMAGE_TOKEN_ID,
+        num_tokens=TOKENS,
+    )

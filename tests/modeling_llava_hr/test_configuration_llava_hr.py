@@ -1,0 +1,139 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, SiglipVisionConfig, TimmWrapperConfig
+
+from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration, get_num_image_tokens
+
+
+def test_defaults_are_the_released_7b():
+    config = LlavaHrConfig()
+    assert config.mr_adapter_layers == [6, 12, 18]
+    assert config.vision_config.image_size == 336 and config.vision_config.num_hidden_layers == 24
+    assert config.vision_config.hidden_act == "quick_gelu"
+    assert config.high_res_vision_config.architecture == "convnext_large_mlp"
+    assert config.text_config.num_hidden_layers == 32
+    assert (config.mr_adapter_gate, config.mr_adapter_gate_act, config.fusion) == ("scalar", "tanh", "sum")
+
+
+def test_round_trip(tmp_path, mini):
+    config = mini.config(mr_adapter_gate="channel", fusion="concat", mr_adapter_layers=[0, 3])
+    config.save_pretrained(tmp_path)
+    again = LlavaHrConfig.from_pretrained(tmp_path)
+    assert again.to_dict()["mr_adapter_layers"] == [0, 3]
+    again.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "config.json").read_text() == (tmp_path / "again" / "config.json").read_text()
+    assert set(again.auto_map) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText"}
+
+
+def test_dicts_become_configs_and_siglip_works():
+    config = LlavaHrConfig(
+        vision_config={"model_type": "siglip_vision_model", "image_size": 224, "patch_size": 16},
+        high_res_vision_config={"architecture": "resnet18", "do_pooling": False},
+        text_config={"model_type": "qwen2", "vocab_size": 200},
+        image_token_id=5,
+        mr_adapter_layers=[3, 6, 9],
+    )
+    assert isinstance(config.vision_config, SiglipVisionConfig)
+    assert isinstance(config.high_res_vision_config, TimmWrapperConfig)
+    assert config.text_config.model_type == "qwen2"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"mr_adapter_layers": [4]}, "from 0 to 3"),
+        ({"mr_adapter_layers": [-1]}, "from 0 to 3"),
+        ({"mr_adapter_layers": [2, 1]}, r"Use \[1, 2\]"),
+        ({"mr_adapter_layers": [1, 1]}, r"Use \[1\]"),
+        ({"mr_adapter_gate": "vector"}, "scalar, channel"),
+        ({"mr_adapter_gate_act": "relu"}, "tanh, sigmoid, hard_sigmoid"),
+        ({"mr_adapter_low_res_mapping": "linear"}, "conv, mlp"),
+        ({"mr_adapter_high_res_mapping": 3}, "conv, mlp"),
+        ({"fusion": "product"}, "sum, concat"),
+        ({"image_token_id": 128}, "inside the vocabulary"),
+        ({"vision_config": CLIPVisionConfig(num_hidden_layers=4, image_size=60, patch_size=14)}, "multiple of"),
+        ({"vision_config": LlamaConfig()}, "clip_vision_model or siglip_vision_model"),
+        ({"vision_config": {"model_type": "no_such_model"}}, "does not know"),
+        ({"high_res_vision_config": CLIPVisionConfig()}, "TimmWrapperConfig"),
+    ],
+)
+def test_contradictions_are_value_errors_that_say_what_to_change(mini, values, expected):
+    with pytest.raises(ValueError, match=expected) as error:
+        mini.config(**values)
+    assert next(iter(values)) in str(error.value)
+
+
+# Independent count: sizes of the published parts, in parameters.
+# - Vicuna v1.5: Llama 2 with 32000 tokens, 6738.4 M and 13015.9 M (lmsys/vicuna-7b-v1.5, -13b-v1.5)
+# - CLIP ViT-L/14-336 (openai/clip-vit-large-patch14-336): 303.5 M, less class embedding, its position, post-layernorm
+# - CLIP-ConvNeXt trunks without head: stem and stages by the formula of the ConvNeXt paper
+def convnext(dims, depths):
+    total = 3 * 4 * 4 * dims[0] + dims[0] + 2 * dims[0]  # stem: convolution, norm
+    for stage, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+        if stage:
+            total += 2 * dims[stage - 1] + dims[stage - 1] * dim * 4 + dim  # norm, 2 x 2 convolution
+        total += depth * (49 * dim + dim + 2 * dim + 8 * dim * dim + 4 * dim + dim + dim)  # 7x7, norm, MLP, scale
+    return total
+
+
+def llava_hr(language_model, text_hidden, dims, depths, d=1024):
+    clip = 303_507_456 - d - d - 2 * d
+    c = dims[-1]
+    adapter = (49 * d + d + d * d + d) + (c * c + c + c * d + d) + (2 * d * d // 2 + d // 2) + (d // 2 + 1)
+    fusion = d * d + d + c * d + d
+    projector = d * text_hidden + text_hidden + text_hidden**2 + text_hidden
+    image_token_rows = 2 * 64 * text_hidden
+    return language_model + image_token_rows + clip + convnext(dims, depths) + 3 * adapter + fusion + projector
+
+
+def count_on_meta(config):
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in LlavaHrForConditionalGeneration(config).parameters())
+
+
+def test_parameters_of_llava_hr_7b():
+    expected = llava_hr(6_738_415_616, 4096, (192, 384, 768, 1536), (3, 3, 27, 3))
+    assert round(expected / 1e6) == 7281  # million; favor123/llava-hr-7b-sft-1024 with its image token, without heads
+    assert count_on_meta(LlavaHrConfig()) == expected
+
+
+def test_parameters_of_llava_hr_x_13b():
+    config = LlavaHrConfig(
+        high_res_vision_config=TimmWrapperConfig(architecture="convnext_xxlarge", do_pooling=False),
+        text_config=LlamaConfig(
+            vocab_size=32064,
+            hidden_size=5120,
+            intermediate_size=13824,
+            num_hidden_layers=40,
+            num_attention_heads=40,
+            max_position_embeddings=4096,
+            rms_norm_eps=1e-5,
+        ),
+    )
+    expected = llava_hr(13_015_864_320, 5120, (384, 768, 1536, 3072), (3, 4, 30, 3))
+    assert round(expected / 1e6) == 14243  # million; favor123/llava-hr-13b-x-sft-1024, likewise
+    assert count_on_meta(config) == expected
+
+
+@pytest.mark.parametrize(("size", "tokens"), [(336, 576), (448, 1024), (672, 2304)])
+def test_num_image_tokens_of_the_paper(size, tokens):
+    assert get_num_image_tokens(size, 14) == tokens
+
+
+@pytest.mark.parametrize("size", [0, -14, 340])
+def test_num_image_tokens_refuses_sizes_off_the_grid(size):
+    with pytest.raises(ValueError, match=f"got {size}"):
+        get_num_image_tokens(size, 14)

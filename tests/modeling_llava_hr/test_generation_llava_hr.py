@@ -1,0 +1,183 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Every way to generate that transformers has, against greedy decoding by hand: one full forward a token."""
+
+import pytest
+import torch
+from transformers import TextIteratorStreamer
+
+
+NEW_TOKENS = 6
+
+
+def generate(model, inputs, **kwargs):
+    """New tokens alone."""
+    output = model.generate(**inputs, **{"max_new_tokens": NEW_TOKENS, "do_sample": False, **kwargs})
+    return output[:, inputs["input_ids"].shape[1] :]
+
+
+@torch.no_grad()
+def greedy_by_hand(model, sample):
+    ids = sample["input_ids"]
+    pixels = {name: sample[name] for name in ("pixel_values", "high_res_pixel_values") if name in sample}
+    for _ in range(NEW_TOKENS):
+        ids = torch.cat([ids, model(input_ids=ids, **pixels, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    return ids[:, sample["input_ids"].shape[1] :]
+
+
+BATCH = (1, 3, 0, 2)  # pictures in each sample
+
+
+@pytest.fixture
+def model(mini):
+    model = mini.model()
+    model.generation_config.suppress_tokens = [mini.image_token_id]
+    return model
+
+
+@pytest.fixture
+def batch(mini):
+    return mini.inputs(*BATCH)
+
+
+def test_greedy_in_a_padded_mixed_batch_equals_single_runs(mini, model, batch):
+    tokens = generate(model, batch)
+    assert len({tuple(row) for row in tokens.tolist()}) > 1
+    for index in range(len(BATCH)):
+        single = mini.sample(batch, BATCH, index)
+        assert tokens[index].tolist() == greedy_by_hand(model, single)[0].tolist()
+
+
+def test_batch_of_text_alone(mini, model):
+    inputs = mini.inputs(0, 0)
+    assert generate(model, inputs)[1].tolist() == greedy_by_hand(model, mini.sample(inputs, (0, 0), 1))[0].tolist()
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
+def test_caches_give_the_same_tokens(model, batch, cache):
+    kwargs = {"use_cache": False} if cache == "none" else {"cache_implementation": cache}
+    assert torch.equal(generate(model, batch, **kwargs), generate(model, batch))
+
+
+@pytest.mark.parametrize("num_beams", [2, 3])
+def test_beams_keep_each_sample_with_its_pictures(mini, model, batch, num_beams):
+    tokens = generate(model, batch, num_beams=num_beams)
+    for index in range(len(BATCH)):
+        # Independent: the pictures are put into the embeddings by hand, so that there is nothing to repeat wrongly
+        single = mini.sample(batch, BATCH, index)
+        embeds = model.get_input_embeddings()(single["input_ids"]).detach()
+        if "pixel_values" in single:
+            embeds[single["input_ids"] == mini.image_token_id] = encode(model, single).pooler_output.flatten(0, 1)
+        expected = model.generate(
+            inputs_embeds=embeds, num_beams=num_beams, max_new_tokens=NEW_TOKENS, do_sample=False
+        )
+        assert tokens[index].tolist() == expected[0].tolist()
+
+
+def test_sampling_several_answers_a_picture(mini, model):
+    inputs = mini.inputs(2, 1)
+    torch.manual_seed(0)
+    tokens = generate(model, inputs, do_sample=True, num_return_sequences=3, top_k=20)
+    assert tokens.shape == (6, NEW_TOKENS)
+    # a temperature near zero samples the best token: every copy of a sample must see that sample's pictures
+    cold = generate(model, inputs, do_sample=True, num_return_sequences=3, temperature=1e-4)
+    for index in range(2):
+        expected = greedy_by_hand(model, mini.sample(inputs, (2, 1), index))[0].tolist()
+        assert cold[3 * index : 3 * index + 3].tolist() == [expected] * 3
+
+
+def test_prompt_lookup_decoding(mini, model):
+    inputs = mini.inputs(2)
+    assert torch.equal(generate(model, inputs, prompt_lookup_num_tokens=3), generate(model, inputs))
+
+
+def test_assisted_decoding(mini, model):
+    inputs = mini.inputs(1)
+    assistant = mini.model()
+    with torch.no_grad():
+        assistant.lm_head.weight.add_(0.05 * torch.randn_like(assistant.lm_head.weight))
+    assert torch.equal(generate(model, inputs, assistant_model=assistant), generate(model, inputs))
+
+
+def test_streaming(mini, model):
+    class Letters:
+        def decode(self, ids, **kwargs):
+            return " ".join(str(int(token)) for token in ids) + " "
+
+    streamer = TextIteratorStreamer(Letters(), skip_prompt=True)
+    inputs = mini.inputs(1)
+    expected = generate(model, inputs, streamer=streamer)
+    assert "".join(streamer).split() == [str(token) for token in expected[0].tolist()]
+
+
+def test_embeddings_in_place_of_ids(mini, model):
+    inputs = mini.inputs(1)
+    expected = generate(model, inputs)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    others = {name: value for name, value in inputs.items() if name != "input_ids"}
+    tokens = model.generate(inputs_embeds=embeds, **others, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert torch.equal(tokens, expected)
+
+
+def encode(model, inputs):
+    with torch.no_grad():
+        return model.get_image_features(inputs["pixel_values"], inputs["high_res_pixel_values"])
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"num_beams": 2}, {"use_cache": False}, {"do_sample": True, "temperature": 1e-4}]
+)
+def test_an_encoded_picture_serves_many_questions(mini, model, kwargs):
+    """The features are computed once, reused by several calls, and no call changes them."""
+    inputs = mini.inputs(2)
+    encoded = encode(model, inputs)
+    features = encoded.pooler_output.clone()
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    for _ in range(2):
+        tokens = generate(model, text, mm_encoder_outputs={"image": encoded}, **kwargs)
+        assert torch.equal(tokens, generate(model, inputs, **kwargs))
+        assert torch.equal(encoded.pooler_output, features)
+
+
+def test_the_towers_run_once_per_generation(mini, model):
+    calls = []
+    model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    generate(model, mini.inputs(1, 2), num_beams=2)
+    assert len(calls) == 1
+
+
+def test_conversation_over_turns_with_a_kept_cache(mini, model):
+    """The second turn adds text to the first turn's cache; the picture is not seen again."""
+    inputs = mini.inputs(1)
+    first = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True)
+    question = torch.tensor([[7, 8, 9]])
+    ids = torch.cat([first.sequences, question], dim=1)
+    second = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=first.past_key_values,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+    )
+    whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert second[:, ids.shape[1] :].tolist() == greedy_by_hand(model, whole).tolist()
+
+
+def test_image_tokens_are_never_generated(mini):
+    model = mini.model()
+    with torch.no_grad():
+        model.lm_head.weight[mini.image_token_id] = 100 * model.lm_head.weight.abs().max()
+    inputs = mini.inputs(1)
+    model.generation_config.suppress_tokens = [mini.image_token_id]
+    assert mini.image_token_id not in generate(model, inputs)

@@ -1,0 +1,429 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The model's parts against independent formulas, and what transformers' common suites do not look at."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, SiglipVisionConfig, TimmWrapperConfig
+
+from modeling_llava_hr import LlavaHrForConditionalGeneration, LlavaHrModel
+from modeling_llava_hr.modeling_llava_hr import LlavaHrMixtureOfResolutionAdapter, align_to_grid
+
+
+def gelu(x):
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def linear(module, x):
+    return torch.einsum("...i,oi->...o", x, module.weight) + module.bias
+
+
+def mapping(module, x):
+    """`(h, w, channels)` of one picture; independent of the module's layout tricks."""
+    if hasattr(module, "depthwise"):
+        padded = F.pad(x, (0, 0, 3, 3, 3, 3))
+        h, w, _ = x.shape
+        x = module.depthwise.bias + sum(
+            padded[i : i + h, j : j + w] * module.depthwise.weight[:, 0, i, j] for i in range(7) for j in range(7)
+        )
+        return linear(module.pointwise, gelu(x))
+    return linear(module.fc2, gelu(linear(module.fc1, x)))
+
+
+def bilinear_aligned(x, grid):
+    """`(h, w, channels)` -> `(grid, grid, channels)`, corner on corner, as two small matrices."""
+
+    def weights(size):
+        matrix = torch.zeros(grid, size)
+        for row in range(grid):
+            position = row * (size - 1) / (grid - 1)
+            left = min(int(position), size - 2)
+            matrix[row, left], matrix[row, left + 1] = left + 1 - position, position - left
+        return matrix
+
+    return torch.einsum("ph,qw,hwc->pqc", weights(x.shape[0]), weights(x.shape[1]), x)
+
+
+def pooled(x, grid):
+    factor = x.shape[0] // grid
+    return x.unflatten(0, (grid, factor)).unflatten(2, (grid, factor)).mean(dim=(1, 3))
+
+
+@pytest.mark.parametrize("side", [2, 4, 8])
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"mr_adapter_gate": "channel"},
+        {"mr_adapter_gate_act": "sigmoid", "fusion": "concat"},
+        {"mr_adapter_gate_act": "hard_sigmoid", "mr_adapter_low_res_mapping": "mlp"},
+        {"mr_adapter_high_res_mapping": "conv", "mr_adapter_gate": "channel", "fusion": "concat"},
+    ],
+)
+def test_adapter_is_equations_3_and_4(mini, side, choices):
+    torch.manual_seed(0)
+    grid, width, channels = 4, 64, 48
+    adapter = LlavaHrMixtureOfResolutionAdapter(mini.config(**choices), channels)
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    tokens, features = torch.randn(2, grid * grid, width), torch.randn(2, channels, side, side)
+    with torch.no_grad():
+        output, gates = adapter(tokens, features, grid)
+        for index in range(2):
+            low = tokens[index].unflatten(0, (grid, grid))
+            mapped = mapping(adapter.low_res_mapping, low)
+            high = mapping(adapter.high_res_mapping, features[index].permute(1, 2, 0))
+            high = high if side == grid else (bilinear_aligned if side < grid else pooled)(high, grid)
+            channel = choices.get("mr_adapter_gate") == "channel"
+            means = torch.cat([(mapped if channel else low + mapped).mean((0, 1)), high.mean((0, 1))])
+            z = linear(adapter.gate.fc2, gelu(linear(adapter.gate.fc1, means)))
+            act = choices.get("mr_adapter_gate_act", "tanh")
+            gate = {"tanh": torch.tanh(z), "sigmoid": 1 / (1 + torch.exp(-z))}.get(act, ((z + 3) / 6).clamp(0, 1))
+            expected = low + mapped + gate * high
+            if "fusion" in choices:
+                expected = linear(adapter.fusion, torch.cat([low + mapped, gate * high], dim=-1))
+            # float32 sums in another order
+            torch.testing.assert_close(gates[index], gate, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(output[index], expected.flatten(0, 1), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("choices", [{}, {"fusion": "concat"}, {"mr_adapter_gate": "channel", "fusion": "concat"}])
+@pytest.mark.parametrize("source", ["construction", "checkpoint"])
+def test_inserted_adapters_change_nothing_at_first(tmp_path, mini, source, choices):
+    """transformers' suites do not notice if the zero initialisation is skipped."""
+    stage1 = mini.model(mr_adapter_layers=[])
+    if source == "construction":
+        with_adapters = LlavaHrForConditionalGeneration(mini.config(**choices)).eval()
+        with_adapters.load_state_dict(stage1.state_dict(), strict=False)
+    else:
+        stage1.save_pretrained(tmp_path)
+        with_adapters = LlavaHrForConditionalGeneration.from_pretrained(tmp_path, config=mini.config(**choices))
+    adapter = with_adapters.model.vision_tower.mr_adapters[0]
+    assert adapter.low_res_mapping.pointwise.weight.abs().max() == 0
+    assert adapter.high_res_mapping.fc2.weight.abs().max() == 0
+    bound = math.sqrt(6 / (48 + 48))  # Xavier-uniform: sqrt(6 / (fan_in + fan_out))
+    assert 0.9 * bound < adapter.high_res_mapping.fc1.weight.abs().max() <= bound
+    assert adapter.high_res_mapping.fc1.bias.abs().max() == 0
+    inputs = mini.inputs(1)
+    with torch.no_grad():
+        torch.testing.assert_close(with_adapters(**inputs).logits, stage1(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_every_parameter_of_a_new_adapter_learns(mini):
+    """Neither side of a zero-initialised adapter may be dead: after one step all of it gets a gradient."""
+    for choices in ({}, {"fusion": "concat"}):
+        model = LlavaHrForConditionalGeneration(mini.config(**choices)).train()
+        inputs = mini.inputs(1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(**inputs, labels=inputs["input_ids"]).loss.backward()
+            optimizer.step()
+        without = [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+        # a key bias adds the same to all scores of a query, so its gradient is zero but for rounding
+        assert [name for name in without if not name.endswith("k_proj.bias")] == []
+
+
+def test_layer_scale_missing_from_a_checkpoint_starts_at_one(tmp_path, mini):
+    model = mini.model()
+    state = {name: tensor for name, tensor in model.state_dict().items() if "gamma" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded = LlavaHrForConditionalGeneration.from_pretrained(tmp_path)
+    gammas = [tensor for name, tensor in loaded.named_parameters() if name.endswith("gamma")]
+    assert len(gammas) == 4 and all((gamma == 1).all() for gamma in gammas)
+
+
+@pytest.mark.parametrize("side", [3, 6, 12])
+def test_align(side):
+    torch.manual_seed(0)
+    features = torch.randn(1, 5, side, side)
+    plain = features[0].permute(1, 2, 0)
+    expected = plain if side == 6 else (bilinear_aligned if side < 6 else pooled)(plain, 6)
+    torch.testing.assert_close(align_to_grid(features, 6)[0].permute(1, 2, 0), expected)
+
+
+def test_position_embeddings_of_a_larger_grid(mini):
+    """Bicubic with antialias: reproduced with PIL, which always antialiases (released code; float32)."""
+    from PIL import Image
+
+    model = mini.model().model.vision_tower.embeddings
+    pixel_values = torch.zeros(1, 3, 84, 84)
+    with torch.no_grad():
+        output = model(pixel_values)[0]  # no bias in CLIP's patch embedding: zero pixels leave the positions
+    table = model.position_embedding.weight.detach().numpy().reshape(4, 4, -1)
+    for channel in range(0, 64, 13):
+        expected = Image.fromarray(table[:, :, channel].copy()).resize((6, 6), Image.Resampling.BICUBIC)
+        torch.testing.assert_close(
+            output[:, channel].reshape(6, 6), torch.tensor(list(expected.get_flattened_data())).reshape(6, 6)
+        )
+
+
+def test_outputs_carry_gates_and_high_res_features(mini):
+    model, inputs = mini.model(), mini.inputs(1, 2)
+    with torch.no_grad():
+        outputs = model(**inputs)
+        features = model.get_image_features(inputs["pixel_values"], inputs["high_res_pixel_values"])
+    assert outputs.high_res_features.shape == (3, 48, 4, 4)
+    assert [gate.shape for gate in outputs.mr_adapter_gates] == [(3, 1)] * 3
+    assert outputs.image_hidden_states.shape == (3, mini.num_tokens, 64)
+    torch.testing.assert_close(features.pooler_output, outputs.image_hidden_states)
+    assert features.last_hidden_state.shape == (3, mini.num_tokens, 64)
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    text["input_ids"] = text["input_ids"].clamp(max=99)
+    assert model(**text).high_res_features is None
+
+
+def test_both_views_matter(mini):
+    model, inputs = mini.model(), mini.inputs(1)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        for name in ("pixel_values", "high_res_pixel_values"):
+            changed = {**inputs, name: torch.randn_like(inputs[name])}
+            assert (model(**changed).logits - logits).abs().max() > 1e-3, name
+
+
+def test_text_alone_does_not_run_the_towers(mini):
+    model = mini.model()
+    model.model.vision_tower = None
+    ids = torch.randint(3, 100, (1, 8))
+    assert model(input_ids=ids).logits.shape == (1, 8, 128)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "tokens"), [(56, 64, 16), (56, 128, 16), (56, 256, 16), (84, 64, 36), (84, 192, 36)]
+)
+def test_sizes_are_independent_at_run_time(mini, low, high, tokens):
+    features = mini.model().get_image_features(torch.randn(1, 3, low, low), torch.randn(1, 3, high, high))
+    assert features.pooler_output.shape == (1, tokens, 64)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        ((1, 3, 56, 56), (1, 3, 160, 160), "5 x 5.*4 x 4"),
+        ((1, 3, 50, 50), (1, 3, 128, 128), "`pixel_values`.*multiple of 14"),
+        ((1, 3, 56, 56), (1, 3, 130, 130), "`high_res_pixel_values`.*multiple of 32"),
+        ((1, 3, 56, 56), (2, 3, 128, 128), "same pictures"),
+        ((3, 56, 56), (3, 128, 128), "shape"),
+        ((1, 3, 56, 70), (1, 3, 128, 128), "shape"),
+    ],
+)
+def test_views_that_do_not_fit_are_named(mini, low, high, expected):
+    with pytest.raises(ValueError, match=expected):
+        mini.model().get_image_features(torch.zeros(low), torch.zeros(high))
+
+
+def test_contradicting_inputs_are_named(mini):
+    model, inputs = mini.model(), mini.inputs(1)
+    features = model.get_image_features(inputs["pixel_values"], inputs["high_res_pixel_values"])
+    with pytest.raises(ValueError, match="both pixel values and `mm_encoder_outputs`"):
+        model(**inputs, mm_encoder_outputs={"image": features})
+    with pytest.raises(ValueError, match="`high_res_pixel_values` is missing"):
+        model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"])
+    with pytest.raises(ValueError, match="16 image tokens.*2 pictures give 32"):
+        two = {name: inputs[name].repeat(2, 1, 1, 1) for name in ("pixel_values", "high_res_pixel_values")}
+        model(input_ids=inputs["input_ids"], **two)
+    with pytest.raises(ValueError, match="Exactly one"):
+        model()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+def test_attention_implementations_agree_and_reach_both_transformers(tmp_path, mini, attention):
+    model, inputs = mini.model(), mini.inputs(1, 0, 2)
+    model.save_pretrained(tmp_path)
+    loaded = LlavaHrForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=attention)
+    vision_layer, text_layer = loaded.model.vision_tower.layers[0], loaded.model.language_model.layers[0]
+    assert vision_layer.self_attn.config._attn_implementation == attention
+    assert text_layer.self_attn.config._attn_implementation == attention
+    with torch.no_grad():
+        kept = inputs["attention_mask"].bool()
+        torch.testing.assert_close(loaded(**inputs).logits[kept], model(**inputs).logits[kept], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention needs a CUDA device")
+def test_flash_attention(tmp_path, mini):
+    model, inputs = mini.model(), mini.inputs(1, 0, 2)
+    model.save_pretrained(tmp_path)
+    kwargs = {"dtype": torch.bfloat16, "device_map": "cuda"}
+    flash = LlavaHrForConditionalGeneration.from_pretrained(
+        tmp_path, attn_implementation="flash_attention_2", **kwargs
+    )
+    sdpa = LlavaHrForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="sdpa", **kwargs)
+    inputs = {name: value.to("cuda") for name, value in inputs.items()}
+    kept = inputs["attention_mask"].bool()
+    with torch.no_grad():  # bfloat16 has 8 bits of mantissa
+        torch.testing.assert_close(flash(**inputs).logits[kept], sdpa(**inputs).logits[kept], atol=0.1, rtol=0.05)
+
+
+def test_compiles_as_one_graph(mini):
+    model, inputs = mini.model(), mini.inputs(1, 1)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_gradient_checkpointing_reaches_both_towers_and_keeps_gradients(mini):
+    inputs = mini.inputs(1, 2)
+    gradients = []
+    for checkpointing in (False, True):
+        model = mini.model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            tower = model.model.vision_tower
+            assert tower.high_res_tower.gradient_checkpointing
+            assert all(stage.grad_checkpointing for stage in tower.high_res_tower.timm_model.stages)
+            assert all(layer.gradient_checkpointing for layer in [*tower.layers, *tower.mr_adapters])
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+    model.gradient_checkpointing_disable()
+    assert not model.model.vision_tower.high_res_tower.timm_model.stages[0].grad_checkpointing
+
+
+def test_no_parameter_is_without_gradient(mini):
+    """Unused parameters would break distributed training."""
+    model, inputs = mini.model().train(), mini.inputs(1)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near_float32(tmp_path, mini, dtype):
+    model, inputs = mini.model(), mini.inputs(1, 2)
+    model.save_pretrained(tmp_path)
+    half = LlavaHrForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
+    assert {parameter.dtype for parameter in half.parameters()} == {dtype}
+    kept = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected, logits = model(**inputs).logits[kept], half(**inputs).logits[kept].float()
+    error = (logits - expected).norm() / expected.norm()
+    assert error < {torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]  # 8 and 11 bits of mantissa, some ten layers
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_weights(tmp_path, mini, where):
+    model, inputs = mini.model(), mini.inputs(1, 2)
+    model.save_pretrained(tmp_path / "model", max_shard_size="200KB")
+    device_map = {
+        "model.vision_tower.embeddings": where,
+        "model.vision_tower.high_res_tower": where,
+        "model.vision_tower.pre_layernorm": "cpu",
+        "model.vision_tower.layers": where,
+        "model.vision_tower.mr_adapters": where,
+        "model.vision_tower.fusion": "cpu",
+        "model.multi_modal_projector": where,
+        "model.language_model": where,
+        "lm_head": "cpu",
+    }
+    loaded = LlavaHrForConditionalGeneration.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    if where == "disk":
+        assert loaded.model.vision_tower.embeddings.position_embedding.weight.device.type == "meta"
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_automatic_device_map_splits_no_block(tmp_path, mini):
+    from accelerate import infer_auto_device_map
+
+    model = mini.model()
+    assert {"CLIPEncoderLayer", "ConvNeXtBlock", "LlavaHrMixtureOfResolutionAdapter"} <= set(model._no_split_modules)
+    # small "devices", so that the map has to cut the model in many places
+    device_map = infer_auto_device_map(
+        model,
+        max_memory={0: 150_000, 1: 250_000, 2: 350_000, "cpu": 10**9},
+        no_split_module_classes=model._no_split_modules,
+    )
+    assert len(set(device_map.values())) > 2
+    for name in device_map:
+        assert not any(f".{block}." in name for block in ("self_attn", "conv_dw", "low_res_mapping", "gate")), name
+    model.save_pretrained(tmp_path)
+    loaded = LlavaHrForConditionalGeneration.from_pretrained(tmp_path, device_map="auto")
+    inputs = mini.inputs(1)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits.cpu(), model(**inputs).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_cnns_of_other_families_stay_whole(mini):
+    config = TimmWrapperConfig(architecture="resnet18", do_pooling=False, model_args={"channels": [8, 16, 24, 32]})
+    model = mini.model(high_res_vision_config=config)
+    assert "LlavaHrHighResVisionModel" in model._no_split_modules
+    with torch.no_grad():
+        assert model(**mini.inputs(1)).high_res_features.shape == (1, 32, 4, 4)
+
+
+def test_siglip_as_low_resolution_pathway(mini):
+    config = SiglipVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    model = mini.model(vision_config=config)
+    assert model.model.vision_tower.embeddings.patch_embedding.bias is not None
+    with torch.no_grad():
+        assert model(**mini.inputs(1)).logits.isfinite().all()
+
+
+def test_save_and_load_round_trip(tmp_path, mini):
+    model, inputs = mini.model(mr_adapter_gate="channel", fusion="concat"), mini.inputs(1)
+    model.save_pretrained(tmp_path / "a", max_shard_size="300KB")
+    assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1
+    loaded, info = LlavaHrForConditionalGeneration.from_pretrained(tmp_path / "a", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    loaded.save_pretrained(tmp_path / "b")
+    again = LlavaHrForConditionalGeneration.from_pretrained(tmp_path / "b")
+    state = model.state_dict()
+    assert state.keys() == again.state_dict().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
+    base = LlavaHrModel.from_pretrained(tmp_path / "b")
+    with torch.no_grad():
+        torch.testing.assert_close(base(**inputs)[0], model.model(**inputs)[0])
+        torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
+
+
+def test_tied_embeddings_stay_tied(tmp_path, mini):
+    text_config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+    model = LlavaHrForConditionalGeneration(mini.config(text_config=text_config))
+    model.save_pretrained(tmp_path)
+    loaded = LlavaHrForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.language_model.embed_tokens.weight
+
+
+def test_tensor_parallel_plan_covers_the_language_model(mini):
+    model = mini.model()
+    plan = model.tp_plan
+    assert plan["lm_head"] == "colwise_gather_output"
+    assert any("language_model" in name and "q_proj" in name for name in plan), plan
+
+
+def test_loss_ignores_masked_labels(mini):
+    model, inputs = mini.model(), mini.inputs(1)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = -100
+    with torch.no_grad():
+        outputs = model(**inputs, labels=labels)
+    expected = F.cross_entropy(outputs.logits[0, -4:-1], inputs["input_ids"][0, -3:])
+    torch.testing.assert_close(outputs.loss, expected)

@@ -1,0 +1,110 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""4-bit and 8-bit loading with bitsandbytes, on whatever device is there."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+from modeling_llava_hr.modeling_llava_hr import _is_repacked_for_cpu
+
+
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="4-bit and 8-bit loading need the extra [quantization]")
+
+CONFIGS = {
+    "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
+    "4bit-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "8bit": {"load_in_8bit": True},
+}
+
+
+@pytest.fixture
+def folder(tmp_path, mini):
+    mini.model().save_pretrained(tmp_path / "full")
+    return tmp_path / "full"
+
+
+def load(folder, bits, as_dict=False):
+    config = CONFIGS[bits] if as_dict else BitsAndBytesConfig(**CONFIGS[bits])
+    return AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config)
+
+
+def quantized_modules(model):
+    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    return {name for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+@pytest.mark.parametrize("bits", CONFIGS)
+def test_only_the_language_models_layers_are_quantized(folder, bits, as_dict):
+    model = load(folder, bits, as_dict)
+    language_model = {
+        f"model.language_model.{name}"
+        for name, module in model.model.language_model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    assert quantized_modules(model) == language_model and len(language_model) == 2 * 7
+
+
+def test_the_users_own_list_is_kept(folder):
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["model.language_model", "lm_head"])
+    model = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config)
+    names = quantized_modules(model)
+    assert "model.multi_modal_projector.linear_1" in names and not any("language_model" in name for name in names)
+
+
+def test_the_callers_config_is_not_changed(folder):
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config)
+    assert config.llm_int8_skip_modules is None
+
+
+@pytest.mark.parametrize("bits", CONFIGS)
+def test_generates_and_stays_near_the_full_model(folder, mini, bits):
+    full, model, inputs = mini.model(), load(folder, bits), mini.inputs(1, 0, 2)
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    kept = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        logits = model(**inputs).logits[kept].float().cpu()
+        expected = full(**{name: value.cpu() for name, value in inputs.items()}).logits[kept.cpu()]
+    error = (logits - expected).norm() / expected.norm()
+    assert error < (0.05 if bits == "8bit" else 0.4)  # random weights of 64 columns are the worst case for NF4
+    assert model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 4
+
+
+@pytest.mark.parametrize("bits", CONFIGS)
+def test_saved_checkpoints_reload_to_the_same_logits(tmp_path, folder, mini, bits):
+    model = load(folder, bits)
+    model.save_pretrained(tmp_path / "quantized")
+    reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "quantized")
+    assert quantized_modules(reloaded) == quantized_modules(model)
+    state, again = model.state_dict(), reloaded.state_dict()
+    assert state.keys() == again.keys() and all(torch.equal(state[name], again[name]) for name in state)
+    # Text alone: the towers stay in floating point and round differently with the alignment of loaded weights in
+    # memory, which the rounding of activations to 8 bits would make large
+    inputs = {name: value.to(model.device) for name, value in mini.inputs(0, 0).items()}
+    with torch.no_grad():
+        torch.testing.assert_close(reloaded(**inputs).logits, model(**inputs).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_repacked_4bit_model_is_not_saved(tmp_path, folder, mini):
+    model = load(folder, "4bit")
+    with torch.no_grad():
+        model(**{name: value.to(model.device) for name, value in mini.inputs(0).items()})
+    if not any(_is_repacked_for_cpu(module) for module in model.modules()):
+        pytest.skip("bitsandbytes repacks on CPUs with AVX512-BF16 alone")
+    with pytest.raises(ValueError, match="before the first forward"):
+        model.save_pretrained(tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
