@@ -13,9 +13,11 @@
 # limitations under the License.
 """LLaVA-HR for transformers. Importing this package makes it known to the Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from .configuration_llava_hr import LlavaHrConfig, get_num_image_tokens
+from .image_processing_llava_hr import LlavaHrImageProcessor
+from .image_processing_pil_llava_hr import LlavaHrImageProcessorPil
 from .modeling_llava_hr import LlavaHrForConditionalGeneration, LlavaHrModel
 from .processing_llava_hr import LlavaHrProcessor
 
@@ -24,10 +26,17 @@ AutoConfig.register(LlavaHrConfig.model_type, LlavaHrConfig, exist_ok=True)
 AutoModel.register(LlavaHrConfig, LlavaHrModel, exist_ok=True)
 AutoModelForImageTextToText.register(LlavaHrConfig, LlavaHrForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(LlavaHrConfig, LlavaHrProcessor, exist_ok=True)
+AutoImageProcessor.register(
+    LlavaHrConfig,
+    image_processor_classes={"torchvision": LlavaHrImageProcessor, "pil": LlavaHrImageProcessorPil},
+    exist_ok=True,
+)
 
 __all__ = [
     "LlavaHrConfig",
     "LlavaHrForConditionalGeneration",
+    "LlavaHrImageProcessor",
+    "LlavaHrImageProcessorPil",
     "LlavaHrModel",
     "LlavaHrProcessor",
     "get_num_image_tokens",

@@ -17,7 +17,7 @@ import base64
 import os
 import struct
 from io import BytesIO
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -31,10 +31,26 @@ from transformers.utils import TensorType
 from transformers.utils.type_validators import image_size_validator
 
 
+if TYPE_CHECKING:
+    # Never runs: transformers copies the files that a file names in relative imports beside saved weights, and a
+    # processor that was saved with one backend is to load with the other as well.
+    from .image_processing_llava_hr import LlavaHrImageProcessor  # noqa: F401
+
+
+AUTO_MAP = {
+    "AutoImageProcessor": {
+        "torchvision": "image_processing_llava_hr.LlavaHrImageProcessor",
+        "pil": "image_processing_pil_llava_hr.LlavaHrImageProcessorPil",
+    }
+}
+
+# What the released code never goes below: the grid of CLIP ViT-L/14-336
+MIN_VIT_GRID = 24
+
 DOWNLOAD_TIMEOUT = 60  # seconds
 
-# The released models' smallest ViT grid: that of CLIP ViT-L/14-336
-MIN_GRID = 24
+# How far arithmetic in half precision may carry a value out of its range
+ROUNDING = 1e-3
 
 
 class LlavaHrImageProcessorKwargs(ImagesKwargs, total=False):
@@ -60,6 +76,7 @@ class LlavaHrImageProcessorMixin:
 
     valid_kwargs = LlavaHrImageProcessorKwargs
     model_input_names = ["pixel_values", "high_res_pixel_values"]
+    _auto_class = "AutoImageProcessor"
 
     size = {"height": 448, "width": 448}
     high_res_size = {"height": 1024, "width": 1024}
@@ -77,9 +94,10 @@ class LlavaHrImageProcessorMixin:
     def __init__(self, **kwargs: Unpack[LlavaHrImageProcessorKwargs]):
         super().__init__(**kwargs)
         # A preprocessor_config.json that contradicts itself fails when it is loaded, not at the first picture
-        _check_geometry(
-            self.size, self.high_res_size, self.patch_size, self.high_res_stride, self.image_aspect_ratio
-        )
+        _check_geometry(self.size, self.high_res_size, self.patch_size, self.high_res_stride, self.image_aspect_ratio)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "auto_map": AUTO_MAP}
 
     def _standardize_kwargs(self, high_res_size=None, **kwargs) -> dict:
         kwargs = super()._standardize_kwargs(**kwargs)
@@ -112,25 +130,7 @@ class LlavaHrImageProcessorMixin:
         Raises:
             ValueError: If something cannot be read; the message says which and why.
         """
-        if isinstance(image_url_or_urls, (list, tuple)):
-            return [self.fetch_images(item) for item in image_url_or_urls]
-        image = image_url_or_urls
-        if isinstance(image, (str, bytes, bytearray, os.PathLike)):
-            return _read_picture(image)
-        if isinstance(image, Image.Image):
-            return image
-        if not isinstance(image, (np.ndarray, torch.Tensor)):
-            raise ValueError(
-                f"`images` must hold PIL images, arrays, tensors, paths, URLs, base64 strings or bytes, but got "
-                f"{type(image).__name__}."
-            )
-        if image.ndim not in (2, 3, 4):
-            raise ValueError(
-                f"An array in `images` must have 2 (grayscale), 3 (a picture) or 4 (a batch) dimensions, but got shape "
-                f"{tuple(image.shape)}."
-            )
-        # transformers knows pictures with a channel axis only
-        return image if image.ndim > 2 else (np if isinstance(image, np.ndarray) else torch).stack([image] * 3)
+        return _fetch(image_url_or_urls, "images")
 
     def _preprocess_image_like_inputs(self, images, **kwargs) -> BatchFeature:
         images = self._prepare_images_structure(images)
@@ -215,13 +215,294 @@ class LlavaHrImageProcessorPil(LlavaHrImageProcessorMixin, PilBackend):
             height, width = shortest_edge_size(image.height, image.width, side)
             left, top = (width - side) // 2, (height - side) // 2
             return image.resize((width, height), resample).crop((left, top, left + side, top + side))
-        longest = max(image.size)
-        if image.width > image.height:
-            # PIL resizes rows first, then columns, with 8-bit values between. Rows of padding do not change in the
-            # first pass, so that padding after it gives the same bits for less work.
+        longest, wide = max(image.size), image.width > image.height
+        if wide:
+            # PIL resizes rows first, then columns, with 8-bit values between. The first pass leaves rows of padding
+            # as they are, so that padding after it gives the same bits for less work.
             image = image.resize((side, image.height), resample)
-        if image.height != image.width:
-            canvas = Image.new("RGB", (max(image.width, side if longest > image.height else longest), longest), color)
+        if wide or image.height > image.width:
+            canvas = Image.new("RGB", (side if wide else longest, longest), color)
             canvas.paste(image, ((canvas.width - image.width) // 2, (longest - image.height) // 2))
             image = canvas
         return image.resize((side, side), resample)
+
+
+def _check_geometry(
+    size: SizeDict | None,
+    high_res_size: SizeDict | None,
+    patch_size: int,
+    high_res_stride: int,
+    image_aspect_ratio: str,
+) -> None:
+    """Raises ValueError unless both views are squares of whole patches whose grids the model can align."""
+    if image_aspect_ratio not in ("pad", "crop"):
+        raise ValueError(f'`image_aspect_ratio` must be "pad" or "crop", but got {image_aspect_ratio!r}.')
+    sides = {}
+    for name, value, step_name, step in (
+        ("size", size, "patch_size", patch_size),
+        ("high_res_size", high_res_size, "high_res_stride", high_res_stride),
+    ):
+        if not isinstance(step, int) or step < 1:
+            raise ValueError(f"`{step_name}` must be a positive number of pixels, but got {step!r}.")
+        if value is None or value.height is None or value.height != value.width:
+            got = None if value is None else dict(value)
+            raise ValueError(f"`{name}` must be an int or a dict with equal height and width, but got {got}.")
+        sides[name] = value.height
+    low, high = sides.values()
+    grid, high_res_grid = low // patch_size, high // high_res_stride
+    if low < 1 or low % patch_size:
+        problem = f"`size` ({low}) must be a positive multiple of `patch_size` ({patch_size})"
+    elif high < 1 or high % high_res_stride:
+        problem = f"`high_res_size` ({high}) must be a positive multiple of `high_res_stride` ({high_res_stride})"
+    elif high_res_grid > grid and high_res_grid % grid:
+        problem = (
+            f"`high_res_size` ({high}) gives a grid of {high_res_grid} x {high_res_grid} features, which cannot be "
+            f"pooled to the {grid} x {grid} patches of `size` ({low})"
+        )
+    else:
+        return
+    fitting_grid = max(round(high / high_res_stride), 1)
+    raise ValueError(
+        f"{problem}. A pair that fits: `high_res_size={fitting_grid * high_res_stride}` with "
+        f"`size={max(fitting_grid, MIN_VIT_GRID) * patch_size}`."
+    )
+
+
+def _fetch(image, name: str):
+    """[`LlavaHrImageProcessorMixin.fetch_images`] for what is called `name` in errors."""
+    if isinstance(image, (list, tuple)):
+        return [_fetch(item, f"{name}[{index}]") for index, item in enumerate(image)]
+    if isinstance(image, (str, bytes, bytearray, os.PathLike)):
+        return _read_picture(image, name)
+    if isinstance(image, Image.Image):
+        return image
+    if not isinstance(image, (np.ndarray, torch.Tensor)):
+        raise ValueError(
+            f"`{name}` must be a PIL image, array, tensor, path, URL, base64 string or bytes, but is of type "
+            f"{type(image).__name__}."
+        )
+    if image.ndim not in (2, 3, 4):
+        raise ValueError(
+            f"`{name}` must have 2 dimensions (grayscale), 3 (a picture) or 4 (a batch), but has shape "
+            f"{tuple(image.shape)}."
+        )
+    if image.ndim > 2:
+        return image
+    # transformers knows pictures with a channel axis only
+    return np.stack([image] * 3) if isinstance(image, np.ndarray) else torch.stack([image] * 3)
+
+
+def _read_picture(source: str | bytes | bytearray | os.PathLike, name: str) -> Image.Image:
+    """A path, URL, base64 string, data URI or file content as a PIL image; ValueError if it is none of them."""
+    try:
+        if isinstance(source, (bytes, bytearray)):
+            what, file = f"{len(source)} bytes", BytesIO(source)
+        elif isinstance(source, os.PathLike) or os.path.isfile(source):
+            what, file = f"the file {os.fspath(source)!r}", source
+        elif source.startswith(("http://", "https://")):
+            what = f"the URL {source!r}"
+            response = httpx.get(source, timeout=DOWNLOAD_TIMEOUT, follow_redirects=True)
+            file = BytesIO(response.raise_for_status().content)
+        else:
+            what = f"neither a URL nor an existing file, so taken as base64: {source[:100]!r}"
+            file = BytesIO(base64.decodebytes(source.split(",")[-1].encode()))
+        with Image.open(file) as image:
+            image.load()
+            return _upright(image)
+    except Exception as error:  # the network's, the file system's, and every decoder's own
+        raise ValueError(f"`{name}` cannot be read as a picture ({what}): {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Applies the EXIF orientation."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (OSError, SyntaxError, ValueError, struct.error):
+        return image  # broken metadata of a good picture
+    return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
+
+
+def pil_to_rgb(image: Image.Image, do_convert_rgb: bool | None = True) -> Image.Image:
+    """
+    An upright 8-bit RGB picture, with white behind what is transparent. 16-bit values are scaled to 8 bits.
+
+    Args:
+        image (`PIL.Image.Image`): A picture of any mode.
+        do_convert_rgb (`bool`, *optional*, defaults to `True`): If not, the picture must be RGB already.
+
+    Returns:
+        `PIL.Image.Image` of mode RGB; the picture itself if there is nothing to do.
+
+    Raises:
+        ValueError: If PIL cannot decode it, it has no pixels, or its values are no brightness.
+    """
+    if not do_convert_rgb and image.mode != "RGB":
+        raise ValueError(f"its mode is {image.mode}, but `do_convert_rgb` is off. Leave it on.")
+    if 0 in image.size:
+        raise ValueError(f"it has no pixels (width {image.width}, height {image.height}).")
+    try:
+        image.load()
+        image = _upright(image)
+    except Exception as error:  # every decoder has errors of its own
+        raise ValueError(f"PIL cannot decode it: {error}") from error
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _gray_to_8bit(image)
+    if image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _gray_to_8bit(image: Image.Image) -> Image.Image:
+    """Modes F, I and I;16 as L, or LA if one value stands for transparency. PIL would clip them to white."""
+    array = np.asarray(image)
+    if image.mode == "I" and array.min() >= 0 and 255 < array.max() < 2**16:
+        array = array.astype(np.uint16)
+    gray = Image.fromarray(array_to_rgb(array)[0].numpy())
+    transparent = image.info.get("transparency")
+    if transparent is None:
+        return gray
+    return Image.merge("LA", (gray, Image.fromarray(np.where(array == transparent, 0, 255).astype(np.uint8))))
+
+
+def array_to_rgb(
+    image: np.ndarray | torch.Tensor, do_convert_rgb: bool | None = True, input_data_format: str | None = None
+) -> torch.Tensor:
+    """
+    An 8-bit RGB tensor of an array. Floats are taken as brightness from 0 to 1 if none is above 1, else from 0 to
+    255; uint16 from 0 to 65535; booleans as black and white; other integers from 0 to 255.
+
+    Args:
+        image (`np.ndarray` or `torch.Tensor`):
+            `(height, width)`, or with 1, 3 or 4 (RGBA, onto white) channels first or last.
+        do_convert_rgb (`bool`, *optional*, defaults to `True`): If not, there must be 3 channels already.
+        input_data_format (`str`, *optional*):
+            `"channels_first"` or `"channels_last"`; inferred where the shape leaves no doubt.
+
+    Returns:
+        `torch.Tensor` of shape `(3, height, width)` and dtype uint8 on the image's device.
+
+    Raises:
+        ValueError: If dtype, shape or values are not those of a picture.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype.kind not in "buif" or image.dtype.itemsize > 8:
+            raise ValueError(f"its dtype must be boolean, integer or float, but is {image.dtype}.")
+        # A copy, since torch knows no foreign byte orders, negative strides or read-only memory
+        image = torch.from_numpy(np.array(image, dtype=image.dtype.newbyteorder("="), order="C"))
+    if image.is_complex():
+        raise ValueError(f"its dtype must be boolean, integer or float, but is {image.dtype}.")
+    if image.numel() == 0:
+        raise ValueError(f"it has no pixels (shape {tuple(image.shape)}).")
+    image = _to_uint8(_channels_first(image, input_data_format))
+    if image.shape[0] == 3:
+        return image
+    if not do_convert_rgb:
+        raise ValueError(f"it has {image.shape[0]} channels, but `do_convert_rgb` is off. Leave it on.")
+    if image.shape[0] == 1:
+        return image.expand(3, -1, -1)
+    color, alpha = image[:3].int(), image[3:].int()
+    return ((color * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
+
+
+def _channels_first(image: torch.Tensor, input_data_format: str | None) -> torch.Tensor:
+    """A picture of any layout as `(channels, height, width)`."""
+    if image.ndim == 2:
+        return image[None]
+    if image.ndim != 3:
+        raise ValueError(f"it must have 2 or 3 dimensions, but has shape {tuple(image.shape)}.")
+    # Three or four of something are channels rather than a picture of that many pixels if the other end has one
+    likely = {1: 1, 3: 2, 4: 2}
+    first, last = (likely.get(image.shape[axis], 0) for axis in (0, -1))
+    if input_data_format is None and first == last and image.numel() > 1:
+        raise ValueError(
+            f"its shape {tuple(image.shape)} does not say which axis holds the 1, 3 or 4 channels. Give "
+            '`input_data_format="channels_first"` or `"channels_last"`, and colours in one of these numbers.'
+        )
+    channels_last = last > first if input_data_format is None else input_data_format == "channels_last"
+    image = image.permute(2, 0, 1) if channels_last else image
+    if image.shape[0] not in likely:
+        raise ValueError(f"it must have 1, 3 or 4 channels, but has {image.shape[0]} (shape {tuple(image.shape)}).")
+    return image
+
+
+def _to_uint8(image: torch.Tensor) -> torch.Tensor:
+    """Brightness of any dtype as 8-bit values."""
+    if image.dtype == torch.uint8:
+        return image
+    if image.dtype == torch.bool:
+        return image.to(torch.uint8) * 255
+    if image.dtype == torch.uint16:
+        return ((image.int() + 128) // 257).to(torch.uint8)
+    image = image.float() if image.is_floating_point() else image.long()
+    low, high = image.min().item(), image.max().item()
+    if not np.isfinite([low, high]).all():
+        raise ValueError("it holds NaN or infinite values.")
+    # A float picture from 0 to 255 without a value above 2 would be black: rather one from 0 to 1 that overshoots
+    tolerance = ROUNDING if image.is_floating_point() else 0
+    in_unit_range = image.is_floating_point() and high <= 1 + tolerance
+    if low < -tolerance or high > 255 + tolerance or (image.is_floating_point() and not in_unit_range and high < 2):
+        expected = "[0, 1] or [0, 255]" if image.is_floating_point() else "[0, 255] (or [0, 65535] as uint16)"
+        raise ValueError(f"its values must lie in {expected}, but go from {low:g} to {high:g}.")
+    return (image * 255 if in_unit_range else image).round().clamp(0, 255).to(torch.uint8)
+
+
+def _is_scaled(image: Image.Image | np.ndarray | torch.Tensor) -> bool:
+    """Whether an array that is known to be a picture holds floats in [0, 1]."""
+    if isinstance(image, Image.Image):
+        return False
+    is_float = image.dtype.kind == "f" if isinstance(image, np.ndarray) else image.is_floating_point()
+    return is_float and image.max() <= 1 + ROUNDING
+
+
+def check_picture_size(index: int, height: int, width: int, side: int, do_resize: bool, aspect_ratio: str) -> None:
+    """
+    Raises ValueError if a picture is too long to be made square within PIL's limit for decompression bombs (from which
+    PIL itself refuses a file: twice `PIL.Image.MAX_IMAGE_PIXELS`), or has another size though it is not resized.
+    """
+    if not do_resize:
+        if (height, width) != (side, side):
+            raise ValueError(
+                f"Picture {index} of `images` is {width} x {height} pixels, but without `do_resize` it must be "
+                f"{side} x {side} (`high_res_size`)."
+            )
+        return
+    new_height, new_width = (
+        (max(height, width),) * 2 if aspect_ratio == "pad" else shortest_edge_size(height, width, side)
+    )
+    if Image.MAX_IMAGE_PIXELS is not None and new_height * new_width > 2 * Image.MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"Picture {index} of `images` ({width} x {height} pixels) would have {new_width} x {new_height} pixels on "
+            f'the way to a square (`image_aspect_ratio="{aspect_ratio}"`), over twice PIL.Image.MAX_IMAGE_PIXELS. '
+            "Make it smaller, or cut it into several pictures."
+        )
+
+
+def shortest_edge_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """Height and width in pixels after resizing the shortest edge to `side`, as transformers rounds it."""
+    return (int(side * height / width), side) if width <= height else (side, int(side * width / height))
+
+
+def padding_color(image_mean: float | tuple[float, ...] | None) -> tuple[int, int, int]:
+    """The mean colour in 8 bits, cut as in the released code; black without a mean."""
+    return tuple(int(mean * 255) for mean in np.broadcast_to(0 if image_mean is None else image_mean, 3))
+
+
+def low_res_view(high_res_pixel_values: torch.Tensor, size: SizeDict) -> torch.Tensor:
+    """
+    The low-resolution view as the released code makes it, from the normalised high-resolution view.
+
+    Args:
+        high_res_pixel_values (`torch.Tensor` of shape `(images, 3, H, H)` and dtype float32): The other view.
+        size (`SizeDict`): Height and width `L` of the low-resolution view in pixels.
+
+    Returns:
+        `torch.Tensor` of shape `(images, 3, L, L)` and dtype float32.
+    """
+    return torch.nn.functional.interpolate(
+        high_res_pixel_values, size=(size.height, size.width), mode="bilinear", align_corners=True, antialias=False
+    )
+
+
+__all__ = ["LlavaHrImageProcessorKwargs", "LlavaHrImageProcessorPil"]

@@ -706,6 +706,10 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, GenerationMixin):
         self.model = LlavaHrModel(config)
         text_config = config.text_config.get_text_config()
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        # language models name their input embeddings differently (Llama `embed_tokens`, GPT-2 `wte`)
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:

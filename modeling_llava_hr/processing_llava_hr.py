@@ -29,7 +29,7 @@ VICUNA_V1_CHAT_TEMPLATE = """\
 {{- content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\\n') -}}
 {%- endif -%}
 {%- endmacro -%}
-{{- bos_token }}{{ ' ' }}
+{{- bos_token + ' ' if bos_token else '' -}}
 {%- if messages and messages[0]['role'] == 'system' -%}
 {%- set system, turns = text_of(messages[0]['content']), messages[1:] -%}
 {%- else -%}
@@ -57,7 +57,7 @@ helpful, detailed, and polite answers to the user's questions." -%}
 
 # Stage 1 of the released models ("plain"): picture and caption, no system text, no roles.
 PLAIN_CHAT_TEMPLATE = """\
-{{- bos_token -}}
+{{- bos_token if bos_token else '' -}}
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
 {%- set content = message['content'] -%}
@@ -121,6 +121,14 @@ class LlavaHrProcessor(ProcessorMixin):
             chat_template = VICUNA_V1_CHAT_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        """Like [`ProcessorMixin.save_pretrained`], but leaves the processor as it was."""
+        files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        # saving notes in these objects where their code lies; that belongs into the files alone
+        for part in (self, self.image_processor):
+            part.__dict__.pop("auto_map", None)
+        return files
+
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """
         Checks that texts and pictures belong together, sample by sample where `images` is a list per sample.
@@ -129,7 +137,8 @@ class LlavaHrProcessor(ProcessorMixin):
             ValueError: If there is neither, or the number of image tags differs from that of the pictures.
         """
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
-        if text is None or images is None or not all(isinstance(sample, (list, tuple)) for sample in images):
+        is_nested = isinstance(images, (list, tuple)) and all(isinstance(sample, (list, tuple)) for sample in images)
+        if text is None or not is_nested:
             return
         if len(images) != len(text):
             raise ValueError(f"`images` is a list of {len(images)} lists, but `text` has {len(text)} samples.")

@@ -11,12 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A miniature LLaVA-HR with random weights, and inputs for it."""
+"""A miniature LLaVA-HR with random weights and inputs for it; the recorded checkpoints, converted."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, TimmWrapperConfig
 
+from conversion.convert_llava_hr_weights_to_hf import convert
 from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration
 
 
@@ -103,8 +109,6 @@ def take_sample(inputs: dict[str, torch.Tensor], images_per_sample: tuple[int, .
 @pytest.fixture
 def mini():
     """The functions of this file: test modules here are not importable from each other."""
-    from types import SimpleNamespace
-
     return SimpleNamespace(
         config=make_config,
         model=make_model,
@@ -113,3 +117,30 @@ def mini():
         image_token_id=IMAGE_TOKEN_ID,
         num_tokens=TOKENS,
     )
+
+
+REFERENCE = Path(__file__).parent.parent / "fixtures" / "reference"
+
+
+def convert_reference(stage: str, folder: Path, legacy: bool = False) -> Path:
+    """A recorded checkpoint of the released code, converted; with the tokenizer kind that `legacy` says."""
+    checkpoint = shutil.copytree(REFERENCE / stage / "checkpoint", folder / "checkpoint")
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({**config, "legacy": legacy}))
+    convert(str(checkpoint), str(folder / "converted"))
+    return folder / "converted"
+
+
+@pytest.fixture(scope="session")
+def converted_stage1(tmp_path_factory):
+    return convert_reference("stage1-384", tmp_path_factory.mktemp("stage1"))
+
+
+@pytest.fixture(scope="session")
+def converted_stage2(tmp_path_factory):
+    return convert_reference("stage2-1024", tmp_path_factory.mktemp("stage2"))
+
+
+@pytest.fixture(scope="session")
+def converted_stage2_legacy(tmp_path_factory):
+    return convert_reference("stage2-1024", tmp_path_factory.mktemp("legacy"), legacy=True)

@@ -15,10 +15,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, SiglipVisionConfig, TimmWrapperConfig
+from transformers import SiglipVisionConfig, TimmWrapperConfig
 
 from modeling_llava_hr import LlavaHrForConditionalGeneration, LlavaHrModel
 from modeling_llava_hr.modeling_llava_hr import LlavaHrMixtureOfResolutionAdapter, align_to_grid
@@ -167,9 +168,7 @@ def test_position_embeddings_of_a_larger_grid(mini):
     table = model.position_embedding.weight.detach().numpy().reshape(4, 4, -1)
     for channel in range(0, 64, 13):
         expected = Image.fromarray(table[:, :, channel].copy()).resize((6, 6), Image.Resampling.BICUBIC)
-        torch.testing.assert_close(
-            output[:, channel].reshape(6, 6), torch.tensor(list(expected.get_flattened_data())).reshape(6, 6)
-        )
+        torch.testing.assert_close(output[:, channel].reshape(6, 6), torch.from_numpy(np.array(expected)))
 
 
 def test_outputs_carry_gates_and_high_res_features(mini):
@@ -397,19 +396,22 @@ def test_save_and_load_round_trip(tmp_path, mini):
         torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
 
 
-def test_tied_embeddings_stay_tied(tmp_path, mini):
-    text_config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        tie_word_embeddings=True,
-    )
-    model = LlavaHrForConditionalGeneration(mini.config(text_config=text_config))
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_other_language_models_and_tied_embeddings(tmp_path, mini, family):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes["num_key_value_heads"] = 2
+    if family == "gpt2":
+        sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    text_config = {"model_type": family, "vocab_size": 128, "tie_word_embeddings": True, **sizes}
+    model = LlavaHrForConditionalGeneration(mini.config(text_config=text_config)).eval()
     model.save_pretrained(tmp_path)
     loaded = LlavaHrForConditionalGeneration.from_pretrained(tmp_path)
-    assert loaded.lm_head.weight is loaded.model.language_model.embed_tokens.weight
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    inputs = mini.inputs(1, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+    tokens = loaded.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert tokens.shape[1] == inputs["input_ids"].shape[1] + 3
 
 
 def test_tensor_parallel_plan_covers_the_language_model(mini):

@@ -1,0 +1,277 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Makes an untrained LLaVA-HR from its parts, the start of training stage 1:
+
+    python -m conversion.assemble --vision_tower openai/clip-vit-large-patch14-336 \
+        --high_res_tower laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup \
+        --language_model lmsys/vicuna-7b-v1.5 --output llava-hr-7b-untrained
+
+The parts' weights are taken over unchanged; projector, fusion and (with `--adapters`) MR-Adapters are new. Prompts
+have the released models' form ("vicuna_v1") with any language model, and both views are normalised as CLIP's pictures
+are, which is what the high-resolution tower knows.
+"""
+
+import argparse
+from collections import Counter
+from functools import reduce
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    TimmWrapperConfig,
+)
+
+from conversion._common import (
+    DTYPES,
+    IMAGE_TOKEN,
+    POSITION_KEY,
+    TIMM_PREFIX,
+    VIT_KEYS,
+    WEIGHT_FILES,
+    ConversionError,
+    Key,
+    adapter_layers,
+    add_image_token,
+    check_loading,
+    check_output,
+    extend_embeddings,
+    find_source,
+    find_weight_files,
+    get_generation_config,
+    get_image_processor,
+    get_processor,
+    infer_timm_config,
+    load_tokenizer,
+    read_json,
+    read_tensors,
+    rename,
+    run,
+    save,
+)
+from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration
+
+
+# transformers' model types that have a ViT which LLaVA-HR can use
+VISION_MODEL_TYPES = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
+SIGLIP_KEYS = (
+    Key(POSITION_KEY.pattern, POSITION_KEY.name),  # no class token, so every row stays
+    *VIT_KEYS,
+    Key(r"head\..+", reason="the features are taken before the pooling head"),
+)
+# Weights of open_clip's whole models, of timm's and of transformers' timm wrapper
+CNN_WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", *WEIGHT_FILES)
+CNN_KEYS = (
+    Key(r"(?:visual\.trunk\.|timm_model\.)?(?:head|fc|classifier)\..+", reason="the feature map is taken before it"),
+    Key(r"visual\.head\..+", reason="the feature map is taken before it"),
+    Key(r"(?:transformer|token_embedding|ln_final|text)\..+", reason="CLIP's text model"),
+    Key(r"positional_embedding|text_projection|logit_scale|logit_bias", reason="CLIP's text model"),
+    Key(r"(?:visual\.trunk\.|timm_model\.)?(.+)", TIMM_PREFIX + r"\1"),
+)
+NEW_WEIGHTS = ("model.multi_modal_projector.", "model.vision_tower.fusion.", "model.vision_tower.mr_adapters.")
+
+StateDict = dict[str, torch.Tensor]
+
+
+def load_part(option: str, auto_class: type, source: str, **kwargs):
+    """
+    `auto_class.from_pretrained(source)`.
+
+    Raises:
+        ConversionError: If that fails; names the option.
+    """
+    try:
+        return auto_class.from_pretrained(source, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ConversionError(
+            f"--{option}: {source!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from None
+
+
+def load_vision_tower(source: str) -> tuple[StateDict, dict[str, str], PreTrainedConfig]:
+    """
+    Loads the ViT of a CLIP or SigLIP model.
+
+    Args:
+        source (`str`): Folder or Hub id.
+
+    Returns:
+        `tuple`: Its tensors by LLaVA-HR's names, what was dropped with reasons, and its configuration.
+
+    Raises:
+        ConversionError: If it is another kind of model, or incomplete.
+    """
+    config = load_part("vision_tower", AutoConfig, source)
+    if config.model_type not in VISION_MODEL_TYPES:
+        raise ConversionError(
+            f"--vision_tower: {source!r} is a {config.model_type}, but must be {' or '.join(VISION_MODEL_TYPES)}."
+        )
+    if config.model_type in ("clip", "siglip"):
+        config = config.vision_config
+    model, info = load_part("vision_tower", AutoModel, source, config=config, dtype="auto", output_loading_info=True)
+    is_clip = config.model_type == "clip_vision_model"
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in info["missing_keys"]}
+    state_dict, dropped = rename(tensors, (POSITION_KEY, *VIT_KEYS) if is_clip else SIGLIP_KEYS)
+    # SigLIP's 384 pixels are no multiple of its patches of 14: the last 6 have no position
+    config.image_size = config.image_size // config.patch_size * config.patch_size
+    return state_dict, dropped, config
+
+
+def load_high_res_tower(source: str, architecture: str | None) -> tuple[StateDict, dict[str, str], TimmWrapperConfig]:
+    """
+    Loads a CNN from open_clip's, timm's or the timm wrapper's weights.
+
+    Args:
+        source (`str`): Folder, weight file or Hub id.
+        architecture (`str`, *optional*): timm's name for it, if no configuration beside the weights tells.
+
+    Returns:
+        `tuple`: Its tensors by LLaVA-HR's names, what was dropped with reasons, and its configuration.
+
+    Raises:
+        ConversionError: If weights or architecture are not found.
+    """
+    path = find_source(source, "high_res_tower", CNN_WEIGHT_FILES)
+    files = find_weight_files(path, CNN_WEIGHT_FILES)
+    if not files:
+        raise ConversionError(f"--high_res_tower: {path} has none of {', '.join(CNN_WEIGHT_FILES)}.")
+    folder = files[0].parent
+    if architecture is None and (folder / "open_clip_config.json").is_file():
+        vision_cfg = read_json(folder / "open_clip_config.json").get("model_cfg", {}).get("vision_cfg", {})
+        architecture = vision_cfg.get("timm_model_name")
+    if architecture is None and (folder / "config.json").is_file():
+        architecture = read_json(folder / "config.json").get("architecture")
+    if architecture is None:
+        raise ConversionError(
+            f"--high_res_tower: {folder} does not tell timm's name of the architecture. Give it as "
+            f"--high_res_architecture, for example convnext_large_mlp."
+        )
+    tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+    state_dict, dropped = rename(tensors, CNN_KEYS)
+    shapes = {name.removeprefix(TIMM_PREFIX): tensor.shape for name, tensor in state_dict.items()}
+    return state_dict, dropped, infer_timm_config(architecture, shapes)
+
+
+def load_language_model(source: str) -> tuple[StateDict, PreTrainedConfig, PreTrainedTokenizerBase, int]:
+    """
+    Loads a causal language model and its tokenizer and gives both an image token.
+
+    Args:
+        source (`str`): Folder or Hub id.
+
+    Returns:
+        `tuple`: Its tensors by LLaVA-HR's names, its configuration, its tokenizer, the size of its own vocabulary.
+
+    Raises:
+        ConversionError: If it cannot be loaded, or has an output bias, for which LLaVA-HR has no place.
+    """
+    model, info = load_part("language_model", AutoModelForCausalLM, source, dtype="auto", output_loading_info=True)
+    head = model.get_output_embeddings()
+    if info["missing_keys"] or head.bias is not None:
+        fault = f"lacks {', '.join(sorted(info['missing_keys']))}" if info["missing_keys"] else "has an output bias"
+        raise ConversionError(f"--language_model: {source!r} {fault}.")
+    folder = find_source(source, "language_model")
+    if (folder / "tokenizer.model").is_file() and _is_llama_tokenizer(folder):
+        tokenizer = load_tokenizer(folder)
+    else:
+        tokenizer = load_part("language_model", AutoTokenizer, folder, padding_side="left")
+    vocab_size = model.config.vocab_size
+    new_size = add_image_token(tokenizer, vocab_size)
+    embeddings = model.get_input_embeddings().weight
+    state_dict = {
+        f"model.language_model.{name}": extend_embeddings(tensor, new_size) if tensor is embeddings else tensor
+        for name, tensor in model.base_model.state_dict(keep_vars=True).items()
+    }
+    if not model.config.tie_word_embeddings:
+        state_dict["lm_head.weight"] = extend_embeddings(head.weight, new_size)
+    model.config.vocab_size = new_size
+    return state_dict, model.config, tokenizer, vocab_size
+
+
+def _is_llama_tokenizer(folder: Path) -> bool:
+    return str(read_json(folder / "tokenizer_config.json").get("tokenizer_class")).startswith("LlamaTokenizer")
+
+
+def assemble(
+    vision_tower: str,
+    high_res_tower: str,
+    language_model: str,
+    output: str,
+    high_res_architecture: str | None = None,
+    high_res_size: int = 384,
+    adapters: bool = False,
+    dtype: str = "auto",
+    seed: int = 0,
+) -> None:
+    """
+    Makes an untrained LLaVA-HR. See the command line's help for the arguments.
+
+    Raises:
+        ConversionError: If the parts cannot be found or do not fit; nothing is written then.
+    """
+    output = Path(output).expanduser()
+    check_output(output)
+    vision_weights, vision_dropped, vision_config = load_vision_tower(vision_tower)
+    high_res_weights, high_res_dropped, high_res_config = load_high_res_tower(high_res_tower, high_res_architecture)
+    text_weights, text_config, tokenizer, vocab_size = load_language_model(language_model)
+    config = LlavaHrConfig(
+        vision_config=vision_config,
+        high_res_vision_config=high_res_config,
+        text_config=text_config,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        mr_adapter_layers=adapter_layers(vision_config.num_hidden_layers) if adapters else [],
+    )
+    state_dict = vision_weights | high_res_weights | text_weights
+    if dtype == "auto":
+        # the widest dtype of the parts, so that no weight is rounded
+        widest = reduce(torch.promote_types, {t.dtype for t in state_dict.values() if t.is_floating_point()})
+    torch.manual_seed(seed)
+    model, info = LlavaHrForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=state_dict, dtype=DTYPES.get(dtype) or widest, output_loading_info=True
+    )
+    new = {name for name in info["missing_keys"] if name.startswith(NEW_WEIGHTS)}
+    check_loading(info["missing_keys"] - new, info["unexpected_keys"], info["mismatched_keys"])
+
+    model.generation_config = get_generation_config(tokenizer, vocab_size, text_config.vocab_size)
+    stride = model.model.vision_tower.high_res_tower.stride
+    size = max(high_res_size // stride * vision_config.patch_size, vision_config.image_size)
+    image_processor = get_image_processor(high_res_size, size, vision_config.patch_size, stride)
+    dropped = Counter((vision_dropped | high_res_dropped).values())
+    notes = [f"dropped {number} tensors: {reason}" for reason, number in dropped.items()]
+    notes += [f"new: {name}" for name in sorted(new)]
+    save(model, get_processor(image_processor, tokenizer), output, notes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Makes an untrained LLaVA-HR, the start of training stage 1.")
+    parser.add_argument("--vision_tower", required=True, help="CLIP or SigLIP model: folder or Hub id")
+    parser.add_argument("--high_res_tower", required=True, help="CNN: open_clip's or timm's folder, file or Hub id")
+    parser.add_argument("--language_model", required=True, help="causal language model: folder or Hub id")
+    parser.add_argument("--output", required=True, help="new folder")
+    parser.add_argument("--high_res_architecture", help="timm's name of the CNN, where its folder does not tell it")
+    parser.add_argument("--high_res_size", type=int, default=384, help="side of the high-resolution view in pixels")
+    parser.add_argument("--adapters", action="store_true", help="insert MR-Adapters that change nothing at first")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: the widest of the parts")
+    parser.add_argument("--seed", type=int, default=0, help="of the new weights")
+    run(assemble, vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

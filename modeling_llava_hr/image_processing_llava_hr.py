@@ -1,0 +1,166 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Image processor class for LLaVA-HR."""
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_transforms import group_images_by_shape, reorder_images
+from transformers.image_utils import PILImageResampling, SizeDict
+from transformers.utils import TensorType
+
+from .image_processing_pil_llava_hr import (
+    LlavaHrImageProcessorKwargs,
+    LlavaHrImageProcessorMixin,
+    array_to_rgb,
+    check_picture_size,
+    low_res_view,
+    padding_color,
+    pil_to_rgb,
+    shortest_edge_size,
+)
+
+
+class LlavaHrImageProcessor(LlavaHrImageProcessorMixin, TorchvisionBackend):
+    r"""
+    Makes the two views of a picture (section 4.1 of the paper) with torchvision, in batches and on any device. Before
+    normalisation the values are within 2/255 of [`LlavaHrImageProcessorPil`], which equals the released code.
+
+    The high-resolution view is the whole picture, padded to a square with the mean colour, or its centre, resized to
+    `high_res_size`. The low-resolution view is the high-resolution one, resized bilinearly to `size`. Both sizes are
+    free, also per call, as long as the grid of `high_res_size / high_res_stride` features is not larger than that of
+    `size / patch_size` patches, or an integer multiple of it. The number of image tokens depends on `size` alone.
+
+    Anything that is a picture is one: all modes of PIL, with EXIF orientation applied and white behind transparency,
+    arrays and tensors (floats in [0, 1] are recognised as scaled), paths, URLs, base64 strings and bytes.
+
+    Args:
+        size (`int` or `dict[str, int]`, *optional*, defaults to `{"height": 448, "width": 448}`):
+            Side of the square low-resolution view in pixels, a multiple of `patch_size`.
+        high_res_size (`int` or `dict[str, int]`, *optional*, defaults to `{"height": 1024, "width": 1024}`):
+            Side of the square high-resolution view in pixels, a multiple of `high_res_stride`.
+        patch_size (`int`, *optional*, defaults to 14):
+            Side of a ViT patch in pixels.
+        high_res_stride (`int`, *optional*, defaults to 32):
+            Pixels of the high-resolution view between two features of the CNN.
+        image_aspect_ratio (`str`, *optional*, defaults to `"pad"`):
+            `"pad"`: the whole picture, padded to a square. `"crop"`: its centre, the shortest edge being kept whole.
+        resample (`PILImageResampling`, *optional*, defaults to `BICUBIC`):
+            Filter for the high-resolution view.
+        do_resize (`bool`, *optional*, defaults to `True`):
+            If off, pictures must be squares of `high_res_size` already.
+        do_rescale, rescale_factor, do_normalize, image_mean, image_std, do_convert_rgb (*optional*):
+            As in other image processors; both views share them. The mean and standard deviation are CLIP's.
+
+    Returns:
+        `BatchFeature` with `pixel_values` of shape `(images, 3, L, L)` and `high_res_pixel_values` of shape
+        `(images, 3, H, H)`, both float32.
+
+    Raises:
+        ValueError: If the sizes do not fit each other, at construction and at each call, or if something in `images`
+            cannot be used as a picture; the message says which.
+
+    Example:
+
+    ```python
+    >>> from modeling_llava_hr import LlavaHrImageProcessor
+
+    >>> image_processor = LlavaHrImageProcessor()
+    >>> views = image_processor("street.jpg", size=336, high_res_size=1536, return_tensors="pt")
+    >>> views["pixel_values"].shape, views["high_res_pixel_values"].shape
+    (torch.Size([1, 3, 336, 336]), torch.Size([1, 3, 1536, 1536]))
+    ```"""
+
+    def process_image(
+        self,
+        image: Image.Image | np.ndarray | torch.Tensor,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | None = None,
+        device: "str | torch.device | None" = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """A picture in memory as 8-bit RGB, `(3, height, width)`. Raises ValueError if it cannot be one."""
+        if isinstance(image, Image.Image):
+            image = torch.from_numpy(np.array(pil_to_rgb(image, do_convert_rgb))).permute(2, 0, 1)
+        else:
+            image = array_to_rgb(image, do_convert_rgb, input_data_format)
+        return image if device is None else image.to(device)
+
+    def _preprocess(
+        self,
+        images: list[torch.Tensor],
+        do_resize: bool,
+        size: SizeDict,
+        high_res_size: SizeDict,
+        resample: PILImageResampling | int,
+        image_aspect_ratio: str,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: float | tuple[float, ...] | None,
+        image_std: float | tuple[float, ...] | None,
+        disable_grouping: bool | None,
+        return_tensors: str | TensorType | None,
+        **kwargs,
+    ) -> BatchFeature:
+        side = high_res_size.height
+        for index, image in enumerate(images):
+            check_picture_size(index, *image.shape[-2:], side, do_resize, image_aspect_ratio)
+        grouped, grouped_index = group_images_by_shape(images, disable_grouping=disable_grouping)
+        low_res, high_res = {}, {}
+        for shape, stacked in grouped.items():
+            if do_resize:
+                stacked = self._fit(stacked, side, resample, image_aspect_ratio, padding_color(image_mean))
+            stacked = self.rescale_and_normalize(
+                stacked, do_rescale, rescale_factor, do_normalize, image_mean, image_std
+            ).to(torch.float32)
+            low_res[shape], high_res[shape] = low_res_view(stacked, size), stacked
+        return BatchFeature(
+            data={
+                "pixel_values": reorder_images(low_res, grouped_index),
+                "high_res_pixel_values": reorder_images(high_res, grouped_index),
+            },
+            tensor_type=return_tensors,
+        )
+
+    def _fit(
+        self,
+        images: torch.Tensor,
+        side: int,
+        resample: PILImageResampling | int,
+        image_aspect_ratio: str,
+        color: tuple[int, int, int],
+    ) -> torch.Tensor:
+        """`(images, 3, height, width)` -> `(images, 3, side, side)`, 8 bits"""
+        square = SizeDict(height=side, width=side)
+        height, width = images.shape[-2:]
+        if image_aspect_ratio == "crop":
+            new_height, new_width = shortest_edge_size(height, width, side)
+            images = self.resize(images, SizeDict(height=new_height, width=new_width), resample)
+            return self.center_crop(images, square)
+        longest, wide = max(height, width), width > height
+        if wide:
+            # Rows of padding stay as they are when rows are resized: padding afterwards is the same for less work
+            images = self.resize(images, SizeDict(height=height, width=side), resample)
+        if wide or height > width:
+            top, left = (longest - height) // 2, 0 if wide else (longest - width) // 2
+            canvas = images.new_tensor(color).view(3, 1, 1).repeat(len(images), 1, longest, side if wide else longest)
+            canvas[..., top : top + height, left : left + images.shape[-1]] = images
+            images = canvas
+        return self.resize(images, square, resample)
+
+
+__all__ = ["LlavaHrImageProcessor", "LlavaHrImageProcessorKwargs"]

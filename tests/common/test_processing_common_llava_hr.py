@@ -1,0 +1,56 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""transformers' common processor tests on LLaVA-HR."""
+
+import unittest
+from pathlib import Path
+
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from transformers.testing_utils import require_torch, require_vision
+from transformers_tests.test_processing_common import ProcessorTesterMixin
+
+from modeling_llava_hr import LlavaHrProcessor
+from modeling_llava_hr.image_processing_llava_hr import LlavaHrImageProcessor
+
+
+RECORDED = Path(__file__).resolve().parents[1] / "fixtures" / "reference" / "stage2-1024" / "checkpoint"
+
+
+@require_torch
+@require_vision
+class LlavaHrProcessorTest(ProcessorTesterMixin, unittest.TestCase):
+    processor_class = LlavaHrProcessor
+
+    @classmethod
+    def _setup_image_processor(cls):
+        # 4 image tokens, so that the texts stay below the maximum lengths that the suite passes
+        return LlavaHrImageProcessor(size={"height": 28, "width": 28}, high_res_size={"height": 64, "width": 64})
+
+    @classmethod
+    def _setup_tokenizer(cls):
+        original = LlamaTokenizer.from_pretrained(RECORDED)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=original.backend_tokenizer,
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
+            pad_token="<unk>",
+            padding_side="left",
+        )
+        tokenizer.add_tokens("<image>", special_tokens=True)
+        return tokenizer
+
+    @staticmethod
+    def prepare_processor_dict():
+        return {"image_suffix": " "}

@@ -1,0 +1,297 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`conversion.assemble` with small real parts: transformers' CLIP and SigLIP, open_clip, timm, Llama, Qwen2."""
+
+import json
+import shutil
+from pathlib import Path
+
+import open_clip
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionModel,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from conversion._common import ConversionError
+from conversion.assemble import assemble
+from conversion.convert_llava_hr_weights_to_hf import convert
+
+
+REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference" / "stage1-384" / "checkpoint"
+VIT_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 1,
+    "image_size": 56,
+    "patch_size": 14,
+}
+TEXT_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+TRUNK = "model.vision_tower.high_res_tower.timm_model."
+
+
+def save_timm_tower(folder: Path, architecture: str) -> dict[str, torch.Tensor]:
+    """As timm's repositories are laid out; returns its weights."""
+    tower = timm.create_model(architecture, num_classes=7)
+    folder.mkdir()
+    save_file(tower.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architecture": architecture, "num_classes": 7}))
+    return tower.state_dict()
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> dict[str, Path]:
+    """Folders of the parts by kind, all with random weights."""
+    root = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    CLIPModel(CLIPConfig(vision_config=VIT_SIZES, text_config=text)).save_pretrained(root / "clip")
+    CLIPVisionModel.from_pretrained(root / "clip").save_pretrained(root / "clip_vision")
+    # 61 pixels are no multiple of 14, as 384 of so400m-patch14-384
+    SiglipVisionModel(SiglipVisionConfig(**{**VIT_SIZES, "image_size": 61})).save_pretrained(root / "siglip")
+    BertModel(BertConfig(**text, vocab_size=64)).save_pretrained(root / "bert")
+
+    save_timm_tower(root / "timm", "convnext_atto")
+    save_timm_tower(root / "resnet", "resnet10t")
+    model_cfg = {
+        "embed_dim": 16,
+        "vision_cfg": {"timm_model_name": "convnext_atto", "timm_pool": "", "timm_proj": "mlp", "image_size": 64},
+        "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1},
+    }
+    (root / "open_clip").mkdir()
+    torch.save(open_clip.CLIP(**model_cfg).state_dict(), root / "open_clip" / "open_clip_pytorch_model.bin")
+    (root / "open_clip" / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg}))
+
+    LlamaForCausalLM(LlamaConfig(**TEXT_SIZES, vocab_size=1000)).save_pretrained(root / "llama")
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(REFERENCE / name, root / "llama")
+    config = Qwen2Config(**TEXT_SIZES, vocab_size=384, tie_word_embeddings=True)
+    Qwen2ForCausalLM(config).save_pretrained(root / "qwen2")
+    make_bpe_tokenizer().save_pretrained(root / "qwen2")
+    return {folder.name: folder for folder in root.iterdir()}
+
+
+def make_bpe_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of Qwen2's kind: no token for the start of a text, none for padding or unknown text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["What is written on the small sign? The sign says 4711."], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+def run_assemble(parts, output, vision_tower="clip", high_res_tower="open_clip", language_model="llama", **kwargs):
+    """Assembles parts by their kinds and returns the weights of the result."""
+    towers = {"vision_tower": vision_tower, "high_res_tower": high_res_tower, "language_model": language_model}
+    assemble(**{option: str(parts.get(kind, kind)) for option, kind in towers.items()}, output=str(output), **kwargs)
+    return load_file(output / "model.safetensors")
+
+
+@pytest.mark.parametrize("vision_tower", ["clip", "clip_vision", "siglip"])
+def test_vision_tower_is_taken_over(vision_tower, parts, tmp_path):
+    result = run_assemble(parts, tmp_path / "out", vision_tower=vision_tower)
+    expected = {}
+    for name, tensor in load_file(parts[vision_tower] / "model.safetensors").items():
+        if name.startswith(("vision_model.embeddings", "vision_model.pre", "vision_model.encoder", "embeddings")):
+            expected[name.removeprefix("vision_model.")] = tensor
+        elif name.startswith(("pre_layrnorm", "encoder")):
+            expected[name] = tensor
+    if vision_tower != "siglip":
+        del expected["embeddings.class_embedding"]
+        expected["embeddings.position_embedding.weight"] = expected["embeddings.position_embedding.weight"][1:]
+    for old, new in (("encoder.layers", "layers"), ("pre_layrnorm", "pre_layernorm")):
+        expected = {name.replace(old, new): tensor for name, tensor in expected.items()}
+    own = ("embeddings.", "layers.", "pre_layernorm.")
+    taken = {name.removeprefix("model.vision_tower."): tensor for name, tensor in result.items()}
+    taken = {name: tensor for name, tensor in taken.items() if name.startswith(own)}
+    assert taken.keys() == expected.keys()
+    assert all(torch.equal(taken[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("form", ["open_clip_bin", "open_clip_safetensors", "timm", "timm_file", "resnet"])
+def test_high_res_tower_is_taken_over(form, parts, tmp_path):
+    folder, options = parts[form.split("_")[0] if form.startswith(("timm", "resnet")) else "open_clip"], {}
+    if form.startswith("open_clip"):
+        weights = torch.load(folder / "open_clip_pytorch_model.bin", weights_only=True)
+        expected = {n.removeprefix("visual.trunk."): t for n, t in weights.items() if n.startswith("visual.trunk.")}
+    else:
+        expected = load_file(folder / "model.safetensors")
+    if form == "open_clip_safetensors":
+        folder = tmp_path / "safetensors"
+        folder.mkdir()
+        shutil.copy(parts["open_clip"] / "open_clip_config.json", folder)
+        save_file(weights, folder / "open_clip_model.safetensors")
+    elif form == "timm_file":
+        folder = shutil.copy(folder / "model.safetensors", tmp_path / "weights.safetensors")
+        options = {"high_res_architecture": "convnext_atto"}
+    result = run_assemble(parts, tmp_path / "out", high_res_tower=str(folder), **options)
+    expected = {name: tensor for name, tensor in expected.items() if not name.startswith(("head.", "fc."))}
+    assert {name.removeprefix(TRUNK) for name in result if name.startswith(TRUNK)} == expected.keys()
+    assert all(torch.equal(result[TRUNK + name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("language_model", ["llama", "qwen2"])
+def test_language_model_is_taken_over(language_model, parts, tmp_path):
+    result = run_assemble(parts, tmp_path / "out", language_model=language_model)
+    rows, new_rows, image_token_id = {"llama": (1000, 1024, 1000), "qwen2": (384, 384, len(make_bpe_tokenizer()))}[
+        language_model
+    ]
+    for name, tensor in load_file(parts[language_model] / "model.safetensors").items():
+        new = result[name if name == "lm_head.weight" else name.replace("model.", "model.language_model.", 1)]
+        if "embed_tokens" in name or "lm_head" in name:
+            assert new.shape[0] == new_rows
+            torch.testing.assert_close(new[rows:], tensor.mean(0).expand(new_rows - rows, -1))
+        assert torch.equal(new[: tensor.shape[0]], tensor)
+    generation_config = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert generation_config.suppress_tokens == [image_token_id, *range(max(rows, image_token_id + 1), new_rows)]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["image_token_id"] == image_token_id
+
+
+@pytest.mark.parametrize("language_model, image_suffix", [("llama", " "), ("qwen2", "")])
+def test_result_answers(language_model, image_suffix, parts, tmp_path):
+    run_assemble(parts, tmp_path / "out", language_model=language_model, adapters=True, high_res_size=128)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert processor.image_suffix == image_suffix
+    assert processor.tokenizer.padding_side == "left" and processor.tokenizer.pad_token is not None
+    content = [{"type": "image", "image": Image.new("RGB", (80, 50), "red")}, {"type": "text", "text": "What is it?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    # 128 / 32 * 14 = 56 pixels, 4 x 4 patches
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 16
+    output = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    new = output[0, inputs["input_ids"].shape[1] :]
+    assert len(new) > 0 and not set(new.tolist()) & set(model.generation_config.suppress_tokens)
+
+
+def test_new_weights_are_reported(parts, tmp_path, capsys):
+    result = run_assemble(parts, tmp_path / "out", adapters=True)
+    taken = sum(
+        name.startswith((TRUNK, "model.language_model.", "lm_head.", "model.vision_tower.layers."))
+        or "embeddings" in name
+        or "pre_layernorm" in name
+        for name in result
+    )
+    text = capsys.readouterr().out
+    assert text.count("new: ") == len(result) - taken
+    # 3 adapters of 6 pairs of weight and bias, 2 fusion linears, 2 projector linears
+    assert text.count("new: ") == 3 * 12 + 4 + 4
+    assert "new: model.vision_tower.mr_adapters.2.gate.fc1.weight" in text
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["mr_adapter_layers"] == [1, 2, 3]
+    for name, tensor in result.items():
+        if ".mr_adapters." in name and name.endswith(("pointwise.weight", "high_res_mapping.fc2.weight", ".bias")):
+            assert not tensor.any(), name  # design: the last layer of f_l and f_h, and all biases
+        elif name.endswith(".weight"):
+            assert tensor.any(), name
+
+
+def test_seed(parts, tmp_path):
+    projector = "model.multi_modal_projector.linear_1.weight"
+    first, again, other = (
+        run_assemble(parts, tmp_path / f"out{index}", seed=seed)[projector] for index, seed in enumerate((0, 0, 1))
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_dtype_is_the_widest(parts, tmp_path):
+    half = tmp_path / "half"
+    LlamaForCausalLM.from_pretrained(parts["llama"], dtype=torch.bfloat16).save_pretrained(half)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(REFERENCE / name, half)
+    for dtype, expected in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        result = run_assemble(parts, tmp_path / dtype, language_model=str(half), dtype=dtype)
+        assert {tensor.dtype for tensor in result.values()} == {expected}
+
+
+@pytest.mark.parametrize("language_model", ["llama", "qwen2"])  # output embeddings of their own, and tied ones
+def test_result_is_a_base_for_stage_1(language_model, parts, tmp_path):
+    result = run_assemble(parts, tmp_path / "base", language_model=language_model)
+    names = {
+        "model.vision_tower.fusion.low_res_proj": "vision_tower.align_stages.0.fast_proj",
+        "model.vision_tower.fusion.high_res_proj": "vision_tower.align_stages.0.slow_proj",
+        "model.multi_modal_projector.linear_1": "mm_projector.0",
+        "model.multi_modal_projector.linear_2": "mm_projector.2",
+    }
+    new, projector = {}, {}
+    for name, original in names.items():
+        for kind in ("weight", "bias"):
+            new[f"{name}.{kind}"] = projector[f"model.{original}.{kind}"] = torch.randn_like(result[f"{name}.{kind}"])
+    torch.save(projector, tmp_path / "mm_projector.bin")
+    convert(str(tmp_path / "mm_projector.bin"), str(tmp_path / "out"), base=str(tmp_path / "base"))
+    trained = load_file(tmp_path / "out" / "model.safetensors")
+    assert trained.keys() == result.keys()
+    assert all(torch.equal(trained[name], new.get(name, result[name])) for name in result)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"vision_tower": "bert"}, "--vision_tower: .* is a bert, but must be clip"),
+        ({"vision_tower": "/nowhere"}, "--vision_tower: '/nowhere' cannot be loaded"),
+        ({"high_res_tower": "/nowhere"}, "--high_res_tower: '/nowhere' is no folder or file here"),
+        ({"high_res_tower": "clip", "high_res_architecture": "convnext_atto"}, "gamma: missing"),
+        ({"high_res_architecture": "resnet10t"}, "faults: .*conv1.*: missing"),
+        ({"high_res_architecture": "convnext_gigantic"}, "does not know the architecture 'convnext_gigantic'"),
+        ({"high_res_tower": "bert"}, "does not tell timm's name of the architecture"),
+        ({"language_model": "clip"}, "--language_model: .* cannot be loaded"),
+        ({"high_res_size": 1000}, "1000"),
+    ],
+)
+def test_parts_that_do_not_fit(kwargs, message, parts, tmp_path):
+    with pytest.raises(ConversionError, match=message):
+        run_assemble(parts, tmp_path / "out", **kwargs)
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.incomplete").exists()
+
+
+def test_high_res_tower_that_lacks_a_weight(parts, tmp_path):
+    folder = tmp_path / "timm"
+    shutil.copytree(parts["timm"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["stages.1.blocks.0.gamma"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ConversionError, match=r"stages\.1\.blocks\.0\.gamma: missing"):
+        run_assemble(parts, tmp_path / "out", high_res_tower=str(folder))

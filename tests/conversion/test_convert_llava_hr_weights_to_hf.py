@@ -1,0 +1,755 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The converter against recorded checkpoints and outputs of the released code (tests/fixtures/reference/README.md)."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+)
+
+from conversion._common import ConversionError, infer_timm_config
+from conversion.convert_llava_hr_weights_to_hf import convert
+from modeling_llava_hr import LlavaHrConfig
+
+
+ROOT = Path(__file__).parents[2]
+REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference"
+STAGES = ("stage1-384", "stage2-1024")
+FORMS = ("bin_shards", "bin", "safetensors_shards", "safetensors")
+
+
+def read_original(stage: str) -> dict[str, torch.Tensor]:
+    """All tensors of a recorded checkpoint by their original names."""
+    tensors = {}
+    for file in sorted((REFERENCE / stage / "checkpoint").glob("pytorch_model-*.bin")):
+        tensors |= torch.load(file, weights_only=True)
+    return tensors
+
+
+@pytest.fixture
+def write_original(tmp_path) -> Callable:
+    """
+    Writes a recorded checkpoint again, changed: `write_original(stage, form, tensors, **config)`. Values of `config`
+    replace those of config.json, `None` removes one; `legacy` is the tokenizer's.
+    """
+
+    def write(stage="stage2-1024", form="bin", tensors=None, legacy=False, **config) -> Path:
+        folder = tmp_path / "original"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(
+            REFERENCE / stage / "checkpoint",
+            folder,
+            ignore=shutil.ignore_patterns("pytorch_model*", "mm_projector.bin"),
+        )
+        _update(folder / "config.json", config)
+        _update(folder / "tokenizer_config.json", {"legacy": legacy})
+        tensors = read_original(stage) if tensors is None else tensors
+        name, suffix, save = (
+            ("pytorch_model", "bin", torch.save)
+            if form.startswith("bin")
+            else ("model", "safetensors", lambda content, file: save_file(content, file))
+        )
+        if not form.endswith("_shards"):
+            save(tensors, folder / f"{name}.{suffix}")
+            return folder
+        names, weight_map = list(tensors), {}
+        for shard in range(3):
+            file = f"{name}-{shard + 1:05d}-of-00003.{suffix}"
+            save({key: tensors[key] for key in names[shard::3]}, folder / file)
+            weight_map |= dict.fromkeys(names[shard::3], file)
+        (folder / f"{name}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        return folder
+
+    return write
+
+
+def _update(file: Path, changes: dict) -> None:
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory) -> dict[str, Path]:
+    """The recorded checkpoints, converted; by stage."""
+    folders = {}
+    for stage in STAGES:
+        folders[stage] = tmp_path_factory.mktemp("converted") / stage
+        convert(str(REFERENCE / stage / "checkpoint"), str(folders[stage]))
+    return folders
+
+
+def assert_nothing_written(output: Path) -> None:
+    """Neither the output nor anything that was meant to become it is there."""
+    assert not output.exists()
+    assert not [path for path in output.parent.iterdir() if output.name in path.name]
+
+
+# --- what the released code computes ---
+
+
+def load_twice(folder: Path, tmp_path: Path):
+    """Model and processor after two more rounds of saving and loading, float32, pictures prepared by PIL."""
+    for index in range(2):
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
+        processor = AutoProcessor.from_pretrained(folder)
+        folder = tmp_path / f"round{index}"
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    return model, processor
+
+
+def make_messages(turns) -> list[dict]:
+    """Chat turns of cases.json -> messages; the recorded prompts have their tags at the front, a line each."""
+    messages = []
+    for question, answer in turns:
+        text = question.replace("<image>\n", "")
+        images = [{"type": "image"}] * question.count("<image>")
+        messages.append({"role": "user", "content": [*images, {"type": "text", "text": text}]})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
+def expand(ids: list[int], num_image_tokens: int, image_value: int) -> list[int]:
+    """The recorded ids or labels with the one placeholder -200 (or its label) written out."""
+    return [value for i in ids for value in ([image_value] * num_image_tokens if i == -200 else [i])]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_recorded_outputs(stage, converted, tmp_path):
+    # Tolerance 1e-4, and exact ids: what the README of the recordings expects of a float32 implementation
+    model, processor = load_twice(converted[stage], tmp_path)
+    cases = json.loads((REFERENCE / stage / "cases.json").read_text())
+    expected = load_file(REFERENCE / stage / "expected.safetensors")
+    image_token_id = model.config.image_token_id
+    num_image_tokens = {"stage1-384": 576, "stage2-1024": 1024}[stage]  # design: (L / 14)^2
+
+    for case in cases["cases"]:
+        if "turns" not in case:
+            continue  # stage 1's own prompt form: tested with the processor
+        name = case["name"]
+        images = [Image.open(REFERENCE / stage / "images" / file) for file in case["images"]]
+        is_complete = case["turns"][-1][1] is not None
+        prompt = processor.apply_chat_template(make_messages(case["turns"]), add_generation_prompt=not is_complete)
+        inputs = processor(text=prompt, images=images or None, return_tensors="pt", add_special_tokens=False)
+        ids = expand(case["input_ids_before_expansion"], num_image_tokens, image_token_id)
+        assert inputs.input_ids[0].tolist() == ids
+        assert len(ids) == case["sequence_length"]
+
+        with torch.no_grad():
+            outputs = model(**inputs, output_hidden_states=False)
+        logits = outputs.logits[0, :, :1000]  # the recorded model has no image token
+        torch.testing.assert_close(logits[-1], expected[f"{name}.logits_last"], atol=1e-4, rtol=1e-4)
+        step = case["logits_step"]
+        torch.testing.assert_close(logits[::step], expected[f"{name}.logits_every_{step}"], atol=1e-4, rtol=1e-4)
+        if images:
+            views = inputs["pixel_values"], inputs["high_res_pixel_values"]
+            with torch.no_grad():
+                features = model.get_image_features(*views, return_dict=True)
+            projected = features.pooler_output[:, ::7]
+            torch.testing.assert_close(projected, expected[f"{name}.projected"], atol=1e-4, rtol=1e-4)
+        if name == "case0":
+            high_res = features.high_res_features
+            torch.testing.assert_close(high_res, expected["case0.high_res_features"], atol=1e-4, rtol=1e-4)
+            fused = features.last_hidden_state[:, ::7]
+            torch.testing.assert_close(fused, expected["case0.vision_features"], atol=1e-4, rtol=1e-4)
+        if is_complete:
+            labels = expand_labels(case, num_image_tokens)
+            with torch.no_grad():
+                loss = model(**inputs, labels=torch.tensor([labels])).loss
+            assert loss.item() == pytest.approx(case["loss"], abs=1e-4)
+        else:
+            new = model.generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+            assert new[0, len(ids) :].tolist() == case["greedy_ids"]
+
+
+def expand_labels(case: dict, num_image_tokens: int) -> list[int]:
+    """Recorded labels written out: nothing is learned at an image."""
+    labels = []
+    for i, label in zip(case["input_ids_before_expansion"], case["labels_before_expansion"], strict=True):
+        labels += [-100] * num_image_tokens if i == -200 else [label]
+    return labels
+
+
+# --- weights ---
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_all_forms_give_the_same_weights(form, stage, write_original, converted, tmp_path):
+    convert(str(write_original(stage, form)), str(tmp_path / "out"))
+    expected = load_file(converted[stage] / "model.safetensors")
+    actual = load_file(tmp_path / "out" / "model.safetensors")
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_every_weight_is_used_or_dropped_for_a_reason(converted, capsys, tmp_path):
+    original = read_original("stage2-1024")
+    convert(str(REFERENCE / "stage2-1024" / "checkpoint"), str(tmp_path / "out"))
+    result = load_file(tmp_path / "out" / "model.safetensors")
+    # counted by hand from the list of names: 2 inv_freq, 6 of the ConvNeXt's head, class embedding, post-layernorm
+    assert len(original) - len(result) == 2 + 6 + 1 + 2
+    text = capsys.readouterr().out
+    for line in ("dropped 2 tensors: computed", "dropped 6 tensors", "dropped 1 tensors", "ignored mm_projector.bin"):
+        assert line in text
+    # nothing but the extended embeddings, the 1x1 convolutions and the position table's class row changes
+    total = sum(t.double().sum() for n, t in original.items() if "embed_tokens" not in n and "lm_head" not in n)
+    cut = sum(
+        t.double().sum()
+        for n, t in original.items()
+        if "inv_freq" in n or ".head." in n or "class_embedding" in n or "post_layernorm" in n
+    )
+    cut += (
+        original[
+            "model.vision_tower.fast_vision_tower.vision_tower.vision_model.embeddings.position_embedding.weight"
+        ][0]
+        .double()
+        .sum()
+    )
+    kept = sum(t.double().sum() for n, t in result.items() if "embed_tokens" not in n and "lm_head" not in n)
+    assert kept.item() == pytest.approx((total - cut).item(), rel=1e-9)
+
+
+def test_added_vocabulary(converted):
+    folder = converted["stage2-1024"]
+    original, result = read_original("stage2-1024"), load_file(folder / "model.safetensors")
+    config = LlavaHrConfig.from_pretrained(folder)
+    assert config.image_token_id == 1000  # behind the 1000 tokens of the recorded vocabulary
+    assert config.text_config.vocab_size == 1024  # the next multiple of 64
+    for old, new in (("model.embed_tokens", "model.language_model.embed_tokens"), ("lm_head", "lm_head")):
+        weight = original[f"{old}.weight"]
+        assert torch.equal(result[f"{new}.weight"][:1000], weight)
+        mean = weight.double().mean(0).expand(24, -1)
+        # half a unit in bfloat16's last place
+        torch.testing.assert_close(result[f"{new}.weight"][1000:].double(), mean, rtol=2**-8, atol=1e-6)
+    assert GenerationConfig.from_pretrained(folder).suppress_tokens == list(range(1000, 1024))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_dtype(dtype, write_original, tmp_path):
+    convert(str(write_original("stage1-384")), str(tmp_path / "out"), dtype=dtype)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {
+        getattr(torch, dtype)
+    }
+    assert LlavaHrConfig.from_pretrained(tmp_path / "out").dtype == getattr(torch, dtype)
+
+
+# --- configuration ---
+
+
+def test_sizes_come_from_the_tensors(converted):
+    shapes = json.loads((REFERENCE / "stage2-1024" / "cases.json").read_text())["tower_shapes"]
+    config = LlavaHrConfig.from_pretrained(converted["stage2-1024"])
+    for name, value in shapes["vit"].items():
+        assert getattr(config.vision_config, name) == value
+    assert config.vision_config.num_attention_heads == 2  # width 128, head size 64
+    assert config.vision_config.hidden_act == "quick_gelu"
+    assert config.high_res_vision_config.model_args == shapes["convnext"]
+    assert config.mr_adapter_layers == [2, 4, 6]  # 8 layers in four groups
+    assert LlavaHrConfig.from_pretrained(converted["stage1-384"]).mr_adapter_layers == []
+
+
+def test_x_variant_keeps_its_epsilon(write_original, tmp_path):
+    folder = write_original(vision_tower_slow="convnext_xxlarge.clip_laion2b_soup")
+    convert(str(folder), str(tmp_path / "out"))
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    tower = model.model.vision_tower.high_res_tower.timm_model
+    # timm defines convnext_xxlarge with 1e-5, all others with 1e-6
+    assert {m.eps for m in tower.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-5}
+
+
+@pytest.mark.parametrize("architecture", ["convnext_large_mlp", "convnext_xxlarge"])
+def test_published_towers_need_no_model_args(architecture):
+    with torch.device("meta"):
+        tower = timm.create_model(architecture)
+    config = infer_timm_config(architecture, {name: tensor.shape for name, tensor in tower.state_dict().items()})
+    assert config.architecture == architecture and config.model_args is None
+
+
+def test_gate_per_channel(write_original, tmp_path):
+    tensors = read_original("stage2-1024")
+    for name in [name for name in tensors if ".gate.2." in name]:
+        tensors[name] = tensors[name].repeat_interleave(128, dim=0)
+    convert(str(write_original(tensors=tensors)), str(tmp_path / "out"))
+    assert LlavaHrConfig.from_pretrained(tmp_path / "out").mr_adapter_gate == "channel"
+
+
+@pytest.mark.parametrize(
+    "high_res, low_res, original_ratio, ratio",  # the table of sizes in the paper's released code
+    [(768, 336, "pad", "pad"), (1024, 448, None, "crop"), (1536, 672, "anyres", "crop")],
+)
+def test_image_processor(high_res, low_res, original_ratio, ratio, write_original, tmp_path):
+    folder = write_original(input_image_size=high_res, image_aspect_ratio=original_ratio)
+    convert(str(folder), str(tmp_path / "out"))
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert dict(processor.size) == {"height": low_res, "width": low_res}
+    assert dict(processor.high_res_size) == {"height": high_res, "width": high_res}
+    assert processor.image_aspect_ratio == ratio
+
+
+# --- tokenizer ---
+
+
+@pytest.mark.parametrize("legacy", [False, True, None])
+def test_tokenizer(legacy, write_original, tmp_path):
+    folder = write_original(legacy=legacy)
+    convert(str(folder), str(tmp_path / "out0"))
+    for index in range(2):
+        AutoTokenizer.from_pretrained(tmp_path / f"out{index}").save_pretrained(tmp_path / f"out{index + 1}")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out2")
+    assert (tokenizer.pad_token, tokenizer.pad_token_id, tokenizer.padding_side) == ("<unk>", 0, "left")
+    assert tokenizer.model_max_length == 2496  # of the recorded tokenizer_config.json
+
+    # sentencepiece itself: the pieces between special tokens, each with a mark of the start of a text. Without
+    # `legacy` (a missing value meant true) only the first piece has it: encode behind a known word and cut that off.
+    model = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    parts = ["A chat. USER: Hi 4711", "USER: what?\n Ünïcode 字 ", "end  of it"]
+    guard = model.encode("<unk>")
+    later = [model.encode("<unk>" + part)[len(guard) :] if legacy is False else model.encode(part) for part in parts]
+    expected = [1, *model.encode(parts[0]), 2, *later[1], 2, *later[2]]
+    assert tokenizer("</s>".join(parts)).input_ids == expected
+
+
+# --- stage 1 alone ---
+
+
+@pytest.fixture
+def base(converted, tmp_path) -> Path:
+    """The recorded stage-1 model as it was before training: projector and fusion zeroed."""
+    folder = tmp_path / "base"
+    shutil.copytree(converted["stage1-384"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if "multi_modal_projector" in name or "vision_tower.fusion" in name:
+            tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+@pytest.mark.parametrize("as_file", [True, False])
+def test_stage_1_projector(prefix, as_file, base, converted, tmp_path):
+    folder = tmp_path / "projector"
+    folder.mkdir()
+    source = REFERENCE / "stage1-384" / "checkpoint"
+    tensors = torch.load(source / "mm_projector.bin", weights_only=True)
+    torch.save(
+        {prefix + name.removeprefix("model."): tensor for name, tensor in tensors.items()}, folder / "mm_projector.bin"
+    )
+    shutil.copy(source / "config.json", folder)
+    convert(str(folder / "mm_projector.bin" if as_file else folder), str(tmp_path / "out"), base=str(base))
+    actual, expected = (load_file(f / "model.safetensors") for f in (tmp_path / "out", converted["stage1-384"]))
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    for name in ("generation_config.json", "tokenizer.json", "config.json", "processor_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text()) == json.loads(
+            (converted["stage1-384"] / name).read_text()
+        )
+
+
+def test_stage_1_projector_needs_its_base(base, converted, write_original, tmp_path):
+    projector, output = str(REFERENCE / "stage1-384" / "checkpoint" / "mm_projector.bin"), tmp_path / "out"
+    with pytest.raises(ConversionError, match="--base"):
+        convert(projector, str(output))
+    with pytest.raises(ConversionError, match=r"--base is only for mm_projector\.bin"):
+        convert(str(REFERENCE / "stage1-384" / "checkpoint"), str(output), base=str(base))
+    with pytest.raises(ConversionError, match="is not in this package's format"):
+        convert(projector, str(output), base=str(write_original("stage1-384")))
+    with pytest.raises(ConversionError, match=r"slow_proj\.weight: shape \[128, 48\], expected \[128, 96\]"):
+        convert(projector, str(output), base=str(converted["stage2-1024"]))
+    assert_nothing_written(output)
+
+
+# --- faults ---
+
+_EMBED = "model.embed_tokens.weight"
+_LAYER = "model.vision_tower.fast_vision_tower.vision_tower.vision_model.encoder.layers.3.mlp.fc2.bias"
+_GATE = "model.vision_tower.align_stages_latent.1.gate.0.weight"
+
+
+def _without(*names):
+    return lambda tensors: [tensors.pop(name) for name in names]
+
+
+def _with(**changes):
+    return lambda tensors: tensors.update({name.replace("__", "."): tensor for name, tensor in changes.items()})
+
+
+def _drop_adapter(tensors):
+    for name in [name for name in tensors if "align_stages_latent.2." in name]:
+        del tensors[name]
+
+
+@pytest.mark.parametrize(
+    "change, messages",
+    [
+        (
+            _without(_EMBED, _LAYER),
+            ["model.language_model.embed_tokens.weight: missing", "layers.3.mlp.fc2.bias: missing"],
+        ),
+        (_without("lm_head.weight"), ["lm_head.weight: missing"]),
+        (_drop_adapter, ["12 faults", "mr_adapters.2.gate.fc1.weight: missing"]),
+        (_with(model__extra=torch.zeros(2), other=torch.zeros(1)), ["model.extra: unexpected", "other: unexpected"]),
+        (_with(lm_head__weight=torch.zeros(999, 64)), ["lm_head.weight: shape [999, 64], expected [1000, 64]"]),
+        (_with(**{_GATE: torch.zeros(64, 255)}), [f"{_GATE}: shape [64, 255], expected [64, 256]"]),
+        (_with(**{_GATE: torch.zeros(64, 256, dtype=torch.int8)}), [f"{_GATE}: dtype torch.int8"]),
+        (_with(mm_projector__0__bias=torch.zeros(64)), ["mm_projector.0.bias: comes twice"]),
+        (
+            _with(
+                model__vision_tower__align_stages_latent__0__slow_proj__weight=torch.zeros(128, 96, 3, 3),
+                model__vision_tower__align_stages_latent__0__slow_conv__weight=torch.zeros(96 * 96),
+            ),
+            ["slow_proj.weight: shape [128, 96, 3, 3]", "slow_conv.weight: shape [9216]"],
+        ),
+        (
+            _without(
+                "model.vision_tower.fast_vision_tower.vision_tower.vision_model.embeddings.patch_embedding.weight"
+            ),
+            ["sizes of the ViT", "embeddings.patch_embedding.weight"],
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit(change, messages, write_original, tmp_path):
+    tensors = read_original("stage2-1024")
+    change(tensors)
+    folder = write_original(tensors=tensors)
+    with pytest.raises(ConversionError) as error:
+        convert(str(folder), str(tmp_path / "out"))
+    for message in messages:
+        assert message in str(error.value)
+    assert_nothing_written(tmp_path / "out")
+
+
+def test_shards_that_repeat_a_tensor(write_original, tmp_path):
+    folder = write_original(form="bin_shards")
+    shards = sorted(folder.glob("*.bin"))
+    first, second = (torch.load(shard, weights_only=True) for shard in shards[:2])
+    name = next(iter(first))
+    torch.save(second | {name: first[name]}, shards[1])
+    with pytest.raises(ConversionError, match=f"{name}: comes twice"):
+        convert(str(folder), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"vision_tower_slow": None}, "lacks vision_tower_slow"),
+        ({"hidden_size": None, "input_image_size": None}, "lacks hidden_size, input_image_size"),
+        ({"vision_tower_slow": "convnext_gigantic.x"}, "does not know the architecture 'convnext_gigantic'"),
+        ({"mm_projector_type": "linear"}, "mm_projector_type = 'linear'"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end = True"),
+        ({"input_image_size": 1000}, "1000"),
+        ({"hidden_size": "wide"}, "lacks hidden_size, or the values are no numbers"),
+        ({"hidden_act": 3}, "config.json: "),
+        ({"freeze_vision": True}, "align_stages_latent.0.slow_conv.weight: unexpected"),
+    ],
+)
+def test_config_that_does_not_fit(config, message, write_original, tmp_path):
+    with pytest.raises(ConversionError) as error:
+        convert(str(write_original(**config)), str(tmp_path / "out"))
+    assert message in str(error.value)
+    assert_nothing_written(tmp_path / "out")
+
+
+class RunsCode:
+    """A pickle of this would call os.mkdir when it is read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_pickle_that_would_run_code(write_original, tmp_path):
+    tensors = read_original("stage2-1024")
+    folder = write_original(tensors=tensors | {"harmless": RunsCode(tmp_path / "was here")})
+    with pytest.raises(ConversionError, match="pickle that would run code, which is refused.*mkdir"):
+        convert(str(folder), str(tmp_path / "out"))
+    assert not (tmp_path / "was here").exists()
+    assert_nothing_written(tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_damaged_weights(form, write_original, tmp_path):
+    folder = write_original(form=form)
+    file = max(folder.glob("*.bin" if form.startswith("bin") else "*.safetensors"))
+    with file.open("rb+") as stream:
+        stream.truncate(file.stat().st_size // 2)
+    with pytest.raises(ConversionError, match=f"{file.name} cannot be read as plain tensors: it is damaged"):
+        convert(str(folder), str(tmp_path / "out"))
+    assert_nothing_written(tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(2)], {"state_dict": {"lm_head.weight": torch.zeros(2)}}])
+def test_pickle_of_something_else(content, write_original, tmp_path):
+    folder = write_original(tensors=content)
+    with pytest.raises(ConversionError, match=r"pytorch_model\.bin must hold dense tensors by name"):
+        convert(str(folder), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("shard", ["../outside.bin", "/etc/passwd", "..", "a/b.bin", "C:\\x.bin"])
+def test_index_that_names_files_elsewhere(shard, write_original, tmp_path):
+    folder = write_original(form="bin_shards")
+    index = folder / "pytorch_model.bin.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["lm_head.weight"] = shard
+    index.write_text(json.dumps(content))
+    with pytest.raises(ConversionError, match="must name files in its own folder"):
+        convert(str(folder), str(tmp_path / "out"))
+
+
+def test_missing_files(write_original, tmp_path):
+    folder = write_original(form="bin_shards")
+    min(folder.glob("*.bin")).unlink()
+    with pytest.raises(ConversionError, match=r"pytorch_model-00001-of-00003\.bin"):
+        convert(str(folder), str(tmp_path / "out"))
+    for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
+        folder = write_original()
+        (folder / name).unlink()
+        with pytest.raises(ConversionError, match=name):
+            convert(str(folder), str(tmp_path / "out"))
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(ConversionError, match="has none of"):
+        convert(str(folder), str(tmp_path / "out"))
+    assert_nothing_written(tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}'])
+def test_damaged_index(text, write_original, tmp_path):
+    folder = write_original(form="bin_shards")
+    (folder / "pytorch_model.bin.index.json").write_text(text)
+    with pytest.raises(ConversionError, match=r"pytorch_model\.bin\.index\.json"):
+        convert(str(folder), str(tmp_path / "out"))
+
+
+# --- the command ---
+
+
+def run_command(*arguments, code: str = "", **environment) -> subprocess.CompletedProcess:
+    """The command in a process of its own, or `code`."""
+    what = ["-c", textwrap.dedent(code)] if code else ["-m", "conversion.convert_llava_hr_weights_to_hf"]
+    return subprocess.run(
+        [sys.executable, *what, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_command(tmp_path):
+    arguments = ["--checkpoint", REFERENCE / "stage1-384" / "checkpoint", "--output", tmp_path / "out"]
+    result = run_command(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert "M parameters, torch.bfloat16" in result.stdout
+    assert "Reading weights: 100%" in result.stderr
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "out").config.model_type == "llava_hr"
+
+    again = run_command(*arguments)  # an existing result is never overwritten
+    assert again.returncode == 1
+    assert again.stderr.strip().splitlines()[-1].startswith(f"error: --output: {tmp_path / 'out'} exists")
+    assert "Traceback" not in again.stderr
+
+
+@pytest.fixture
+def hub(write_original):
+    """A Hub on this machine: the repository someone/llava-hr holds the recorded stage-1 checkpoint in shards."""
+    folder = write_original("stage1-384", "bin_shards")
+    paths = list(folder.iterdir())
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.partition("?")[0].rpartition("/")[2]
+            if not self.path.startswith(("/api/models/someone/llava-hr", "/someone/llava-hr/resolve/")):
+                self.answer(404, {"X-Error-Code": "RepoNotFound"})
+            elif self.path.startswith("/api/"):
+                info = {"id": "someone/llava-hr", "sha": "0" * 40, "siblings": [{"rfilename": p.name} for p in paths]}
+                tree = [{"type": "file", "path": p.name, "oid": p.name, "size": p.stat().st_size} for p in paths]
+                self.answer(200, {}, json.dumps(tree if "/tree/" in self.path else info).encode())
+            elif (folder / name).is_file():
+                headers = {"ETag": f'"{name}"', "X-Repo-Commit": "0" * 40}
+                self.answer(200, headers, (folder / name).read_bytes())
+            else:
+                self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": "0" * 40})
+
+        do_HEAD = do_GET
+
+        def answer(self, status, headers, body=b""):
+            self.send_response(status)
+            for key, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+        }
+        server.shutdown()
+
+
+def test_command_with_a_repository(hub, converted, tmp_path):
+    arguments = ("--checkpoint", "someone/llava-hr", "--output", tmp_path / "out")
+    result = run_command(*arguments, **hub, HF_HOME=str(tmp_path / "home"))
+    assert result.returncode == 0, result.stderr
+    actual, expected = (load_file(f / "model.safetensors") for f in (tmp_path / "out", converted["stage1-384"]))
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_command_with_an_unknown_repository(hub, tmp_path):
+    arguments = ("--checkpoint", "nobody/nothing", "--output", tmp_path / "out")
+    result = run_command(*arguments, **hub, HF_HOME=str(tmp_path / "home"))
+    assert result.returncode == 1
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("error: --checkpoint: 'nobody/nothing' is no folder or file here")
+    assert "does not exist, is private" in message
+    assert "Traceback" not in result.stderr
+    assert_nothing_written(tmp_path / "out")
+
+
+KILLED = """
+    import os, signal, sys
+    from pathlib import Path
+    from conversion.convert_llava_hr_weights_to_hf import convert
+
+    checkpoint, output = sys.argv[1:]
+    count = 0
+
+    def kill_at(moment):
+        def hook(event, arguments):
+            global count
+            if event in ("open", "os.mkdir", "os.rename") and ".out.incomplete" in str(arguments[0]):
+                count += 1
+                if count == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+
+    # children of a process that has imported everything: a fresh one for each moment would take half a minute
+    if os.fork() == 0:
+        kill_at(None)
+        convert(checkpoint, output)
+        os._exit(count)
+    events = os.waitstatus_to_exitcode(os.wait()[1])
+    Path(output).rename(output + "-whole")
+    for moment in (1, events // 2, events):
+        if os.fork() == 0:
+            kill_at(moment)
+            convert(checkpoint, output)
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.wait()[1]), Path(output).exists())
+    print(events)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+def test_killed_run_leaves_nothing_half(write_original, converted, tmp_path):
+    folder, output = write_original("stage1-384"), tmp_path / "out"
+    result = run_command(folder, output, code=KILLED)
+    assert result.returncode == 0, result.stderr
+    *runs, events = [line for line in result.stdout.splitlines() if line[0] in "-0123456789"]
+    assert int(events) > 10  # folder, some files, the sync of each, the last rename
+    assert runs == [f"{-signal.SIGKILL} False"] * 3
+    assert (tmp_path / ".out.incomplete").exists()  # of the last killed run, complete but for its name
+    shutil.rmtree(tmp_path / "out-whole")
+    convert(str(folder), str(output))
+    assert_only(output)
+    actual, expected = ((folder / "model.safetensors").read_bytes() for folder in (output, converted["stage1-384"]))
+    assert actual == expected
+
+
+def assert_only(output: Path) -> None:
+    """The output is there and nothing else of its name."""
+    assert [path.name for path in output.parent.iterdir() if output.name in path.name] == [output.name]
+
+
+def test_output_that_is_there_already(write_original, tmp_path):
+    folder, output = write_original("stage1-384"), tmp_path / "out"
+    output.mkdir()
+    (output / "precious").write_text("kept")
+    with pytest.raises(ConversionError, match=f"{output} exists"):
+        convert(str(folder), str(output))
+    assert (output / "precious").read_text() == "kept"
+    (output / "precious").unlink()
+    convert(str(folder), str(output))  # an empty folder is as good as none
+    assert (output / "config.json").is_file()
+
+
+PEAK = """
+    import sys
+    from pathlib import Path
+    from conversion.convert_llava_hr_weights_to_hf import convert
+    for checkpoint in sys.argv[1:]:
+        convert(checkpoint, checkpoint + "-out", dtype="float32")
+        print("peak", Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the kernel's account of memory")
+@pytest.mark.parametrize("form", ["bin_shards", "safetensors_shards"])
+def test_memory(form, write_original, tmp_path):
+    # The language model is made so large that it is nearly all: 8 layers of 12.6 million parameters
+    tensors = read_original("stage1-384")
+    layer = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.0.")}
+    sizes = {64: 1024, 128: 2816}
+    for name, tensor in list(tensors.items()):
+        if "vision_tower" not in name and "inv_freq" not in name:
+            width = 128 if "mm_projector.0.weight" in name else None  # the ViT's, not the MLP's
+            shape = [size if size == width else sizes.get(size, size) for size in tensor.shape]
+            tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
+            if name in layer:
+                tensors |= {name.replace(".0.", f".{n}.", 1): tensors[name].clone() for n in range(8)}
+    small = write_original("stage1-384", form).rename(tmp_path / "small")
+    large = write_original("stage1-384", form, tensors, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8)
+    shard = max(file.stat().st_size for file in large.iterdir())
+    result = run_command(small, large, code=PEAK)
+    assert result.returncode == 0, result.stderr
+    model = Path(f"{large}-out", "model.safetensors").stat().st_size
+    start, peak = (int(line.split()[1]) * 1024 for line in result.stdout.splitlines() if line.startswith("peak"))
+    assert model > 400e6 and 3 * shard > 200e6
+    # 24 MB: allocator and bookkeeping. Reading all three shards at once would need 2 * shard, 137 MB, more.
+    assert peak - start < model + shard + 24e6

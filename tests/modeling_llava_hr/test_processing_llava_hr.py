@@ -1,0 +1,314 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The processor against recorded prompts, token ids and labels of the released code (tests/fixtures/reference)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoProcessor, PreTrainedTokenizerFast
+
+from modeling_llava_hr import LlavaHrProcessor
+from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE
+
+
+REFERENCE = Path(__file__).parent.parent / "fixtures" / "reference"
+STAGES = ("stage1-384", "stage2-1024")
+CASES = [
+    pytest.param(stage, case, id=f"{stage}-{case['name']}")
+    for stage in STAGES
+    for case in json.loads((REFERENCE / stage / "cases.json").read_text())["cases"]
+]
+ASSISTANT_MASKS = pytest.mark.skipif(
+    transformers.__version__ < "5.18",
+    reason="transformers before 5.18 does not move assistant masks when image tokens are expanded",
+)
+
+
+@pytest.fixture
+def processor(converted_stage2):
+    return AutoProcessor.from_pretrained(converted_stage2)
+
+
+@pytest.fixture
+def processors(converted_stage1, converted_stage2):
+    return dict(zip(STAGES, map(AutoProcessor.from_pretrained, (converted_stage1, converted_stage2)), strict=True))
+
+
+def load_images(stage, case):
+    return [Image.open(REFERENCE / stage / "images" / name) for name in case.get("images", ["case0_0.png"])]
+
+
+def to_messages(case, images):
+    """The recorded turns as messages: pictures as parts of their own, the text without its tags."""
+    if "caption" in case:
+        content = [{"type": "image", "image": images[0]}]
+        return [{"role": "user", "content": content}, {"role": "assistant", "content": case["caption"]}]
+    messages, images = [], iter(images)
+    for question, answer in case["turns"]:
+        content = [{"type": "image", "image": next(images)} for _ in range(question.count("<image>"))]
+        content.append({"type": "text", "text": question.replace("<image>\n", "")})
+        messages.append({"role": "user", "content": content})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
+def tokenize(processor, messages, **kwargs):
+    kwargs = {"add_generation_prompt": messages[-1]["role"] == "user", **kwargs}
+    return processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **kwargs)
+
+
+def collapse(processor, ids, num_tokens, *others):
+    """Ids as the released code has them before expansion, -200 for a picture; and the same places of other lists."""
+    kept, position = [], 0
+    while position < len(ids):
+        kept.append(position)
+        if ids[position] == processor.image_token_id:
+            assert ids[position : position + num_tokens] == [processor.image_token_id] * num_tokens
+            position += num_tokens
+        else:
+            position += 1
+    collapsed = [-200 if ids[index] == processor.image_token_id else ids[index] for index in kept]
+    return collapsed, *([other[index] for index in kept] for other in others)
+
+
+@pytest.mark.parametrize(("stage", "case"), CASES)
+def test_recorded_prompts_and_ids(processors, stage, case):
+    processor = processors[stage]
+    images = load_images(stage, case)
+    template = PLAIN_CHAT_TEMPLATE if "caption" in case else None
+    messages = to_messages(case, images)
+    if "prompt" in case:
+        generation = messages[-1]["role"] == "user"
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=generation)
+        assert prompt == "<s> " + case["prompt"]
+    inputs = tokenize(processor, messages, chat_template=template)
+    num_tokens = {"stage1-384": 576, "stage2-1024": 1024}[stage]
+    ids = collapse(processor, inputs["input_ids"][0].tolist(), num_tokens)[0]
+    assert ids == case["input_ids_before_expansion"]
+    if "sequence_length" in case:
+        assert inputs["input_ids"].shape[1] == case["sequence_length"]
+
+
+@ASSISTANT_MASKS
+@pytest.mark.parametrize(("stage", "case"), [case for case in CASES if "labels_before_expansion" in case.values[1]])
+def test_recorded_labels(processors, stage, case):
+    processor = processors[stage]
+    template = PLAIN_CHAT_TEMPLATE if "caption" in case else None
+    inputs = tokenize(
+        processor,
+        to_messages(case, load_images(stage, case)),
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+    )
+    ids, mask = inputs["input_ids"][0].tolist(), torch.as_tensor(inputs["assistant_masks"])[0].tolist()
+    num_tokens = {"stage1-384": 576, "stage2-1024": 1024}[stage]
+    ids, mask = collapse(processor, ids, num_tokens, mask)
+    labels = [token if kept else -100 for token, kept in zip(ids, mask, strict=True)]
+    assert labels == case["labels_before_expansion"]
+
+
+@ASSISTANT_MASKS
+def test_a_caption_that_begins_with_a_lone_space_token_is_supervised_from_there(processor):
+    """The released code tokenizes "4711" as a text of its own: "▁", "4", ...; all of it is label."""
+    image = Image.new("RGB", (8, 8))
+    messages = to_messages({"caption": "4711 is read."}, [image])
+    inputs = tokenize(processor, messages, chat_template=PLAIN_CHAT_TEMPLATE, return_assistant_tokens_mask=True)
+    ids, mask = inputs["input_ids"][0].tolist(), torch.as_tensor(inputs["assistant_masks"])[0].tolist()
+    ids, mask = collapse(processor, ids, 1024, mask)
+    expected = processor.tokenizer("4711 is read.\n", add_special_tokens=False)["input_ids"]
+    assert ids[2:] == expected and processor.tokenizer.convert_ids_to_tokens(ids[2]) == "▁"
+    assert mask == [0, 0] + [1] * len(expected)
+
+
+@ASSISTANT_MASKS
+def test_answers_alone_are_supervised_with_several_pictures_and_turns(processor):
+    image = Image.new("RGB", (8, 8))
+    part = {"type": "image", "image": image}
+    messages = [
+        {"role": "user", "content": [part, part, {"type": "text", "text": "Compare."}]},
+        {"role": "assistant", "content": "They are equal."},
+        {"role": "user", "content": [part, {"type": "text", "text": "And this?"}]},
+        {"role": "assistant", "content": "The same."},
+    ]
+    inputs = tokenize(processor, messages, return_assistant_tokens_mask=True)
+    ids, mask = inputs["input_ids"][0], torch.as_tensor(inputs["assistant_masks"])[0].bool()
+    tokens = processor.tokenizer.convert_ids_to_tokens(ids[mask])
+    assert "".join(tokens).replace("▁", " ") == " They are equal.</s> The same.</s>"
+
+
+def text_after_last_system_sentence(prompt):
+    return prompt.split("user's questions. ")[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("Hello", "USER: Hello ASSISTANT:"),
+        ([{"type": "text", "text": "Hello"}], "USER: Hello ASSISTANT:"),
+        ("<image>\nWhat?", "USER: <image>\nWhat? ASSISTANT:"),
+        ("Compare <image> and <image>.", "USER: Compare <image> and <image>. ASSISTANT:"),
+        ([{"type": "image"}, {"type": "text", "text": "What?"}], "USER: <image>\nWhat? ASSISTANT:"),
+        ([{"type": "text", "text": "What?"}, {"type": "image"}], "USER: <image>\nWhat? ASSISTANT:"),
+        (
+            [{"type": "image"}, {"type": "text", "text": "A"}, {"type": "image"}, {"type": "text", "text": "B"}],
+            "USER: <image>\n<image>\nA\nB ASSISTANT:",
+        ),
+    ],
+)
+def test_content_as_string_or_parts(processor, content, expected):
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    assert text_after_last_system_sentence(prompt) == expected
+
+
+@pytest.mark.parametrize("content", ["Be brief.", [{"type": "text", "text": "Be brief."}]])
+def test_system_message(processor, content):
+    messages = [{"role": "system", "content": content}, {"role": "user", "content": "Hi"}]
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == "<s> Be brief. USER: Hi ASSISTANT:"
+    messages[0]["content"] = ""
+    assert processor.apply_chat_template(messages) == "<s> USER: Hi "
+
+
+def test_continue_a_started_answer(processor):
+    messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One, two"}]
+    prompt = processor.apply_chat_template(messages, continue_final_message=True)
+    assert text_after_last_system_sentence(prompt) == "USER: Count. ASSISTANT: One, two"
+
+
+@pytest.mark.parametrize("role", ["tool", "human"])
+def test_unknown_roles_are_named(processor, role):
+    with pytest.raises(Exception, match=f"'assistant'.*got '{role}'"):
+        processor.apply_chat_template([{"role": role, "content": "Hi"}])
+
+
+@pytest.mark.parametrize("kind", ["converted_stage2", "converted_stage2_legacy"])
+@pytest.mark.parametrize(
+    "pieces", [["Compare ", " and ", "."], ["", "", " What?"], ["Look:", "\nWhat is  this", ""], ["", "4711", "\n\n"]]
+)
+def test_text_between_pictures_is_tokenized_as_the_start_of_a_text(request, kind, pieces):
+    """Independent: the released code tokenizes each piece by itself, with sentencepiece, and joins them."""
+    processor = AutoProcessor.from_pretrained(request.getfixturevalue(kind))
+    sentencepiece = SentencePieceProcessor(str(REFERENCE / "stage2-1024" / "checkpoint" / "tokenizer.model"))
+    inputs = processor(images=[Image.new("RGB", (8, 8))] * 2, text="<image>".join(pieces))
+    first, second, third = map(sentencepiece.encode, pieces)
+    ids = collapse(processor, inputs["input_ids"][0], 1024)[0]
+    assert ids == [sentencepiece.bos_id(), *first, -200, *second, -200, *third]
+
+
+def test_text_after_the_end_of_an_answer_depends_on_the_tokenizer_kind(converted_stage2, converted_stage2_legacy):
+    """Legacy tokenizers treat it as the start of a text; the others do not."""
+    sentencepiece = SentencePieceProcessor(str(REFERENCE / "stage2-1024" / "checkpoint" / "tokenizer.model"))
+    for folder, legacy in ((converted_stage2, False), (converted_stage2_legacy, True)):
+        ids = AutoProcessor.from_pretrained(folder)(text="Yes</s>USER: Hi")["input_ids"][0]
+        after = ids[ids.index(sentencepiece.eos_id()) + 1 :]
+        as_start = sentencepiece.encode("USER: Hi")
+        assert (after == as_start) is legacy
+        assert sentencepiece.decode(after) == "USER: Hi"
+
+
+def make_bpe_tokenizer():
+    """Byte-level BPE as of GPT-2, Llama 3 and Qwen: no sentencepiece, no space before the first word."""
+    vocab = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.add_tokens("<image>", special_tokens=True)
+    return tokenizer
+
+
+def test_other_tokenizers_get_no_extra_space(processor):
+    other = LlavaHrProcessor(processor.image_processor, make_bpe_tokenizer())
+    assert other.apply_chat_template([{"role": "user", "content": "Hi"}]).startswith("A chat between")
+    inputs = other(images=Image.new("RGB", (8, 8)), text="<image>\nHi")
+    assert other.tokenizer.decode(inputs["input_ids"][0]).replace("<image>", "") == "\nHi"
+
+
+def test_a_tokenizer_without_the_image_token_is_refused(processor):
+    tokenizer = make_bpe_tokenizer()
+    with pytest.raises(ValueError, match=r"`tokenizer` does not have the image token '<picture>'"):
+        LlavaHrProcessor(processor.image_processor, tokenizer, image_token="<picture>")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "low", "high", "tokens"),
+    [
+        ({"size": 336, "high_res_size": 384}, 336, 384, 576),
+        ({"size": 336, "high_res_size": 768}, 336, 768, 576),
+        ({}, 448, 1024, 1024),
+        ({"size": {"height": 672, "width": 672}, "high_res_size": {"height": 1536, "width": 1536}}, 672, 1536, 2304),
+        ({"size": 336, "high_res_size": 1536}, 336, 1536, 576),
+    ],
+)
+def test_sizes_can_be_given_per_call(processor, sizes, low, high, tokens):
+    image = Image.new("RGB", (60, 40), "red")
+    messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Hi"}]}]
+    for inputs in (
+        processor(images=image, text="<image>\nHi", return_tensors="pt", **sizes),
+        tokenize(processor, messages, processor_kwargs=sizes),
+    ):
+        assert inputs["pixel_values"].shape == (1, 3, low, low)
+        assert inputs["high_res_pixel_values"].shape == (1, 3, high, high)
+        assert (inputs["input_ids"] == processor.image_token_id).sum() == tokens
+    if "high_res_size" in sizes:
+        data = processor._get_num_multimodal_tokens(image_sizes=[(40, 60), (9, 9)], **sizes)
+        assert data["num_image_tokens"] == [tokens] * 2 and data["num_image_patches"] == [1, 1]
+
+
+def test_count_mismatches_are_named(processor):
+    image = Image.new("RGB", (8, 8))
+    with pytest.raises(ValueError, match="2.*1"):
+        processor(images=[image], text="<image>\n<image>\nHi")
+    with pytest.raises(ValueError, match="no images"):
+        processor(text="<image>\nHi")
+    # as many tags as pictures in all, but not in each sample
+    with pytest.raises(ValueError, match="Sample 0 has 2 <image> tags in its text, but 1 pictures"):
+        processor(images=[[image], [image]], text=["<image>\n<image>\nHi", "Hi"])
+    with pytest.raises(ValueError, match="1 lists, but `text` has 2"):
+        processor(images=[[image, image]], text=["<image>\nHi", "<image>\nHi"])
+
+
+def test_truncation_that_would_cut_a_picture_is_an_error(processor):
+    image = Image.new("RGB", (8, 8))
+    with pytest.raises(ValueError, match="truncation"):
+        processor(images=image, text="<image>\nHi", truncation=True, max_length=100)
+
+
+def test_batches_pad_on_the_left(processor):
+    image = Image.new("RGB", (8, 8))
+    inputs = processor(images=[[image], []], text=["<image>\nHi", "Hi there"], padding=True, return_tensors="pt")
+    assert inputs["attention_mask"][1, 0] == 0 and inputs["attention_mask"][1, -1] == 1
+    assert inputs["pixel_values"].shape[0] == 1
+
+
+def test_text_alone_has_no_pixels(processor):
+    inputs = tokenize(processor, [{"role": "user", "content": "Hi"}])
+    assert set(inputs) == {"input_ids", "attention_mask"}
+
+
+def test_save_and_load_twice(tmp_path, processor):
+    image, text = Image.new("RGB", (30, 20), "green"), "</s>USER: <image>\nHi ASSISTANT: <image>"
+    expected = processor(images=[image, image], text=text, return_tensors="pt")
+    for name in ("a", "b"):
+        processor.save_pretrained(tmp_path / name)
+        processor = AutoProcessor.from_pretrained(tmp_path / name)
+    assert isinstance(processor, LlavaHrProcessor) and processor.image_suffix == " "
+    again = processor(images=[image, image], text=text, return_tensors="pt")
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
