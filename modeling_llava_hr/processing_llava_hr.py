@@ -13,6 +13,7 @@
 # limitations under the License.
 """Processor class for LLaVA-HR."""
 
+from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .configuration_llava_hr import get_num_image_tokens
@@ -137,17 +138,25 @@ class LlavaHrProcessor(ProcessorMixin):
             ValueError: If there is neither, or the number of image tags differs from that of the pictures.
         """
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
-        is_nested = isinstance(images, (list, tuple)) and all(isinstance(sample, (list, tuple)) for sample in images)
-        if text is None or not is_nested:
+        if text is None:
             return
-        if len(images) != len(text):
-            raise ValueError(f"`images` is a list of {len(images)} lists, but `text` has {len(text)} samples.")
-        for index, (sample, sample_images) in enumerate(zip(text, images, strict=True)):
-            num_tags, num_images = sample.count(self.image_token), len(sample_images)
-            if num_tags != num_images:
+        num_tags = [sample.count(self.image_token) for sample in ([text] if isinstance(text, str) else text)]
+        is_nested = isinstance(images, (list, tuple)) and all(isinstance(sample, (list, tuple)) for sample in images)
+        if not is_nested:
+            num_images = len(make_flat_list_of_images(images)) if images is not None else 0
+            if sum(num_tags) != num_images:
                 raise ValueError(
-                    f"Sample {index} has {num_tags} {self.image_token} tags in its text, but {num_images} pictures in "
-                    f"`images`. Give one tag for each picture."
+                    f"`text` has {sum(num_tags)} {self.image_token} tags, but `images` {num_images} pictures. Give one "
+                    f"tag for each picture."
+                )
+            return
+        if len(images) != len(num_tags):
+            raise ValueError(f"`images` is a list of {len(images)} lists, but `text` has {len(num_tags)} samples.")
+        for index, (tags, sample_images) in enumerate(zip(num_tags, images, strict=True)):
+            if tags != len(sample_images):
+                raise ValueError(
+                    f"Sample {index} has {tags} {self.image_token} tags in its text, but {len(sample_images)} pictures "
+                    f"in `images`. Give one tag for each picture."
                 )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
