@@ -146,8 +146,8 @@ class LlavaHrProcessor(ProcessorMixin):
             num_images = len(make_flat_list_of_images(images)) if images is not None else 0
             if sum(num_tags) != num_images:
                 raise ValueError(
-                    f"`text` has {sum(num_tags)} {self.image_token} tags, but `images` {num_images} pictures. Give one "
-                    f"tag for each picture."
+                    f"`text` has {sum(num_tags)} {self.image_token} tags, but `images` {num_images} pictures. Give "
+                    f"one tag for each picture."
                 )
             return
         if len(images) != len(num_tags):
@@ -155,8 +155,8 @@ class LlavaHrProcessor(ProcessorMixin):
         for index, (tags, sample_images) in enumerate(zip(num_tags, images, strict=True)):
             if tags != len(sample_images):
                 raise ValueError(
-                    f"Sample {index} has {tags} {self.image_token} tags in its text, but {len(sample_images)} pictures "
-                    f"in `images`. Give one tag for each picture."
+                    f"Sample {index} has {tags} {self.image_token} tags in its text, but {len(sample_images)} "
+                    f"pictures in `images`. Give one tag for each picture."
                 )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
