@@ -188,6 +188,10 @@ def test_recorded_outputs(stage, converted, tmp_path):
             torch.testing.assert_close(high_res, expected["case0.high_res_features"], atol=1e-4, rtol=1e-4)
             fused = features.last_hidden_state[:, ::7]
             torch.testing.assert_close(fused, expected["case0.vision_features"], atol=1e-4, rtol=1e-4)
+            tower = model.model.vision_tower
+            with torch.no_grad():
+                embeddings = tower.pre_layernorm(tower.embeddings(views[0]))[:, ::7]
+            torch.testing.assert_close(embeddings, expected["case0.low_res_embeddings"], atol=1e-4, rtol=1e-4)
         if is_complete:
             labels = expand_labels(case, num_image_tokens)
             with torch.no_grad():
@@ -196,6 +200,22 @@ def test_recorded_outputs(stage, converted, tmp_path):
         else:
             new = model.generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False)
             assert new[0, len(ids) :].tolist() == case["greedy_ids"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_recorded_greedy_tokens_with_the_torchvision_backend(stage, converted):
+    """Its pixels differ from the recorded ones by up to 2/255, the recorded tokens' margins allow for that."""
+    model = AutoModelForImageTextToText.from_pretrained(converted[stage], dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(converted[stage])
+    assert processor.image_processor.backend == "torchvision"
+    for case in json.loads((REFERENCE / stage / "cases.json").read_text())["cases"]:
+        if "greedy_ids" not in case:
+            continue
+        images = [Image.open(REFERENCE / stage / "images" / file) for file in case["images"]]
+        prompt = processor.apply_chat_template(make_messages(case["turns"]), add_generation_prompt=True)
+        inputs = processor(text=prompt, images=images, return_tensors="pt", add_special_tokens=False)
+        new = model.generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        assert new[0, inputs["input_ids"].shape[1] :].tolist() == case["greedy_ids"]
 
 
 def expand_labels(case: dict, num_image_tokens: int) -> list[int]:
