@@ -41,7 +41,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_llava_hr import LlavaHrConfig
+from .configuration_llava_hr import LlavaHrConfig, get_num_image_tokens
 
 
 _VISION_LAYERS = {"clip_vision_model": CLIPEncoderLayer, "siglip_vision_model": SiglipEncoderLayer}
@@ -288,7 +288,7 @@ class LlavaHrVisionEmbeddings(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.patch_size = config.patch_size
-        self.num_positions = (config.image_size // config.patch_size) ** 2
+        self.num_positions = get_num_image_tokens(config.image_size, config.patch_size)
         self.patch_embedding = nn.Conv2d(
             config.num_channels,
             config.hidden_size,
