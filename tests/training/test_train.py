@@ -1,0 +1,423 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Both stages on a miniature: what moves, what stays, and that runs end the same however they are run."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE, VICUNA_V1_CHAT_TEMPLATE
+from training.data import load_data
+from training.stages import STAGES
+from training.train import make_parser
+
+
+ROOT = Path(__file__).parent.parent.parent
+MESSAGES = List({"role": Value("string"), "content": Value("string")})
+CONFIGS = sorted((ROOT / "training" / "configs").glob("*.yaml"))
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning"),  # TRL sets it
+]
+
+
+def load_weights(folder):
+    return {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory):
+    return tmp_path_factory.mktemp("trainings")
+
+
+@pytest.fixture(scope="module")
+def pretrained(mini, miniature, data, trainings):
+    options = ("--max_steps", "12", "--per_device_train_batch_size", "8", "--learning_rate", "3e-3")
+    mini.train("pretrain", miniature, data / "captions.json", trainings / "pretrained", *options)
+    return trainings / "pretrained"
+
+
+@pytest.fixture(scope="module")
+def finetuned(mini, pretrained, data, trainings):
+    options = ("--max_steps", "12", "--per_device_train_batch_size", "8", "--learning_rate", "3e-3")
+    mini.train("finetune", pretrained, data / "train.jsonl", trainings / "finetuned", *options)
+    return trainings / "finetuned"
+
+
+def test_pretraining_moves_projector_and_fusion_alone(mini, miniature, pretrained):
+    before, after = load_weights(miniature), load_weights(pretrained)
+    assert before.keys() == after.keys()
+    moved = {name for name in after if not torch.equal(after[name].float(), before[name].float())}
+    expected = {name for name in after if "multi_modal_projector" in name or "vision_tower.fusion" in name}
+    assert moved == expected and len(moved) == 8
+    losses = mini.losses(pretrained)
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+
+
+def test_pretraining_leaves_its_weights_as_one_small_file(pretrained):
+    weights, projector = load_weights(pretrained), load_file(pretrained / "projector.safetensors")
+    assert len(projector) == 8
+    for name, tensor in projector.items():
+        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=0)
+
+
+def test_finetuning_inserts_adapters_and_moves_everything(mini, pretrained, finetuned):
+    before, after = load_weights(pretrained), load_weights(finetuned)
+    config = AutoConfig.from_pretrained(finetuned)
+    assert config.mr_adapter_layers == [1, 2, 3]  # 4 layers
+    adapters = {name for name in after if "mr_adapters" in name}
+    assert after.keys() - before.keys() == adapters
+    assert not [name for name in before if torch.equal(after[name], before[name])]
+    for name in adapters:  # the last layer of both mappings starts at zero
+        if re.search(r"low_res_mapping\.pointwise|high_res_mapping\.fc2", name):
+            assert after[name].abs().max() > 0
+    losses = mini.losses(finetuned)
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+
+
+def test_each_stage_saves_its_prompt_form_and_views(pretrained, finetuned):
+    plain, chat = AutoProcessor.from_pretrained(pretrained), AutoProcessor.from_pretrained(finetuned)
+    assert plain.chat_template == PLAIN_CHAT_TEMPLATE and chat.chat_template == VICUNA_V1_CHAT_TEMPLATE
+    assert (plain.image_processor.image_aspect_ratio, chat.image_processor.image_aspect_ratio) == ("crop", "pad")
+    assert (chat.image_processor.size.height, chat.image_processor.high_res_size.height) == (56, 128)
+
+
+def test_stages_are_those_of_the_paper():
+    """Section 5.2 of the paper and the released scripts."""
+    stages = {name: (s.learning_rate, s.size, s.high_res_size, s.image_aspect_ratio) for name, s in STAGES.items()}
+    assert stages == {"pretrain": (1e-3, 336, 384, "crop"), "finetune": (2e-5, 448, 1024, "pad")}
+
+
+def test_finetuning_goes_on_with_growing_views_and_frozen_parts(mini, finetuned, data, tmp_path):
+    options = ("--max_steps", "2", "--size", "112", "--high_res_size", "256", "--learning_rate", "1e-3")
+    frozen = ("--frozen", r"model\.vision_tower\.high_res_tower\.", r"model\.language_model\.")
+    mini.train("finetune", finetuned, data / "train.jsonl", tmp_path, *options, *frozen)
+    before, after = load_weights(finetuned), load_weights(tmp_path)
+    assert before.keys() == after.keys()
+    stayed = {name for name in after if torch.equal(after[name], before[name])}
+    expected = {name for name in after if "high_res_tower" in name or "language_model" in name}
+    assert expected <= stayed
+    assert all(".gate." in name for name in stayed - expected)  # tanh may be saturated
+    assert AutoProcessor.from_pretrained(tmp_path).image_processor.high_res_size.height == 256
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "message"),
+    [
+        ("pretrain", (), "starts from a model without MR-Adapters"),
+        ("pretrain", ("--use_peft",), "`use_peft` does not go with `stage: pretrain`"),
+        ("finetune", ("--frozen", "nothing"), "matches no parameter"),
+        ("finetune", ("--frozen", "model", "lm_head"), "Nothing is left to train"),
+        ("finetune", ("--use_peft", "--frozen", "model"), "`frozen` does not go with `use_peft`"),
+        ("finetune", ("--high_res_size", "100"), "must be a positive multiple of"),
+    ],
+)
+def test_what_does_not_fit_is_refused(mini, finetuned, data, tmp_path, stage, options, message):
+    file = "captions.json" if stage == "pretrain" else "train.jsonl"
+    with pytest.raises(ValueError, match=message):
+        mini.train(stage, finetuned, data / file, tmp_path, *options)
+
+
+def test_a_starting_point_of_another_kind_is_refused(mini, data, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match="must be a LLaVA-HR model, but .* is of type 'llama'"):
+        mini.train("pretrain", tmp_path, data / "captions.json", tmp_path / "output")
+
+
+def test_gradient_accumulation_equals_a_larger_batch(mini, pretrained, data, tmp_path):
+    shared = ("--max_steps", "3", "--learning_rate", "1e-3")
+    mini.train("finetune", pretrained, data / "train.jsonl", tmp_path / "1", *shared, *batch(4))
+    mini.train("finetune", pretrained, data / "train.jsonl", tmp_path / "2", *shared, *batch(2, 2))
+    assert mini.losses(tmp_path / "2") == pytest.approx(mini.losses(tmp_path / "1"), rel=1e-5)
+    assert_close(tmp_path / "2", tmp_path / "1")
+
+
+def batch(size, accumulation=1):
+    return "--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(accumulation)
+
+
+def assert_close(folder, expected_folder, atol=1e-4):
+    expected = load_weights(expected_folder)
+    for name, tensor in load_weights(folder).items():
+        # Adam's first steps have the size of the learning rate even where a gradient is rounding alone
+        atol_here = 5e-3 if "k_proj.bias" in name else atol
+        torch.testing.assert_close(tensor, expected[name], atol=atol_here, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_broken_rows_are_refused_or_left_out(mini, finetuned, data, tmp_path):
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    rows[2]["image"] = "images/nowhere.png"
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    paths = (finetuned, tmp_path / "rows.jsonl", tmp_path / "output")
+    options = ("--max_steps", "1", "--image_folder", str(data), *batch(4))
+    with pytest.raises(ValueError, match=r"row 2 \(id '2'\): picture 'images/nowhere.png' is missing"):
+        mini.train("finetune", *paths, *options)
+    mini.train("finetune", *paths, *options, "--skip_broken", "true")
+    (skipped,) = json.loads((tmp_path / "output" / "skipped_rows.json").read_text())
+    assert (skipped["row"], skipped["id"]) == (2, "2")
+
+
+@pytest.mark.parametrize("has_image", [True, False])
+def test_data_of_one_kind(mini, finetuned, data, tmp_path, has_image):
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows if ("image" in row) is has_image))
+    options = ("--max_steps", "2", "--learning_rate", "1e-3", "--image_folder", str(data), *batch(4))
+    mini.train("finetune", finetuned, tmp_path / "rows.jsonl", tmp_path / "output", *options)
+    before, after = load_weights(finetuned), load_weights(tmp_path / "output")
+    moved = {name.split(".")[1] for name in after if not torch.equal(after[name], before[name])}
+    vision = {"vision_tower", "multi_modal_projector"} if has_image else set()
+    assert moved == {"language_model", "weight"} | vision  # lm_head.weight
+
+
+def test_a_stream_trains_and_goes_on(mini, finetuned, data, tmp_path):
+    """A data set as the Hub has them, read on demand; loaded by worker processes where it is not streamed."""
+    samples = list(load_data(str(data / "train.jsonl")))
+    features = Features({"messages": MESSAGES, "images": List(Image())})
+    rows = {"messages": [], "images": []}
+    for sample in samples:
+        messages = [{"role": m["role"], "content": m["content"][-1]["text"]} for m in sample["messages"]]
+        rows["messages"].append(messages)
+        rows["images"].append([str(path) for path in sample["images"]])
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    shared = (finetuned, tmp_path / "rows.parquet")
+    options = ("--streaming", "--learning_rate", "1e-3", "--save_steps", "2", *batch(4))
+    mini.train("finetune", *shared, tmp_path / "whole", *options, "--max_steps", "4")
+    for max_steps in ("2", "4"):
+        mini.train("finetune", *shared, tmp_path / "parts", *options, "--max_steps", max_steps)
+    assert mini.losses(tmp_path / "parts") == mini.losses(tmp_path / "whole")
+
+    options = ("--max_steps", "2", "--learning_rate", "1e-3", *batch(4))
+    for name, workers in (("none", "0"), ("two", "2")):
+        mini.train("finetune", *shared, tmp_path / name, *options, "--dataloader_num_workers", workers)
+    assert mini.losses(tmp_path / "two") == mini.losses(tmp_path / "none")
+
+
+def run_command(command, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": datasets.config.HF_DATASETS_CACHE}
+    return subprocess.run(
+        [*map(str, command), *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+def test_two_processes_equal_one(mini, pretrained, data, tmp_path):
+    """One of them with texts alone: rows in their order, two with a picture for each two without."""
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    kinds = [[row for row in rows if ("image" in row) is has_image] for has_image in (True, False)]
+    pairs = [row for start in (0, 2, 4) for kind in kinds for row in kind[start : start + 2]]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, pairs)))
+    shared = ("--image_folder", str(data), "--max_steps", "3", "--learning_rate", "1e-3")
+    shared += ("--train_sampling_strategy", "sequential")
+    mini.train("finetune", pretrained, file, tmp_path / "1", *shared, *batch(4))
+
+    paths = ("--model_name_or_path", pretrained, "--data_path", file, "--output_dir", tmp_path / "2")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    arguments = ("--stage", "finetune", *paths, *mini.options, *shared, *batch(2))
+    result = run_command((*torchrun, "-m", "training.train"), *arguments)
+    assert result.returncode == 0, result.stderr
+    assert mini.losses(tmp_path / "2") == pytest.approx(mini.losses(tmp_path / "1"), rel=1e-4)
+    assert_close(tmp_path / "2", tmp_path / "1")
+
+
+# Runs training and kills itself without a word, at the beginning of a step or while a checkpoint is half written
+KILLED_TRAINING = """
+import os, pathlib, signal, sys, torch
+from training.train import main, make_parser
+from training.trainer import LlavaHrTrainer
+
+event, number, *arguments = sys.argv[1:]
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+training_step, save = LlavaHrTrainer.training_step, torch.save
+
+def killed_training_step(self, *args, **kwargs):
+    if event == "step" and self.state.global_step == int(number):
+        kill()
+    return training_step(self, *args, **kwargs)
+
+def killed_save(value, file, **kwargs):
+    save(value, file, **kwargs)
+    if event == "save" and str(file).endswith(f"checkpoint-{number}/optimizer.pt"):
+        os.truncate(file, 1000)
+        kill()
+
+LlavaHrTrainer.training_step, torch.save = killed_training_step, killed_save
+main(*make_parser().parse_args_and_config(arguments))
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_end(mini, pretrained, data, tmp_path):
+    shared = ("--max_steps", "8", "--save_steps", "2", "--learning_rate", "1e-3", *batch(4, 2))
+    mini.train("finetune", pretrained, data / "train.jsonl", tmp_path / "undisturbed", *shared)
+
+    run = tmp_path / "killed"
+    paths = ("--model_name_or_path", str(pretrained), "--data_path", str(data / "train.jsonl"))
+    arguments = ("--stage", "finetune", *paths, "--output_dir", str(run), *mini.options, *shared)
+    for event, number, complete in (("step", 3, [2]), ("save", 6, [2, 4])):
+        result = run_command((sys.executable, "-c", KILLED_TRAINING), event, number, *arguments)
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        checkpoints = {path.name for path in run.glob("checkpoint-*")}
+        assert checkpoints == {f"checkpoint-{step}" for step in (complete if event == "step" else [*complete, number])}
+        assert not (run / "model.safetensors").exists()
+    # an epoch is 4 steps: it goes on in the second one
+    mini.train("finetune", pretrained, data / "train.jsonl", run, *shared)
+    assert mini.losses(run) == mini.losses(tmp_path / "undisturbed")
+    expected = load_weights(tmp_path / "undisturbed")
+    for name, tensor in load_weights(run).items():
+        assert torch.equal(tensor, expected[name]), name
+    assert {path.name for path in run.iterdir()} == {path.name for path in (tmp_path / "undisturbed").iterdir()}
+
+
+def test_the_same_command_after_the_end_changes_nothing(mini, pretrained, data, tmp_path):
+    shared = ("--max_steps", "3", "--learning_rate", "1e-3", *batch(4))
+    weights = []
+    for _ in range(2):
+        mini.train("finetune", pretrained, data / "train.jsonl", tmp_path, *shared)
+        weights.append(load_weights(tmp_path))
+        assert len(mini.losses(tmp_path)) == 3
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_restart_starts_afresh(mini, pretrained, data, tmp_path):
+    shared = ("--learning_rate", "1e-3", *batch(4))
+    mini.train("finetune", pretrained, data / "train.jsonl", tmp_path, *shared, "--max_steps", "3")
+    mini.train(
+        "finetune", pretrained, data / "train.jsonl", tmp_path, *shared, "--max_steps", "2", "--restart", "true"
+    )
+    assert len(mini.losses(tmp_path)) == 2
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_checkpoints_of_another_run_are_not_gone_on_from(mini, miniature, pretrained, data):
+    with pytest.raises(ValueError, match="has checkpoints of another run.*restart: true"):
+        mini.train("finetune", miniature, data / "train.jsonl", pretrained)
+
+
+def test_a_full_disk_names_the_path_and_keeps_what_was_there(mini, pretrained, data, tmp_path):
+    """A limit on the size of files stands for the disk: writing fails in the middle of a file."""
+    shared = ("--learning_rate", "1e-3", *batch(4))
+    mini.train("finetune", pretrained, data / "train.jsonl", tmp_path, *shared, "--max_steps", "2")
+    before = load_weights(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="checkpoint-4 could not be written.*goes on from the newest complete"):
+            mini.train("finetune", pretrained, data / "train.jsonl", tmp_path, *shared, "--max_steps", "4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    after = load_weights(tmp_path)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    mini.train("finetune", pretrained, data / "train.jsonl", tmp_path, *shared, "--max_steps", "4")
+    assert len(mini.losses(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_lora_trains_adapters_fully_reloads_and_merges(mini, pretrained, data, tmp_path, quantized):
+    options = ("--max_steps", "4", "--learning_rate", "1e-2", *batch(4), "--use_peft")
+    options += ("--load_in_4bit",) if quantized else ()
+    mini.train("finetune", pretrained, data / "train.jsonl", tmp_path, *options)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {name for name in saved if "lora_" not in name} == {
+        f"base_model.model.{name}"
+        for name in load_weights_of_stage2(tmp_path, pretrained)
+        if re.search(r"mr_adapters|vision_tower\.fusion|multi_modal_projector", name)
+    }
+    assert all("language_model" in name for name in saved if "lora_" in name)
+    assert min(tensor.abs().max() for name, tensor in saved.items() if "lora_B" in name) > 0  # it starts at zero
+
+    base = load_base(tmp_path, pretrained)
+    model = PeftModel.from_pretrained(base, tmp_path).eval()
+    inputs = make_inputs(AutoProcessor.from_pretrained(tmp_path))
+    with torch.no_grad():
+        adapted = model(**inputs).logits
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(**inputs).logits, adapted, atol=1e-4, rtol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(reloaded(**inputs).logits, adapted, atol=1e-4, rtol=1e-4)
+        assert (load_base(tmp_path, pretrained)(**inputs).logits - adapted).abs().max() > 0.01
+    if quantized:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        base = load_base(tmp_path, pretrained, quantization_config=config)
+        with torch.no_grad():
+            logits = PeftModel.from_pretrained(base, tmp_path).eval()(**inputs).logits
+        assert torch.nn.functional.cosine_similarity(logits, adapted, dim=-1).min() > 0.9
+
+
+def load_base(folder, base, **kwargs):
+    config = AutoConfig.from_pretrained(folder)
+    return AutoModelForImageTextToText.from_pretrained(base, config=config, dtype=torch.float32, **kwargs).eval()
+
+
+def load_weights_of_stage2(folder, base):
+    return load_base(folder, base).state_dict()
+
+
+def make_inputs(processor):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 60, 60), generator=generator, dtype=torch.uint8)
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "Which color?"}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+def test_answers_are_logged_at_each_evaluation(mini, finetuned, data, tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ("--max_steps", "2", "--eval_strategy", "steps", "--eval_steps", "1", "--report_to", "tensorboard")
+    options += ("--eval_data_path", str(data / "train.jsonl"), *batch(4))
+    mini.train("finetune", finetuned, data / "train.jsonl", tmp_path, *options)
+    output = capsys.readouterr().out
+    assert output.count("'Are you sure?': ") == 2 * 3 and "(expected 'Quite sure.')" in output
+    (folder,) = (tmp_path / "runs").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in events.Tensors("answers/text_summary")] == [1, 2]
+    assert [event.step for event in events.Scalars("eval/loss")] == [1, 2]
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
+def test_configs_parse(file):
+    options, training_args, model_args = make_parser().parse_args_and_config(
+        ["--config", str(file), "--use_cpu", "true"]
+    )
+    assert options.stage == file.stem.split("_")[1 if file.stem.startswith("tiny") else 0]
+    assert model_args.use_peft == ("lora" in file.stem) and model_args.load_in_4bit == ("qlora" in file.stem)
+    assert training_args.assistant_only_loss and training_args.max_length is None
+    assert training_args.report_to == ["tensorboard"]
+
+
+def test_all_configs_are_there():
+    names = {"pretrain_7b", "finetune_7b", "pretrain_13b_x", "finetune_13b_x", "finetune_7b_lora", "finetune_7b_qlora"}
+    assert {file.stem for file in CONFIGS} == names | {"tiny_pretrain", "tiny_finetune"}

@@ -1,0 +1,208 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Batches of one kind, complete checkpoints, and the sharding that training/accelerate configures."""
+
+import json
+import socket
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from training.data import load_data
+from training.stages import STAGES, load_config, load_processor
+from training.trainer import (
+    LlavaHrDataCollator,
+    ModalityLengthGroupedSampler,
+    complete_or_absent,
+    find_last_complete_checkpoint,
+)
+
+
+ACCELERATE = sorted((Path(__file__).parent.parent.parent / "training" / "accelerate").glob("*.yaml"))
+
+
+def make_sampler(num_pictures, num_texts, batch_size=4, group_size=8, epoch=0, seed=0):
+    has_picture = [index < num_pictures for index in range(num_pictures + num_texts)]
+    lengths = [7 * index % 101 for index in range(num_pictures + num_texts)]
+    return ModalityLengthGroupedSampler(lengths, has_picture, batch_size, group_size, seed, lambda: epoch)
+
+
+@pytest.mark.parametrize(("num_pictures", "num_texts"), [(40, 16), (37, 5), (3, 0), (0, 9), (1, 1)])
+def test_batches_have_one_kind_and_every_sample(num_pictures, num_texts):
+    sampler = make_sampler(num_pictures, num_texts)
+    order = list(sampler)
+    assert len(order) == len(sampler) and len(order) % 4 == 0
+    counts = Counter(order)
+    assert counts.keys() == set(range(num_pictures + num_texts))
+    for start in range(0, len(order), 4):
+        assert len({index < num_pictures for index in order[start : start + 4]}) == 1
+    # no more is repeated than fills a batch of each kind
+    assert sum(count for index, count in counts.items() if index < num_pictures) < num_pictures + 4
+    assert sum(count for index, count in counts.items() if index >= num_pictures) < num_texts + 4
+
+
+def test_texts_of_a_step_have_similar_lengths():
+    sampler = make_sampler(800, 0)
+    order = [sampler.lengths[index] for index in sampler]
+    spreads = [max(order[start : start + 8]) - min(order[start : start + 8]) for start in range(0, 800, 8)]
+    assert sum(spreads) / len(spreads) < 20  # of 101; 80 without grouping
+    assert order != sorted(order) and order != sorted(order, reverse=True)
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    order = list(make_sampler(40, 16))
+    torch.rand(3)
+    assert list(make_sampler(40, 16)) == order
+    assert list(make_sampler(40, 16, epoch=1)) != order
+    assert list(make_sampler(40, 16, seed=7)) != order
+    assert list(make_sampler(40, 16, batch_size=2)) == order  # the same steps on more processes
+
+
+@pytest.fixture(scope="module")
+def stage2(miniature):
+    """The miniature as stage 2 starts with it, and its processor for small views."""
+    torch.manual_seed(0)
+    config = load_config(STAGES["finetune"], str(miniature))
+    model = AutoModelForImageTextToText.from_pretrained(miniature, config=config, dtype=torch.float32)
+    return model, load_processor(STAGES["finetune"], str(miniature), 56, 128)
+
+
+def test_texts_alone_give_the_same_loss_and_a_gradient_for_everything(stage2, data):
+    model, processor = stage2
+    samples = [sample for sample in load_data(str(data / "train.jsonl")) if not sample["images"]][:3]
+    batch = LlavaHrDataCollator(processor, assistant_only_loss=True)(samples)
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 1
+    text = {name: batch[name][:, :-1] for name in ("input_ids", "attention_mask", "labels")}
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(model(**text).loss.item(), rel=1e-6)
+    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert missing == []
+    seen = [name for name, p in model.named_parameters() if "vision_tower" in name and p.grad.abs().max() > 0]
+    assert seen == []
+
+
+def make_checkpoint(folder, step, world_size=1):
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    for rank in range(world_size):
+        name = "rng_state.pth" if world_size == 1 else f"rng_state_{rank}.pth"
+        with zipfile.ZipFile(checkpoint / name, "w") as file:
+            file.writestr("data", "x")
+    return checkpoint
+
+
+def test_the_newest_complete_checkpoint_is_found(tmp_path):
+    assert find_last_complete_checkpoint(tmp_path / "nothing") is None
+    for step in (5, 10, 100):
+        make_checkpoint(tmp_path, step, world_size=2)
+    assert find_last_complete_checkpoint(tmp_path).endswith("checkpoint-100")
+    (tmp_path / "checkpoint-100" / "rng_state_1.pth").write_bytes(b"half")
+    assert find_last_complete_checkpoint(tmp_path).endswith("checkpoint-10")
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"global_step": 1')
+    assert find_last_complete_checkpoint(tmp_path).endswith("checkpoint-5")
+    (tmp_path / "checkpoint-5" / "trainer_state.json").unlink()
+    assert find_last_complete_checkpoint(tmp_path) is None
+
+
+def test_a_folder_that_cannot_be_written_is_removed_and_named(tmp_path):
+    with pytest.raises(OSError, match="checkpoint-7 could not be written: .*No space left"):
+        with complete_or_absent(tmp_path / "checkpoint-7"):
+            (tmp_path / "checkpoint-7").mkdir()
+            (tmp_path / "checkpoint-7" / "config.json").write_text("{}")
+            with open("/dev/full", "w") as file:
+                file.write("x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file", ACCELERATE, ids=lambda path: path.stem)
+def test_accelerate_configs_parse(file):
+    config = load_config_from_file(str(file))
+    assert isinstance(config, ClusterConfig)
+    assert config.distributed_type.value == ("DEEPSPEED" if "zero3" in file.stem else "FSDP")
+    assert config.num_processes == 8 * config.num_machines == (16 if "multi_node" in file.stem else 8)
+
+
+def test_all_accelerate_configs_are_there():
+    assert {file.stem for file in ACCELERATE} == {"fsdp2", "fsdp2_multi_node", "zero3"}
+
+
+def run_sharded_step(rank, folder, layer_classes, batches, port):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(batches)
+    )
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    mesh = torch.distributed.init_device_mesh("cpu", (len(batches),))
+    wrapped = Counter()
+    for module in list(model.modules()):
+        if type(module).__name__ in layer_classes:
+            wrapped[type(module).__name__] += 1  # the name changes with it
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    loss = model(**batches[rank]).loss
+    loss.backward()
+    optimizer.step()
+    weights = {name: parameter.full_tensor().detach() for name, parameter in model.state_dict().items()}
+    torch.save({"loss": loss.detach(), "weights": weights, "wrapped": wrapped}, folder / f"result-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+# The adapter's output is a view, but nothing changes it in place
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")
+def test_a_step_sharded_as_configured_equals_one_process(stage2, data, tmp_path):
+    """fully_shard on two gloo processes, one with pictures and one with texts alone, wrapped as fsdp2.yaml says."""
+    model, processor = stage2
+    fsdp_config = load_config_from_file(str(ACCELERATE[0])).fsdp_config
+    layer_classes = fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")
+    samples = list(load_data(str(data / "train.jsonl")))
+    collator = LlavaHrDataCollator(processor, assistant_only_loss=True)
+    batches = [
+        dict(collator([sample for sample in samples if bool(sample["images"]) is has_picture][:2]))
+        for has_picture in (True, False)
+    ]
+    model.save_pretrained(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        run_sharded_step, (tmp_path, layer_classes, batches, port), nprocs=2, start_method="fork"
+    )
+    results = [torch.load(tmp_path / f"result-{rank}.pt", weights_only=False) for rank in range(2)]
+
+    model.zero_grad()
+    losses = [model(**batch).loss for batch in batches]
+    (sum(losses) / 2).backward()
+    assert [result["loss"].item() for result in results] == pytest.approx([loss.item() for loss in losses], rel=1e-4)
+    depths = AutoConfig.from_pretrained(tmp_path)
+    num_blocks = sum(depths.high_res_vision_config.model_args["depths"])
+    assert results[0]["wrapped"] == {
+        "LlamaDecoderLayer": depths.text_config.num_hidden_layers,
+        "CLIPEncoderLayer": depths.vision_config.num_hidden_layers,
+        "LlavaHrMixtureOfResolutionAdapter": 3,
+        "ConvNeXtBlock": num_blocks,
+    }
+    for name, parameter in model.named_parameters():
+        expected = parameter.detach() - 1e-2 * parameter.grad
+        for result in results:
+            torch.testing.assert_close(result["weights"][name], expected, atol=1e-5, rtol=1e-4, msg=name)

@@ -1,0 +1,181 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The two stages of training (section 5.2 of the paper and the released scripts) as descriptions, and their use."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, PreTrainedModel
+
+from modeling_llava_hr import LlavaHrConfig, LlavaHrProcessor
+from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE, VICUNA_V1_CHAT_TEMPLATE
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    A stage of training.
+
+    Args:
+        trainable (`str`): Regular expression that the names of the trained parameters match from their start.
+        mr_adapters (`bool`): Whether the model has MR-Adapters; missing ones are inserted, zero-initialised.
+        chat_template (`str`): Prompt form.
+        size (`int`): Side of the low-resolution view in pixels.
+        high_res_size (`int`): Side of the high-resolution view in pixels.
+        image_aspect_ratio (`str`): How a picture is made square: `"pad"` or `"crop"`.
+        learning_rate (`float`): Peak learning rate.
+        lora_learning_rate (`float`, *optional*): The same with LoRA; `None` if the stage knows no LoRA.
+    """
+
+    trainable: str
+    mr_adapters: bool
+    chat_template: str
+    size: int
+    high_res_size: int
+    image_aspect_ratio: str
+    learning_rate: float
+    lora_learning_rate: float | None = None
+
+
+STAGES = {
+    "pretrain": Stage(
+        trainable=r"model\.(multi_modal_projector|vision_tower\.fusion)\.",
+        mr_adapters=False,
+        chat_template=PLAIN_CHAT_TEMPLATE,
+        size=336,
+        high_res_size=384,
+        image_aspect_ratio="crop",
+        learning_rate=1e-3,
+    ),
+    "finetune": Stage(
+        trainable="",
+        mr_adapters=True,
+        chat_template=VICUNA_V1_CHAT_TEMPLATE,
+        size=448,
+        high_res_size=1024,
+        image_aspect_ratio="pad",
+        learning_rate=2e-5,
+        lora_learning_rate=2e-4,
+    ),
+}
+
+# LoRA acts on the language model alone; "q_proj" by itself would match CLIP's layers as well
+LORA_TARGET_MODULES = r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"
+
+
+def load_config(stage: Stage, model_name_or_path: str, **kwargs) -> LlavaHrConfig:
+    """
+    The configuration that a stage trains with.
+
+    Args:
+        stage ([`Stage`]): The stage.
+        model_name_or_path (`str`): Starting point, a folder or Hub id.
+        kwargs: Passed to `AutoConfig.from_pretrained`.
+
+    Returns:
+        [`LlavaHrConfig`], with MR-Adapters at the start of the last three quarters of the ViT if the stage has
+        them and the starting point has none.
+
+    Raises:
+        ValueError: If the starting point is no LLaVA-HR, or has adapters that the stage does not know.
+    """
+    config = AutoConfig.from_pretrained(model_name_or_path, **kwargs)
+    if not isinstance(config, LlavaHrConfig):
+        raise ValueError(
+            f"`model_name_or_path` must be a LLaVA-HR model, but {model_name_or_path!r} is of type "
+            f"{config.model_type!r}. Put one together with `python -m conversion.assemble`."
+        )
+    if config.mr_adapter_layers and not stage.mr_adapters:
+        raise ValueError(
+            f"`stage: pretrain` starts from a model without MR-Adapters, but {model_name_or_path!r} has some before "
+            f"the layers {config.mr_adapter_layers}. Use `stage: finetune`, or a model from conversion.assemble."
+        )
+    if stage.mr_adapters and not config.mr_adapter_layers:
+        num_layers = config.vision_config.num_hidden_layers
+        config.mr_adapter_layers = [num_layers * quarter // 4 for quarter in (1, 2, 3)]
+    return config
+
+
+def load_processor(
+    stage: Stage, model_name_or_path: str, size: int | None = None, high_res_size: int | None = None, **kwargs
+) -> LlavaHrProcessor:
+    """
+    The processor of a starting point, with the prompt form and the views of a stage.
+
+    Args:
+        stage ([`Stage`]): The stage.
+        model_name_or_path (`str`): Starting point, a folder or Hub id.
+        size, high_res_size (`int`, *optional*): Sides of the two views in pixels if they are not the stage's.
+        kwargs: Passed to `AutoProcessor.from_pretrained`.
+    """
+    size, high_res_size = size or stage.size, high_res_size or stage.high_res_size
+    processor = AutoProcessor.from_pretrained(model_name_or_path, **kwargs)
+    processor.chat_template = stage.chat_template
+    processor.image_processor = AutoImageProcessor.from_pretrained(
+        model_name_or_path,
+        size={"height": size, "width": size},
+        high_res_size={"height": high_res_size, "width": high_res_size},
+        image_aspect_ratio=stage.image_aspect_ratio,
+        **kwargs,
+    )
+    return processor
+
+
+def freeze(model: PreTrainedModel, stage: Stage, frozen: list[str]) -> None:
+    """
+    Leaves what the stage trains trainable, except what `frozen` names, and freezes the rest.
+
+    Args:
+        model ([`PreTrainedModel`]): The model, changed in place.
+        stage ([`Stage`]): The stage.
+        frozen (`list[str]`): Regular expressions for names of parameters, matched from the start of the name.
+
+    Raises:
+        ValueError: If an expression matches no parameter, or nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in frozen:
+        if not any(re.match(pattern, name) for name in names):
+            raise ValueError(f"`frozen` has {pattern!r}, which matches no parameter. Names begin like {names[0]!r}.")
+    for name, parameter in model.named_parameters():
+        trainable = re.match(stage.trainable, name) and not any(re.match(pattern, name) for pattern in frozen)
+        parameter.requires_grad_(bool(trainable))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"Nothing is left to train: `frozen` ({frozen}) covers all that the stage trains.")
+
+
+def get_modules_to_save(config: LlavaHrConfig) -> list[str]:
+    """Names of the modules that are trained fully beside LoRA, and saved with it."""
+    adapters = [f"mr_adapters.{index}" for index in range(len(config.mr_adapter_layers))]
+    return [*adapters, "vision_tower.fusion", "multi_modal_projector"]
+
+
+def save_trained_part(stage: Stage, folder: Path, file: Path) -> None:
+    """
+    Writes the weights that a stage trained into one small file, taken from the saved model.
+
+    Args:
+        stage ([`Stage`]): The stage.
+        folder (`Path`): Folder of the saved model.
+        file (`Path`): The safetensors file.
+    """
+    tensors = {}
+    for weights in sorted(folder.glob("model*.safetensors")):
+        with safe_open(weights, framework="pt") as source:
+            names = [name for name in source.keys() if re.match(stage.trainable, name)]
+            tensors.update({name: source.get_tensor(name) for name in names})
+    save_file(tensors, file, metadata={"format": "pt"})

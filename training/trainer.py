@@ -1,0 +1,252 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What TRL's trainer does not do by itself: batches of one kind, complete checkpoints, answers at each evaluation."""
+
+import itertools
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+from torch.utils.data import Sampler, SequentialSampler
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from trl import SFTTrainer
+from trl.data_utils import prepare_multimodal_messages
+from trl.models import unwrap_model_for_generation
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from .data import get_lengths
+
+
+@dataclass
+class LlavaHrDataCollator(DataCollatorForVisionLanguageModeling):
+    """
+    TRL's collator, with a picture that nothing sees in batches of text alone: its one token is masked and comes after
+    the text. So every batch uses every parameter, as in the released code: where parameters are sharded all processes
+    must run the same modules, and none gets a gradient in one process and none in another.
+    """
+
+    def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        """Samples -> `input_ids`, `attention_mask`, `labels`, `pixel_values`, `high_res_pixel_values`."""
+        batch = super().torch_call(examples)
+        if "pixel_values" in batch:
+            return batch
+        image_processor = self.processor.image_processor
+        for name, side in (
+            ("pixel_values", image_processor.patch_size),
+            ("high_res_pixel_values", image_processor.high_res_stride),
+        ):
+            batch[name] = torch.zeros(1, 3, side, side)
+        column = torch.full_like(batch["input_ids"][:, :1], self.processor.tokenizer.pad_token_id)
+        column[0] = self.processor.image_token_id
+        for name, values in (
+            ("input_ids", column),
+            ("attention_mask", torch.zeros_like(column)),
+            ("labels", torch.full_like(column, -100)),
+        ):
+            batch[name] = torch.cat([batch[name], values], dim=1)
+        return batch
+
+
+class ModalityLengthGroupedSampler(Sampler[int]):
+    """
+    Order of samples in which each batch has pictures throughout, or none, and texts of similar length. Each of the
+    two kinds is filled up to whole batches with some of its samples again.
+
+    Args:
+        lengths (`list[int]`): Length of each sample.
+        has_picture (`list[bool]`): Kind of each sample.
+        batch_size (`int`): Samples of one forward pass of all processes.
+        group_size (`int`): Samples of an optimizer step, a multiple of `batch_size`; of one kind as far as they reach.
+        seed (`int`): Seed of the order.
+        get_epoch (`Callable`): Returns the epoch, which changes the order. A run that goes on finds the same one.
+    """
+
+    def __init__(
+        self,
+        lengths: list[int],
+        has_picture: list[bool],
+        batch_size: int,
+        group_size: int,
+        seed: int,
+        get_epoch: Callable[[], int],
+    ):
+        self.lengths, self.batch_size, self.group_size = lengths, batch_size, group_size
+        self.kinds = [[i for i, has in enumerate(has_picture) if has is kind] for kind in (True, False)]
+        self.seed, self.get_epoch = seed, get_epoch
+
+    def __len__(self) -> int:
+        return sum(-len(kind) // self.batch_size * -self.batch_size for kind in self.kinds)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.get_epoch())
+        groups, rest = [], []
+        for kind in filter(None, self.kinds):
+            lengths = [self.lengths[index] for index in kind]
+            order = get_length_grouped_indices(lengths, self.group_size, generator=generator)
+            order = [kind[index] for index in order]
+            while len(order) % self.batch_size:
+                order += order[: -len(order) % self.batch_size]
+            chunks = [order[start : start + self.group_size] for start in range(0, len(order), self.group_size)]
+            for chunk in chunks:
+                (groups if len(chunk) == self.group_size else rest).append(chunk)
+        for index in torch.randperm(len(groups), generator=generator).tolist():
+            yield from groups[index]
+        for chunk in rest:
+            yield from chunk
+
+
+class LlavaHrTrainer(SFTTrainer):
+    """
+    TRL's [`SFTTrainer`] with batches of one kind, checkpoints that are complete or absent, and answers written down
+    at each evaluation. Takes the same arguments.
+    """
+
+    num_logged_answers = 4
+    max_answer_tokens = 64
+
+    def keep_trained_in_float32(self) -> None:
+        """Where a part is trained, that part's updates must not be lost in bfloat16. Sharded models keep one dtype."""
+        parameters = list(self.model.parameters())
+        if all(p.requires_grad for p in parameters) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, Dataset):
+            return super()._get_train_sampler(train_dataset)
+        batch_size = self.args.train_batch_size * self.args.world_size
+        return ModalityLengthGroupedSampler(
+            *get_lengths(dataset),
+            batch_size=batch_size,
+            group_size=batch_size * self.args.gradient_accumulation_steps,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            get_epoch=lambda: int(self.state.epoch or 0),
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        if isinstance(eval_dataset, Dataset) and self.args.world_size == 1:
+            return SequentialSampler(eval_dataset)
+        return None
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps:  # a run that had ended would make one more step
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        with complete_or_absent(folder):
+            super()._save_checkpoint(model, trial)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        self._log_answers()
+        return metrics
+
+    @torch.no_grad()
+    def _log_answers(self):
+        """Writes the answers to the first questions of the evaluation data to the console and to TensorBoard."""
+        if not isinstance(self.eval_dataset, Dataset):
+            return
+        texts = []
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+            for sample in itertools.islice(self.eval_dataset, self.num_logged_answers):
+                *messages, answer = prepare_multimodal_messages(sample["messages"], sample["images"])
+                inputs = self.processing_class.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+                ).to(self.args.device)
+                with self.compute_loss_context_manager():
+                    output = model.generate(**inputs, max_new_tokens=self.max_answer_tokens, do_sample=False)
+                new_text = self.processing_class.decode(
+                    output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+                )
+                question = " ".join(part["text"] for part in messages[-1]["content"] if part["type"] == "text")
+                texts.append(f"{question!r}: {new_text.strip()!r} (expected {answer['content'][0]['text']!r})")
+        self.accelerator.print(*texts, sep="\n")
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_text("answers", "\n\n".join(texts), self.state.global_step)
+
+    def save_result(self) -> None:
+        """Saves model and processor in `output_dir` itself. What was there is replaced once all of it is written."""
+        folder = Path(self.args.output_dir, "incomplete")
+        if self.is_fsdp_enabled:  # checkpoints are saved in parts
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        with complete_or_absent(folder):
+            self.save_model(str(folder), _internal_call=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            for file in folder.iterdir():
+                file.replace(folder.parent / file.name)
+            folder.rmdir()
+
+
+@contextmanager
+def complete_or_absent(folder: Path) -> Iterator[None]:
+    """
+    Removes a folder whose writing fails.
+
+    Raises:
+        OSError: If the disk is full or cannot be written to; names the folder.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        shutil.rmtree(folder, ignore_errors=True)
+        raise OSError(
+            f"{folder} could not be written: {error}. Earlier checkpoints are as they were. Make room and start the "
+            "same command again: it goes on from the newest complete checkpoint."
+        ) from error
+
+
+def find_last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """
+    Finds where a run goes on. A checkpoint is complete if its state, which is written last, and the random state of
+    every process can be read.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): The run's folder.
+
+    Returns:
+        `str`: The newest complete checkpoint, or `None`.
+    """
+    for folder in sorted(Path(output_dir).glob("checkpoint-[0-9]*"), key=get_step, reverse=True):
+        random_states = list(folder.glob("rng_state*.pth"))
+        if has_state(folder) and random_states and all(map(zipfile.is_zipfile, random_states)):
+            return str(folder)
+    return None
+
+
+def has_state(checkpoint: Path) -> bool:
+    """Whether the trainer's state, which is written last, is complete in a checkpoint."""
+    try:
+        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def get_step(checkpoint: str | os.PathLike) -> int:
+    """The number of optimizer steps after which a checkpoint was written."""
+    return int(Path(checkpoint).name.removeprefix("checkpoint-"))
