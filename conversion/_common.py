@@ -18,6 +18,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -543,7 +544,11 @@ def save(model: LlavaHrForConditionalGeneration, processor: LlavaHrProcessor, ou
 def run(command: Callable[..., None], options: dict) -> None:
     """Runs a command; what the user can put right ends it with one message and exit status 1."""
     logging.set_verbosity_error()
+    # so that a terminated run removes what it has half written, as an interrupted one does
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         command(**options)
     except (ConversionError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: nothing was written")

@@ -180,7 +180,7 @@ def infer_config(original: dict, shapes: dict[str, torch.Size], vocab_size: int,
     try:
         return LlavaHrConfig(
             vision_config=vision_config,
-            high_res_vision_config=infer_timm_config(original["vision_tower_slow"].split(".")[0], timm_shapes),
+            high_res_vision_config=infer_timm_config(_architecture(original), timm_shapes),
             text_config=LlamaConfig(**{**fields, "vocab_size": vocab_size}),
             image_token_id=image_token_id,
             mr_adapter_layers=adapter_layers(vision_config.num_hidden_layers) if has_adapters else [],
@@ -211,6 +211,11 @@ def _infer_vision_config(shapes: dict[str, torch.Size]) -> CLIPVisionConfig:
         image_size=side * patch_size,
         patch_size=patch_size,
     )
+
+
+def _architecture(original: dict) -> str:
+    # a name of timm's with a tag, perhaps behind an organisation or a folder
+    return original.get("vision_tower_slow", "").rstrip("/").split("/")[-1].split(".")[0]
 
 
 def _get_image_processor(original: dict, config: LlavaHrConfig):
@@ -323,7 +328,7 @@ def _convert_stage_1(folder: Path, base: str, dtype: str, entries: Sequence[Entr
     processor = AutoProcessor.from_pretrained(base_folder)
     if (folder / "config.json").is_file():
         original = read_original_config(folder)
-        architecture = original["vision_tower_slow"].split(".")[0]
+        architecture = _architecture(original)
         if architecture != config.high_res_vision_config.architecture:
             raise ConversionError(
                 f"--base: the high-resolution tower of {base_folder} is {config.high_res_vision_config.architecture}, "

@@ -13,7 +13,14 @@
 # limitations under the License.
 """LLaVA-HR for transformers. Importing this package makes it known to the Auto classes."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from .configuration_llava_hr import LlavaHrConfig, get_num_image_tokens
 from .image_processing_llava_hr import LlavaHrImageProcessor
@@ -25,6 +32,7 @@ from .processing_llava_hr import LlavaHrProcessor
 AutoConfig.register(LlavaHrConfig.model_type, LlavaHrConfig, exist_ok=True)
 AutoModel.register(LlavaHrConfig, LlavaHrModel, exist_ok=True)
 AutoModelForImageTextToText.register(LlavaHrConfig, LlavaHrForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(LlavaHrConfig, LlavaHrForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(LlavaHrConfig, LlavaHrProcessor, exist_ok=True)
 AutoImageProcessor.register(
     LlavaHrConfig,

@@ -16,6 +16,7 @@
 import os
 
 from transformers import CONFIG_MAPPING, AutoConfig, CLIPVisionConfig, PreTrainedConfig, TimmWrapperConfig
+from transformers.activations import ACT2FN
 
 
 # What a saved config.json tells transformers about the code that lies beside it. `save_pretrained` of a model only
@@ -24,6 +25,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_llava_hr.LlavaHrConfig",
     "AutoModel": "modeling_llava_hr.LlavaHrModel",
     "AutoModelForImageTextToText": "modeling_llava_hr.LlavaHrForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_llava_hr.LlavaHrForConditionalGeneration",
 }
 
 SUPPORTED_VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model")
@@ -70,11 +72,11 @@ class LlavaHrConfig(PreTrainedConfig):
         vision_config (`CLIPVisionConfig`, `SiglipVisionConfig` or `dict`, *optional*):
             The low-resolution pathway's ViT. Defaults to CLIP ViT-L/14-336.
         high_res_vision_config (`TimmWrapperConfig` or `dict`, *optional*):
-            The high-resolution pathway: any CNN of timm by its name (`architecture`), with `model_args` for other
-            depths and widths. Defaults to `convnext_large_mlp`.
+            The high-resolution pathway: a CNN of timm by its name (`architecture`), with `model_args` for other depths
+            and widths. Defaults to `convnext_large_mlp`.
         text_config (`PreTrainedConfig` or `dict`, *optional*):
-            Any causal language model of transformers. Defaults to Vicuna-7B v1.5 with an image token (vocabulary
-            padded from 32001 to 32064 entries, a multiple of 64).
+            Any attention-based causal language model of transformers. Defaults to Vicuna-7B v1.5 with an image token
+            (vocabulary padded from 32001 to 32064 entries, a multiple of 64).
         image_token_id (`int`, *optional*, defaults to 32000):
             Id of the token that stands for an image feature in the prompt; must lie inside the vocabulary.
         mr_adapter_layers (`list[int]`, *optional*, defaults to `[6, 12, 18]`):
@@ -177,6 +179,12 @@ class LlavaHrConfig(PreTrainedConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but got {getattr(self, name)!r}.")
 
+        if self.projector_hidden_act not in ACT2FN:
+            raise ValueError(
+                f"`projector_hidden_act` must be an activation of transformers ({', '.join(ACT2FN)}), but got "
+                f"{self.projector_hidden_act!r}."
+            )
+
         vision, high_res = self.vision_config, self.high_res_vision_config
         if vision.model_type not in SUPPORTED_VISION_MODEL_TYPES:
             raise ValueError(
@@ -213,8 +221,9 @@ class LlavaHrConfig(PreTrainedConfig):
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """Like [`PreTrainedConfig.save_pretrained`], with the complete `auto_map` that remote loading needs."""
-        self.auto_map = dict(AUTO_MAP)
+        """Like [`PreTrainedConfig.save_pretrained`], with the complete `auto_map` beside a model's code."""
+        has_model_code = os.path.isfile(os.path.join(save_directory, "modeling_llava_hr.py"))
+        self.auto_map = dict(AUTO_MAP) if has_model_code else {"AutoConfig": AUTO_MAP["AutoConfig"]}
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 

@@ -156,7 +156,8 @@ class LlavaHrImageProcessorMixin:
 
 class LlavaHrImageProcessorPil(LlavaHrImageProcessorMixin, PilBackend):
     r"""
-    Makes the two views of a picture with PIL, bit for bit as the released code does. See [`LlavaHrImageProcessor`] for
+    Makes the two views of a picture with PIL, for 8-bit pictures without transparency bit for bit as the released code
+    does. See [`LlavaHrImageProcessor`] for
     arguments and results.
     """
 
@@ -468,9 +469,11 @@ def check_picture_size(index: int, height: int, width: int, side: int, do_resize
                 f"{side} x {side} (`high_res_size`)."
             )
         return
-    new_height, new_width = (
-        (max(height, width),) * 2 if aspect_ratio == "pad" else shortest_edge_size(height, width, side)
-    )
+    if aspect_ratio == "pad":
+        # a wide picture's rows are resized before it is padded
+        new_height, new_width = max(height, width), side if width > height else height
+    else:
+        new_height, new_width = shortest_edge_size(height, width, side)
     if Image.MAX_IMAGE_PIXELS is not None and new_height * new_width > 2 * Image.MAX_IMAGE_PIXELS:
         raise ValueError(
             f"Picture {index} of `images` ({width} x {height} pixels) would have {new_width} x {new_height} pixels on "

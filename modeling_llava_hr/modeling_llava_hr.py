@@ -361,7 +361,8 @@ class LlavaHrPreTrainedModel(PreTrainedModel):
             ValueError: If this is a 4-bit model that already ran on a CPU: bitsandbytes has then repacked its weights
                 with a loss, and what would be saved is not the model.
         """
-        if any(_is_repacked_for_cpu(module) for module in self.modules()):
+        saves_adapter_alone = self._hf_peft_config_loaded
+        if not saves_adapter_alone and any(_is_repacked_for_cpu(module) for module in self.modules()):
             raise ValueError(
                 "This 4-bit model has already run on the CPU, where bitsandbytes repacks its weights in place, and "
                 "would be saved wrong. Load it again and call `save_pretrained` before the first forward pass."
@@ -401,6 +402,11 @@ class LlavaHrHighResVisionModel(TimmWrapperModel):
     def __init__(self, config):
         super().__init__(config)
         self._gradient_checkpointing = False
+        if not _is_cnn(self.timm_model):
+            raise ValueError(
+                f"`high_res_vision_config.architecture` must be a CNN of timm that makes a feature map of any "
+                f"picture, but {config.architecture!r} is none. ConvNeXt and ResNet are."
+            )
         classifier = self.timm_model.pretrained_cfg["classifier"]
         # num_classes=0 still leaves the head's norm (ConvNeXt), which would never get a gradient
         setattr(self.timm_model, classifier.split(".")[0], nn.Identity())
@@ -431,6 +437,11 @@ class LlavaHrHighResVisionModel(TimmWrapperModel):
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> TimmWrapperModelOutput:
         """`(images, 3, H, H)` -> an output with `last_hidden_state` `(images, C, H / stride, H / stride)`."""
         return TimmWrapperModelOutput(last_hidden_state=self.timm_model.forward_features(pixel_values.to(self.dtype)))
+
+
+def _is_cnn(timm_model: nn.Module) -> bool:
+    fixed_size = any(hasattr(timm_model, name) for name in ("patch_embed", "pos_embed"))
+    return bool(getattr(timm_model, "feature_info", None)) and not fixed_size
 
 
 class LlavaHrVisionModel(LlavaHrPreTrainedModel):
@@ -543,6 +554,14 @@ class LlavaHrMultiModalProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(image_features)))
 
 
+def _token_mismatch(num_tokens: int, num_images: int, tokens_per_image: int) -> str:
+    return (
+        f"The prompt has {num_tokens} image tokens, but {num_images} pictures give {num_images * tokens_per_image} "
+        f"features ({tokens_per_image} each). Make `input_ids` and pixels in one call of the processor, with one "
+        f"image tag for each picture, and do not cut the prompt."
+    )
+
+
 class LlavaHrModel(LlavaHrPreTrainedModel):
     """Dual-resolution vision model, projector and language model, without the language-modeling head."""
 
@@ -558,8 +577,8 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
     @can_return_tuple
     def get_image_features(
         self,
-        pixel_values: torch.Tensor,
-        high_res_pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        high_res_pixel_values: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaHrVisionModelOutput:
         """
@@ -607,11 +626,7 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
         num_images, tokens_per_image, _ = image_features.shape
         # a data-dependent check breaks the graph for torch 2.11; what was compiled was checked in its eager form
         if not torch.compiler.is_compiling() and mask.sum() != num_images * tokens_per_image:
-            raise ValueError(
-                f"The prompt has {mask.sum()} image tokens, but {num_images} pictures give "
-                f"{num_images * tokens_per_image} features ({tokens_per_image} each). Make `input_ids` and pixels in "
-                f"one call of the processor, with one image tag for each picture, and do not cut the prompt."
-            )
+            raise ValueError(_token_mismatch(mask.sum(), num_images, tokens_per_image))
         return mask.unsqueeze(-1)
 
     def get_image_token_mask(
@@ -672,7 +687,10 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
             image_outputs = self.get_image_features(pixel_values, high_res_pixel_values, return_dict=True)
         image_features = None
         if image_outputs is not None:
-            image_features = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+            image_features = image_outputs.pooler_output
+            if not isinstance(image_features, torch.Tensor):  # a list with the features of each picture
+                image_features = torch.stack(tuple(image_features))
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
 
@@ -689,8 +707,8 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
-            high_res_features=image_outputs.high_res_features if image_outputs is not None else None,
-            mr_adapter_gates=image_outputs.mr_adapter_gates if image_outputs is not None else None,
+            high_res_features=image_outputs.get("high_res_features") if image_outputs is not None else None,
+            mr_adapter_gates=image_outputs.get("mr_adapter_gates") if image_outputs is not None else None,
         )
 
 
@@ -717,8 +735,8 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, GenerationMixin):
 
     def get_image_features(
         self,
-        pixel_values: torch.Tensor,
-        high_res_pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        high_res_pixel_values: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaHrVisionModelOutput:
         """See [`LlavaHrModel.get_image_features`]."""
@@ -815,15 +833,22 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, GenerationMixin):
         """
         encoded = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
         pixels = {name: kwargs.pop(name, None) for name in ("pixel_values", "high_res_pixel_values")}
-        if expand_size > 1 and (encoded is not None or pixels["pixel_values"] is not None):
+        has_pixels = any(view is not None for view in pixels.values())
+        if expand_size > 1 and (encoded is not None or has_pixels):
+            if encoded is None:
+                # the towers run once for all copies
+                encoded, pixels = self.get_image_features(**pixels, return_dict=True), {}
+            features = encoded.pooler_output
+            features = features if isinstance(features, torch.Tensor) else torch.stack(tuple(features))
+            num_images, tokens_per_image, _ = features.shape
             num_tokens = self._count_image_tokens(input_ids, kwargs.get("inputs_embeds"))
-            num_images = len(encoded.pooler_output if encoded is not None else pixels["pixel_values"])
-            tokens_per_image = max(sum(num_tokens) // num_images, 1)
+            if sum(num_tokens) != num_images * tokens_per_image or any(
+                count % tokens_per_image for count in num_tokens
+            ):
+                raise ValueError(_token_mismatch(sum(num_tokens), num_images, tokens_per_image))
             groups = torch.arange(num_images).split([count // tokens_per_image for count in num_tokens])
             order = torch.cat([group.repeat(expand_size) for group in groups])
-            pixels = {name: view[order] if view is not None else None for name, view in pixels.items()}
-            if encoded is not None:
-                encoded = type(encoded)(**{**encoded, "pooler_output": encoded.pooler_output[order]})
+            encoded = type(encoded)(**{**encoded, "pooler_output": features[order]})
         input_ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )

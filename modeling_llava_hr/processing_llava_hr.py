@@ -13,6 +13,7 @@
 # limitations under the License.
 """Processor class for LLaVA-HR."""
 
+from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
@@ -43,7 +44,12 @@ helpful, detailed, and polite answers to the user's questions." -%}
 {%- if message['role'] == 'user' -%}
 {{- 'USER: ' -}}
 {%- if message['content'] is not string -%}
-{%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] in ('image', 'image_url') -%}{{- '<image>\\n' -}}
+{%- elif part['type'] != 'text' -%}
+{{- raise_exception("A part's type must be 'text' or 'image', but got '" + part['type'] + "'.") -}}
+{%- endif -%}
+{%- endfor -%}
 {%- endif -%}
 {{- text_of(message['content']) + ' ' -}}
 {%- elif message['role'] == 'assistant' -%}
@@ -121,6 +127,29 @@ class LlavaHrProcessor(ProcessorMixin):
         if chat_template is None:
             chat_template = VICUNA_V1_CHAT_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+        """
+        Like [`ProcessorMixin.__call__`]. A text that begins with the start token, as the chat template's do, gets no
+        second one.
+
+        Args:
+            images: Pictures of the texts in their order, flat or a list for each text. See [`LlavaHrImageProcessor`].
+            text (`str` or `list[str]`): Prompts with one image token for each picture.
+
+        Returns:
+            `BatchFeature` with `input_ids` and `attention_mask`, `(batch_size, sequence_length)` each, and with
+            pictures `pixel_values` `(images, 3, L, L)` and `high_res_pixel_values` `(images, 3, H, H)`.
+
+        Raises:
+            ValueError: If pictures and tags differ in number, a picture cannot be used, or truncation would cut one.
+        """
+        first = text if isinstance(text, str) or not text else text[0]
+        bos_token = self.tokenizer.bos_token
+        has_start = bos_token is not None and isinstance(first, str) and first.startswith(bos_token)
+        if has_start and "add_special_tokens" not in kwargs.get("text_kwargs", {}):
+            kwargs.setdefault("add_special_tokens", False)
+        return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         """Like [`ProcessorMixin.save_pretrained`], but leaves the processor as it was."""

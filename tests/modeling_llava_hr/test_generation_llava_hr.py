@@ -16,6 +16,7 @@
 import pytest
 import torch
 from transformers import TextIteratorStreamer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 NEW_TOKENS = 6
@@ -148,6 +149,31 @@ def test_an_encoded_picture_serves_many_questions(mini, model, kwargs):
         tokens = generate(model, text, mm_encoder_outputs={"image": encoded}, **kwargs)
         assert torch.equal(tokens, generate(model, inputs, **kwargs))
         assert torch.equal(encoded.pooler_output, features)
+
+
+@pytest.mark.parametrize("form", [list, tuple])
+def test_features_of_other_origin_can_be_given(mini, model, form):
+    """Just the features, as a list with one tensor a picture: what transformers' Llava returns."""
+    inputs = mini.inputs(2)
+    features = BaseModelOutputWithPooling(pooler_output=form(encode(model, inputs).pooler_output))
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    for kwargs in ({}, {"num_beams": 2}):
+        tokens = generate(model, text, mm_encoder_outputs={"image": features}, **kwargs)
+        assert torch.equal(tokens, generate(model, inputs, **kwargs))
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_what_does_not_fit_is_named_before_generation(mini, model, num_beams):
+    inputs = mini.inputs(1)
+    one_view = {name: value for name, value in inputs.items() if name != "high_res_pixel_values"}
+    with pytest.raises(ValueError, match="`high_res_pixel_values` is missing"):
+        generate(model, one_view, num_beams=num_beams)
+    two = {name: inputs[name].repeat(2, 1, 1, 1) for name in ("pixel_values", "high_res_pixel_values")}
+    with pytest.raises(ValueError, match="16 image tokens, but 2 pictures"):
+        generate(model, {**inputs, **two}, num_beams=num_beams)
+    without = {**inputs, "input_ids": inputs["input_ids"].clamp(max=99)}
+    with pytest.raises(ValueError, match="0 image tokens, but 1 pictures"):
+        generate(model, without, num_beams=num_beams)
 
 
 def test_the_towers_run_once_per_generation(mini, model):

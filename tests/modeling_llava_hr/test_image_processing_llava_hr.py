@@ -609,10 +609,13 @@ def test_the_guard_of_pil_stays_on(processor, monkeypatch):
 
 
 @pytest.mark.parametrize("as_array", [True, False])
-@pytest.mark.parametrize("aspect_ratio, on_the_way", [("pad", "20000 x 20000"), ("crop", "1280000 x 64|64 x 1280000")])
+@pytest.mark.parametrize("aspect_ratio, on_the_way", [("pad", "20000 x 20000"), ("crop", "64 x 1280000")])
 def test_a_picture_whose_square_would_be_a_bomb(processor, as_array, aspect_ratio, on_the_way, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 1280000 // 2 - 1)
-    for width, height in ((20000, 1), (1, 20000)):
-        picture = Image.new("RGB", (width, height))
-        with pytest.raises(ValueError, match=rf"Picture 1 of `images` \({width} x {height} pixels\).*({on_the_way})"):
-            processor([gradient(), np.asarray(picture) if as_array else picture], image_aspect_ratio=aspect_ratio)
+    picture = Image.new("RGB", (1, 20000))
+    with pytest.raises(ValueError, match=rf"Picture 1 of `images` \(1 x 20000 pixels\).*{on_the_way}"):
+        processor([gradient(), np.asarray(picture) if as_array else picture], image_aspect_ratio=aspect_ratio)
+    if aspect_ratio == "pad":  # a panorama: its rows are resized first, so that nothing large comes up
+        panorama = Image.new("RGB", (20000, 500), "red")
+        views = processor(np.asarray(panorama) if as_array else panorama)
+        assert views["high_res_pixel_values"][0].shape == (3, 64, 64)

@@ -371,6 +371,13 @@ def test_cnns_of_other_families_stay_whole(mini):
         assert model(**mini.inputs(1)).high_res_features.shape == (1, 32, 4, 4)
 
 
+@pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_architectures_without_a_feature_map_are_refused(mini, architecture):
+    config = TimmWrapperConfig(architecture=architecture, do_pooling=False)
+    with pytest.raises(ValueError, match=f"architecture.*{architecture}"):
+        LlavaHrForConditionalGeneration(mini.config(high_res_vision_config=config))
+
+
 def test_siglip_as_low_resolution_pathway(mini):
     config = SiglipVisionConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2, image_size=56, patch_size=14

@@ -103,6 +103,11 @@ def test_recorded_prompts_and_ids(processors, stage, case):
     num_tokens = {"stage1-384": 576, "stage2-1024": 1024}[stage]
     ids = collapse(processor, inputs["input_ids"][0].tolist(), num_tokens)[0]
     assert ids == case["input_ids_before_expansion"]
+    if "prompt" in case:  # in two steps: the template's text begins with the start token, which stays alone
+        text = processor(text=prompt, images=images or None, return_tensors="pt")
+        assert torch.equal(text["input_ids"], inputs["input_ids"])
+        plain = processor(text=case["prompt"], images=images or None, return_tensors="pt")
+        assert torch.equal(plain["input_ids"], inputs["input_ids"])
     if "sequence_length" in case:
         assert inputs["input_ids"].shape[1] == case["sequence_length"]
 
@@ -190,6 +195,13 @@ def test_continue_a_started_answer(processor):
     messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One, two"}]
     prompt = processor.apply_chat_template(messages, continue_final_message=True)
     assert text_after_last_system_sentence(prompt) == "USER: Count. ASSISTANT: One, two"
+
+
+def test_unknown_parts_are_named(processor):
+    with pytest.raises(Exception, match="'text' or 'image', but got 'audio'"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "audio"}]}])
+    url = [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "Hi"}]
+    assert "<image>\nHi" in processor.apply_chat_template([{"role": "user", "content": url}])
 
 
 @pytest.mark.parametrize("role", ["tool", "human"])

@@ -28,7 +28,8 @@ sys.modules["modeling_llava_hr"] = None
 import torch
 from PIL import Image
 from transformers import (
-    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
+    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor,
+    AutoTokenizer, pipeline
 )
 
 folder, output = sys.argv[1:]
@@ -38,6 +39,8 @@ image = Image.new("RGB", (50, 40), "teal")
 config = AutoConfig.from_pretrained(folder, **trust)
 assert type(config).__module__.startswith("transformers_modules."), type(config)
 assert type(AutoModel.from_pretrained(folder, **trust)).__name__ == "LlavaHrModel"
+name = "LlavaHrForConditionalGeneration"
+assert type(AutoModelForMultimodalLM.from_pretrained(folder, **trust)).__name__ == name
 tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
 model = AutoModelForImageTextToText.from_pretrained(folder, **trust)
 processor = AutoProcessor.from_pretrained(folder, **trust)
