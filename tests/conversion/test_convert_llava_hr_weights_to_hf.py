@@ -722,6 +722,31 @@ def test_killed_run_leaves_nothing_half(write_original, converted, tmp_path):
     assert actual == expected
 
 
+TERMINATED = """
+    import os, signal, sys
+    from conversion._common import run
+    from conversion.convert_llava_hr_weights_to_hf import convert
+
+    checkpoint, output, name = sys.argv[1:]
+
+    def hook(event, arguments):
+        if event == "open" and str(arguments[0]).endswith(".out.incomplete/config.json"):
+            os.kill(os.getpid(), getattr(signal, name))
+
+    sys.addaudithook(hook)
+    run(convert, {"checkpoint": checkpoint, "output": output})
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGTERM")
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 1)])
+def test_terminated_and_interrupted_runs_clean_up(write_original, tmp_path, name, status):
+    result = run_command(write_original("stage1-384"), tmp_path / "out", name, code=TERMINATED)
+    assert result.returncode == status, result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.incomplete").exists()
+
+
 def assert_only(output: Path) -> None:
     """The output is there and nothing else of its name."""
     assert [path.name for path in output.parent.iterdir() if output.name in path.name] == [output.name]
