@@ -8,10 +8,11 @@ VENV := .venv
 OLDEST := .venv-oldest
 PIP_INSTALL := -m pip install --disable-pip-version-check
 
+PRESET ?= cpu
 PYTEST_ARGS ?= -q --numprocesses 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suites lint format test test-oldest demo build clean
+.PHONY: help setup suites lint format test test-oldest demo train-tiny build clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +54,9 @@ $(OLDEST)/.installed: setup.cfg pyproject.toml
 
 demo: setup ## Answer a question about a picture
 	$(VENV)/bin/python -m examples.demo
+
+train-tiny: setup ## Train a tiny model from nothing; PRESET=cpu or gpu
+	$(VENV)/bin/python -m training.train_tiny --preset $(PRESET)
 
 build: setup ## Build the wheel into dist/ and check that it holds the package alone
 	rm -rf build dist

@@ -1,0 +1,210 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import io
+import json
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from training.fineprint import (
+    SCENES,
+    FinePrintArguments,
+    FinePrintConfig,
+    Painter,
+    draw_sample,
+    generate,
+    get_caption,
+    get_position,
+    get_questions,
+    get_rng,
+    get_split,
+    reduce_and_enlarge,
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The same FinePrint made by one process and by two."""
+    root = tmp_path_factory.mktemp("fineprint")
+    for workers in (1, 2):
+        output = str(root / str(workers))
+        generate(
+            FinePrintArguments(
+                output=output, num_train=40, num_validation=8, num_test=8, size=128, max_signs=2, workers=workers
+            )
+        )
+    return root / "1", root / "2"
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    config = FinePrintConfig(size=256)
+    return [Painter(config, "train", get_rng(0, "train", index)).paint()[1] for index in range(600)]
+
+
+def read(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_same_files_whatever_the_number_of_workers(folders):
+    first, second = ({path.name: path.read_bytes() for path in f.rglob("*") if path.is_file()} for f in folders)
+    assert len(first) == 56 + 4  # pictures and row files
+    assert first == second
+
+
+def test_another_seed_draws_another_picture():
+    pictures = [draw_sample(FinePrintConfig(size=64, seed=seed), "train", 0)[0] for seed in (0, 0, 1)]
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_rows_have_the_llava_format(folders):
+    for name, num_rows in (("train", 40), ("captions", 40), ("test", None)):
+        rows = read(folders[0] / f"{name}.jsonl")
+        assert len(rows) == num_rows or num_rows is None
+        assert len({row["id"] for row in rows}) == len(rows)
+        for row in rows:
+            with Image.open(folders[0] / "images" / row["image"]) as picture:
+                assert picture.size == (128, 128)
+            assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"] * (
+                len(row["conversations"]) // 2
+            )
+            assert [turn["value"].count("<image>") for turn in row["conversations"][::2]][0] == 1
+            assert all("<image>" not in turn["value"] for turn in row["conversations"][1:])
+            assert all(turn["value"] for turn in row["conversations"])
+    assert {len(row["conversations"]) for row in read(folders[0] / "test.jsonl")} == {2}
+    assert {row["kind"] for row in read(folders[0] / "test.jsonl")} == {"fine", "coarse"}
+
+
+def test_texts_of_the_splits_are_disjoint():
+    texts = {}
+    for split in ("train", "validation", "test"):
+        config = FinePrintConfig(size=256)
+        drawn = [Painter(config, split, get_rng(0, split, index)).paint()[1] for index in range(150)]
+        texts[split] = {sign.text for scene in drawn for sign in scene.signs}
+        assert len(texts[split]) > 50
+    assert not texts["train"] & texts["test"] and not texts["train"] & texts["validation"]
+    assert not texts["validation"] & texts["test"]
+
+
+def test_eight_tenths_of_the_texts_are_for_training():
+    counts = Counter(get_split(f"{number:04d}") for number in range(10_000))
+    # two buckets of 25 or 26 of 256 hash values for validation and test; standard deviation 0.003 to 0.004
+    assert counts["train"] / 10_000 == pytest.approx(0.8, abs=0.015)
+    assert counts["test"] / 10_000 == pytest.approx(0.1, abs=0.015)
+
+
+def test_questions_do_not_tell_their_answers(scenes):
+    answers = defaultdict(list)
+    for scene in scenes:
+        for kind, question, answer in get_questions(scene):
+            answers[kind, question.split()[-1] if kind == "fine" else question].append(answer)
+    for (kind, question), given in answers.items():
+        commonest = Counter(given).most_common(1)[0][1] / len(given)
+        if kind == "fine":
+            assert commonest < 0.01
+        elif len(given) >= 100:
+            # five scenes, four quarters, four shapes, or eight colours
+            assert commonest < 0.45, question
+
+
+def test_a_question_has_one_answer(scenes):
+    for scene in scenes:
+        questions = [question for _, question, _ in get_questions(scene)]
+        assert len(set(questions)) == len(questions)
+
+
+def test_texts_are_where_the_scene_says():
+    """Dark and light pixels lie at the characters, on clean pictures, and the plate is plain above them."""
+    config = FinePrintConfig(size=128, min_signs=1, max_signs=1, max_shapes=0)
+    for index in range(40):
+        picture, scene = Painter(config, "train", get_rng(3, "train", index)).paint()
+        grey = np.asarray(picture.convert("L")).astype(float)
+        (sign,) = scene.signs
+        assert [x for x, _ in sign.centers] == sorted(x for x, _ in sign.centers)
+        x, y = (int(value) for value in sign.center)
+        assert np.ptp(grey[y - 4 : y + 5, x - 12 : x + 13]) > 60
+
+
+def test_texts_have_the_form_of_their_scene(scenes):
+    assert {scene.name for scene in scenes} == set(SCENES)
+    for scene in scenes:
+        for sign in scene.signs:
+            assert len(sign.text) == 4
+            assert (sign.text.find("."), sign.object) == {
+                "street": (-1, "sign"),
+                "shelf": (1, "tag"),
+                "receipt": (1, "line"),
+                "table": (-1, "row"),
+                "panel": (2, "dial"),
+            }[scene.name]
+
+
+def test_alphanumeric_texts_have_letters():
+    config = FinePrintConfig(size=128, alphabet="alphanumeric")
+    drawn = [Painter(config, "train", get_rng(0, "train", index)).paint()[1] for index in range(60)]
+    assert any(character.isalpha() for scene in drawn for sign in scene.signs for character in sign.text)
+
+
+def test_caption_tells_texts_only_if_asked(scenes):
+    scene = next(scene for scene in scenes if scene.signs)
+    assert scene.signs[0].text in get_caption(scene, with_texts=True)
+    assert scene.signs[0].text not in get_caption(scene, with_texts=False)
+
+
+@pytest.mark.parametrize(
+    "center, position",
+    [((10, 10), "top left"), ((90, 10), "top right"), ((10, 90), "bottom left"), ((90, 90), "bottom right")],
+)
+def test_position(center, position):
+    assert get_position(center, 100) == position
+    assert get_position((50, 10), 100) is None
+
+
+def test_noise_blur_and_compression_change_the_picture():
+    config = FinePrintConfig(size=64)
+    file, _ = draw_sample(config, "train", 0)
+    clean, _ = Painter(config, "train", get_rng(0, "train", 0)).paint()
+    difference = np.asarray(Image.open(io.BytesIO(file))).astype(float) - np.asarray(clean)
+    assert 1 < difference.std() < 20
+
+
+def test_reduced_pictures_keep_flat_parts_and_lose_fine_ones():
+    flat = torch.full((1, 3, 64, 64), 100.0)
+    torch.testing.assert_close(reduce_and_enlarge(flat, 0.21875), flat)
+    # 64 -> 14 -> 64 columns: at most 14 values remain of 64
+    assert torch.linalg.matrix_rank(reduce_and_enlarge(torch.randn(1, 1, 64, 64), 0.21875)[0, 0]) <= 14
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        ({"size": 32}, "size"),
+        ({"min_signs": 5, "max_signs": 4}, "max_signs"),
+        ({"max_signs": 7}, "max_signs"),
+        ({"max_shapes": 3}, "max_shapes"),
+        ({"min_font_size": 3}, "min_font_size"),
+        ({"alphabet": "greek"}, "alphabet"),
+    ],
+)
+def test_contradictions_are_refused_by_name(options, name):
+    with pytest.raises(ValueError, match=name):
+        FinePrintConfig(**options)
+
+
+def test_a_finished_folder_is_not_overwritten(folders):
+    with pytest.raises(ValueError, match="already holds"):
+        generate(FinePrintArguments(output=str(folders[0])))

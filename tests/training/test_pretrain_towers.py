@@ -1,0 +1,156 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from conversion.assemble import assemble
+from training.fineprint import FinePrintConfig, Painter, Scene, Sign, get_rng
+from training.pretrain_language_model import PretrainLanguageModelArguments
+from training.pretrain_language_model import pretrain as pretrain_language_model
+from training.pretrain_towers import (
+    COLOR_NAMES,
+    IGNORED,
+    OBJECTS,
+    PretrainTowersArguments,
+    Reader,
+    count_texts_read,
+    crop,
+    draw_pictures,
+    get_low_res_view,
+    get_reading_loss,
+    get_targets,
+    pretrain,
+)
+
+
+CHARACTERS = FinePrintConfig().characters
+DEPTHS, DIMS = [1, 1, 1, 1], [8, 16, 32, 64]
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+    """Language model and towers after a few steps."""
+    root = tmp_path_factory.mktemp("tiny")
+    pretrain_language_model(
+        PretrainLanguageModelArguments(output=str(root / "lm"), num_scenes=20, steps=10, batch_size=2, size=128)
+    )
+    arguments = PretrainTowersArguments(
+        output=str(root / "towers"),
+        tokenizer=str(root / "lm"),
+        size=128,
+        max_signs=2,
+        num_pictures=16,
+        reading_steps=4,
+        joint_steps=2,
+        reading_batch_size=4,
+        joint_batch_size=4,
+        depths=DEPTHS,
+        dims=DIMS,
+        vision_width=64,
+        vision_layers=4,
+    )
+    return root, pretrain(arguments)
+
+
+def test_targets_are_at_the_objects_positions():
+    centers = [(41.0, 70.0), (49.0, 70.0), (57.0, 70.0), (65.0, 70.0)]
+    scene = Scene("street", 128, [Sign("4711", "red", "sign", (53.0, 70.0), centers)], [])
+    targets = get_targets(scene, CHARACTERS)
+    # (53, 70) lies in column 1 and row 2 of positions of 32 pixels
+    assert targets["objects"].nonzero().tolist() == [[2, 1]]
+    assert targets["objects"][2, 1] == OBJECTS.index("sign")
+    assert targets["colors"][2, 1] == COLOR_NAMES.index("red")
+    assert "".join(CHARACTERS[index] for index in targets["texts"][2, 1]) == "4711"
+    assert (targets["texts"] != IGNORED).sum() == 4
+    # 70 / 8 = 8.75; 41 / 4 = 10.25 and so on
+    assert targets["strokes"].nonzero().tolist() == [[8, 10], [8, 12], [8, 14], [8, 16]]
+    assert [CHARACTERS[index - 1] for index in targets["strokes"][8, 10:17:2]] == list("4711")
+
+
+def test_pages_ask_for_characters_only():
+    config = FinePrintConfig(size=64)
+    _, scene = Painter(config, "train", get_rng(0, "train", 0)).paint_page()
+    targets = get_targets(scene, CHARACTERS)
+    assert len(scene.signs) >= 6 and (targets["strokes"] > 0).sum() > 3 * len(scene.signs)
+    assert all((targets[name] == IGNORED).all() for name in ("objects", "colors", "texts"))
+
+
+def test_crops_hold_the_text_at_any_place():
+    config, xs = FinePrintConfig(size=128, max_signs=1), []
+    for index in range(40):
+        picture, scene = Painter(config, "train", get_rng(0, "train", index)).paint()
+        pixels = np.asarray(picture).transpose(2, 0, 1)
+        cut, part = crop(pixels, scene, 64, np.random.default_rng(index))
+        assert cut.shape == (3, 64, 64) and part.size == 64
+        (before,), (after,) = scene.signs, part.signs
+        left, top = (round(a - b) for a, b in zip(before.center, after.center, strict=True))
+        assert (cut == pixels[:, top : top + 64, left : left + 64]).all()
+        assert all(a[0] - b[0] == left for a, b in zip(before.centers, after.centers, strict=True))
+        xs.append(after.center[0])
+    assert min(xs) < 24 and max(xs) > 40
+
+
+def test_reading_loss_of_even_scores():
+    """Equal scores give the logarithm of the number of classes for each target."""
+    pictures = draw_pictures(FinePrintConfig(size=64, max_signs=1), "train", 2, workers=1)
+    reader = Reader(DEPTHS, DIMS, len(CHARACTERS))
+    for head in (*reader.heads, reader.stroke_head):
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)
+    targets = {name: pictures[name] for name in ("objects", "colors", "texts", "strokes")}
+    loss = get_reading_loss(reader(torch.zeros(2, 3, 64, 64)), targets)
+    num_strokes = 1 + len(CHARACTERS)
+    expected = sum(math.log(n) for n in (len(OBJECTS), len(COLOR_NAMES), len(CHARACTERS))) + 1.25 * math.log(
+        num_strokes
+    )
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_texts_count_only_without_a_fault():
+    texts = torch.full((1, 2, 2, 4), IGNORED)
+    texts[0, 0, 0], texts[0, 1, 1] = torch.tensor([4, 7, 1, 1]), torch.tensor([0, 0, 0, 1])
+    scores = torch.zeros(1, 2, 2, 4, 11)
+    scores[0, 0, 0, range(4), [4, 7, 1, 1]] = 1.0
+    assert count_texts_read({"texts": scores}, {"texts": texts}) == (1, 2)
+
+
+def test_low_res_view_is_the_image_processors():
+    from modeling_llava_hr import LlavaHrImageProcessorPil
+
+    processor = LlavaHrImageProcessorPil(size=28, high_res_size=128)
+    views = processor(torch.randint(0, 256, (3, 128, 128), dtype=torch.uint8), return_tensors="pt")
+    torch.testing.assert_close(get_low_res_view(views["high_res_pixel_values"], 28 / 128), views["pixel_values"])
+
+
+def test_towers_can_be_assembled(towers, tmp_path):
+    root, result = towers
+    assert result["num_texts"] == 1000 and 0 <= result["texts_read"] <= 1
+    folder = root / "towers"
+    assemble(
+        str(folder / "vision_tower"),
+        str(folder / "high_res_tower"),
+        str(root / "lm"),
+        str(tmp_path / "model"),
+        high_res_size=128,
+    )
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    assert model.config.high_res_vision_config.model_args == {"depths": DEPTHS, "dims": DIMS}
+    assert model.config.vision_config.hidden_size == 64
+    # Layer scale is there as it was trained, near the 1 it started from
+    gamma = model.state_dict()["model.vision_tower.high_res_tower.timm_model.stages.0.blocks.0.gamma"]
+    assert 0.9 < gamma.mean() < 1.1

@@ -1,0 +1,638 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+FinePrint: pictures with questions that only a sharp view answers, and questions that any view answers.
+
+    python -m training.fineprint --output .cache/fineprint --num_train 20000 --size 256
+
+Each picture shows one of five scenes (street signs, price tags, a receipt, a table, dial plates) with up to
+`max_signs` texts of four characters, each beside or on something coloured, and large coloured shapes. The texts are
+a few pixels high (fine questions); scene, shapes, colours and positions are large (coarse questions). Every text is
+drawn at random, so a question tells nothing about its answer, and a hash of the text decides which split may show it.
+
+Written in the LLaVA format (`id`, `image`, `conversations`):
+
+    OUTPUT/images/*.jpg
+    OUTPUT/captions.jsonl      training pictures with captions, for stage 1
+    OUTPUT/train.jsonl         training pictures with all their questions in one conversation, for stage 2
+    OUTPUT/validation.jsonl    one question a row, with its `kind`, `scene` and `num_signs`
+    OUTPUT/test.jsonl          the same
+"""
+
+import hashlib
+import importlib.util
+import io
+import json
+import multiprocessing
+import sys
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+
+SPLITS = ("train", "validation", "test")
+COLORS = {
+    "red": (206, 34, 38),
+    "orange": (244, 134, 20),
+    "yellow": (246, 216, 32),
+    "green": (34, 146, 58),
+    "blue": (28, 82, 202),
+    "purple": (134, 48, 162),
+    "white": (246, 246, 246),
+    "black": (26, 26, 26),
+}
+SHAPES = ("circle", "square", "triangle", "star")
+# What carries a text in each scene, and the form of the text: d a digit, c a digit or (alphanumeric) a letter
+SCENES = {
+    "street": ("sign", "cccc"),
+    "shelf": ("tag", "d.dd"),
+    "receipt": ("line", "d.dd"),
+    "table": ("row", "cccc"),
+    "panel": ("dial", "dd.d"),
+}
+TEXT_LENGTH = 4
+DIGITS = "0123456789"
+# Letters that are no digit's or other letter's twin at a few pixels
+LETTERS = "ACEFHJKLMNPRTUVXY"
+FONTS = (
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "DejaVuSerif-Bold",
+    None,  # the one that comes with PIL
+)
+# Texts that stand below one another are so many pixels apart: nearly two positions of a CNN of stride 32
+PITCH = 56
+
+
+@dataclass
+class FinePrintConfig:
+    """
+    What the pictures look like.
+
+    Args:
+        size (`int`): Side of the square pictures in pixels, at least 64.
+        min_signs (`int`): Smallest number of texts in a picture.
+        max_signs (`int`): Largest number of texts in a picture, at most 6; as many as there is room for.
+        max_shapes (`int`): Largest number of large shapes, at most 2; as many as there is room for.
+        min_font_size (`int`): Smallest font size in pixels; digits are about 0.73 times as high.
+        max_font_size (`int`): Largest font size in pixels.
+        alphabet (`str`): `"digits"` or `"alphanumeric"` (27 characters) for street signs and tables.
+        max_blur (`float`): Largest standard deviation of the Gaussian blur in pixels.
+        min_noise (`float`): Smallest standard deviation of the noise, of 255.
+        max_noise (`float`): Largest standard deviation of the noise, of 255.
+        min_quality (`int`): Lowest JPEG quality; the highest is 95.
+        seed (`int`): Of all random choices.
+    """
+
+    size: int = field(default=256, metadata={"help": "side of the square pictures in pixels"})
+    min_signs: int = field(default=1, metadata={"help": "smallest number of texts in a picture"})
+    max_signs: int = field(default=4, metadata={"help": "largest number of texts, as far as there is room"})
+    max_shapes: int = field(default=2, metadata={"help": "largest number of large shapes"})
+    min_font_size: int = field(default=11, metadata={"help": "pixels; digits are about 0.73 times as high"})
+    max_font_size: int = field(default=13, metadata={"help": "pixels"})
+    alphabet: str = field(default="digits", metadata={"help": "digits or alphanumeric"})
+    max_blur: float = field(default=0.3, metadata={"help": "largest standard deviation of the blur in pixels"})
+    min_noise: float = field(default=3.0, metadata={"help": "smallest standard deviation of the noise, of 255"})
+    max_noise: float = field(default=12.0, metadata={"help": "largest standard deviation of the noise, of 255"})
+    min_quality: int = field(default=80, metadata={"help": "lowest JPEG quality"})
+    seed: int = field(default=0, metadata={"help": "of all random choices"})
+
+    def __post_init__(self):
+        if self.size < 64:
+            raise ValueError(f"`size` must be at least 64 pixels, but got {self.size}.")
+        if not 0 <= self.min_signs <= self.max_signs <= 6:
+            raise ValueError(
+                f"`min_signs` and `max_signs` must ascend from 0 to 6 (each text has a colour of its own, and two are "
+                f"for shapes), but got {self.min_signs} and {self.max_signs}."
+            )
+        if not 0 <= self.max_shapes <= 2:
+            raise ValueError(f"`max_shapes` must be 0, 1 or 2, but got {self.max_shapes}.")
+        if not 6 <= self.min_font_size <= self.max_font_size <= 14:
+            raise ValueError(
+                f"`min_font_size` and `max_font_size` must ascend from 6 to 14 pixels, but got {self.min_font_size} "
+                f"and {self.max_font_size}."
+            )
+        if self.alphabet not in ("digits", "alphanumeric"):
+            raise ValueError(f"`alphabet` must be 'digits' or 'alphanumeric', but got {self.alphabet!r}.")
+
+    @property
+    def characters(self) -> str:
+        """All characters that texts are made of."""
+        return DIGITS + "." + (LETTERS if self.alphabet == "alphanumeric" else "")
+
+
+class Sign(NamedTuple):
+    """A text and what carries it: `center` of the text and the `centers` of its characters, `(x, y)` in pixels."""
+
+    text: str
+    color: str
+    object: str
+    center: tuple[float, float]
+    centers: list[tuple[float, float]]
+
+
+class Shape(NamedTuple):
+    """A large shape and its `center`, `(x, y)` in pixels."""
+
+    shape: str
+    color: str
+    center: tuple[float, float]
+
+
+class Scene(NamedTuple):
+    """What a picture shows."""
+
+    name: str
+    size: int
+    signs: list[Sign]
+    shapes: list[Shape]
+
+
+def get_split(text: str) -> str:
+    """
+    The split that may show a text: eight tenths of all texts are for training, a tenth each for the others.
+
+    Args:
+        text (`str`): The text.
+
+    Returns:
+        `str`: `"train"`, `"validation"` or `"test"`.
+    """
+    bucket = hashlib.sha256(text.encode()).digest()[0] * 10 // 256
+    return {8: "validation", 9: "test"}.get(bucket, "train")
+
+
+def get_rng(seed: int, split: str, index: int) -> np.random.Generator:
+    """Random numbers of one picture; the same whatever was drawn before and in whichever process."""
+    digest = hashlib.sha256(f"{seed}/{split}/{index}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8]))
+
+
+@cache
+def get_font(name: str | None, size: int) -> ImageFont.FreeTypeFont:
+    """
+    A font that some dependency ships.
+
+    Args:
+        name (`str`, *optional*): One of matplotlib's; PIL's own if `None`.
+        size (`int`): In pixels.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    if name is None:
+        return ImageFont.load_default(size)
+    spec = importlib.util.find_spec("matplotlib")
+    if spec is None:
+        raise ImportError("FinePrint draws with matplotlib's fonts. Install it: pip install matplotlib")
+    return ImageFont.truetype(Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / f"{name}.ttf", size)
+
+
+class Painter:
+    """
+    Draws one picture.
+
+    Args:
+        config ([`FinePrintConfig`]): What the pictures look like.
+        split (`str`): Whose texts may be shown.
+        rng (`np.random.Generator`): All random choices.
+    """
+
+    def __init__(self, config: FinePrintConfig, split: str, rng: np.random.Generator):
+        self.config, self.split, self.rng = config, split, rng
+        self.size = config.size
+        self.boxes: list[tuple[float, float, float, float]] = []  # what is taken: left, top, right, bottom
+        self.signs: list[Sign] = []
+        self.shapes: list[Shape] = []
+        self.colors = list(rng.permutation(list(COLORS)))
+
+    def paint(self) -> tuple[Image.Image, Scene]:
+        """Draws everything and returns the picture, without blur and noise, and what it shows."""
+        name = self.choice(list(SCENES))
+        self.picture = Image.new("RGB", (self.size, self.size), self.muted(120, 225))
+        self.draw = ImageDraw.Draw(self.picture)
+        self.carrier, self.form = SCENES[name]
+        num_signs = int(self.rng.integers(self.config.min_signs, self.config.max_signs + 1))
+        self.draw_background(name)
+        if num_signs and name in ("receipt", "table"):
+            self.draw_paper(name, num_signs)
+        elif num_signs:
+            self.draw_plates(num_signs)
+        self.draw_shapes(int(self.rng.integers(0, self.config.max_shapes + 1)))
+        return self.picture, Scene(name, self.size, self.signs, self.shapes)
+
+    def paint_page(self) -> tuple[Image.Image, Scene]:
+        """Fills the picture with texts on black, white or coloured ground: nothing but reading practice."""
+        self.picture = Image.new("RGB", (self.size, self.size))
+        self.draw = ImageDraw.Draw(self.picture)
+        self.carrier = "page"
+        width = 32
+        for left in range(0, self.size - width + 1, width):
+            color = self.choice(self.colors)
+            fill = self.muted(225, 248) if self.rng.random() < 0.6 else self.shade(color)
+            self.draw.rectangle((left, 0, left + width, self.size), fill=fill)
+            for top in np.arange(self.between(0, 6), self.size - 12, self.between(14, 17)):
+                self.form = self.choice(list(SCENES.values()))[1]
+                self.draw_text(left + width / 2, top + self.between(6, 8), fill, color)
+        return self.picture, Scene("page", self.size, self.signs, [])
+
+    # Random choices
+
+    def choice(self, items):
+        return items[int(self.rng.integers(len(items)))]
+
+    def between(self, low: float, high: float) -> float:
+        return float(self.rng.uniform(low, high)) if high > low else low
+
+    def muted(self, low: int, high: int) -> tuple[int, int, int]:
+        """A grey with a tint, which is none of `COLORS`."""
+        grey = self.rng.integers(low, high + 1)
+        return tuple(int(value) for value in np.clip(grey + self.rng.integers(-14, 15, 3), 0, 255))
+
+    def shade(self, color: str) -> tuple[int, int, int]:
+        return tuple(int(value) for value in np.clip(np.array(COLORS[color]) + self.rng.integers(-14, 15, 3), 0, 255))
+
+    def get_text(self) -> str:
+        characters = self.config.characters.replace(".", "")
+        while True:
+            text = "".join({"d": self.choice(DIGITS), ".": ".", "c": self.choice(characters)}[c] for c in self.form)
+            if get_split(text) == self.split:
+                return text
+
+    def place(self, width: float, height: float) -> tuple[float, float] | None:
+        """Left and top of a box of that size that is free, or `None` if none was found."""
+        if max(width, height) > self.size - 4:
+            return None
+        for _ in range(40):
+            left, top = self.between(2, self.size - 2 - width), self.between(2, self.size - 2 - height)
+            box = (left, top, left + width, top + height)
+            if all(
+                box[0] > b[2] + 2 or box[2] < b[0] - 2 or box[1] > b[3] + 2 or box[3] < b[1] - 2 for b in self.boxes
+            ):
+                self.boxes.append(box)
+                return left, top
+        return None
+
+    # Things
+
+    def draw_background(self, name: str) -> None:
+        horizon = self.between(0.4, 0.8) * self.size
+        if name == "street":
+            self.draw.rectangle((0, horizon, self.size, self.size), fill=self.muted(80, 150))
+            for _ in range(self.size // 64):
+                left, width = self.between(-20, self.size), self.between(20, 60)
+                self.draw.rectangle((left, self.between(0, horizon), left + width, horizon), fill=self.muted(110, 200))
+        elif name == "shelf":
+            for y in np.arange(self.between(20, 60), self.size, 64):
+                self.draw.rectangle((0, y, self.size, y + 5), fill=self.muted(70, 110))
+        elif name == "panel":
+            for x in np.arange(self.between(0, 48), self.size, 48):
+                self.draw.line((x, 0, x, self.size), fill=self.muted(90, 120))
+        for _ in range(self.size // 48):  # clutter
+            x, y = self.between(0, self.size), self.between(0, self.size)
+            end = (x + self.between(-40, 40), y + self.between(-40, 40))
+            self.draw.line((x, y, *end), fill=self.muted(80, 220), width=int(self.rng.integers(1, 4)))
+
+    def draw_text(self, x: float, y: float, background: tuple[int, int, int], color: str) -> None:
+        """Writes a new text centred at a point, in black or white, and notes it with the colour of what carries it."""
+        text = self.get_text()
+        font = get_font(
+            self.choice(FONTS), int(self.rng.integers(self.config.min_font_size, self.config.max_font_size + 1))
+        )
+        is_light = np.dot(background, (0.299, 0.587, 0.114)) > 128
+        fill = self.muted(12, 48) if is_light else self.muted(215, 245)
+        left = round(x - font.getlength(text) / 2)
+        self.draw.text((left, y), text, font=font, fill=fill, anchor="lm")
+        ends = [left + font.getlength(text[:count]) for count in range(len(text) + 1)]
+        centers = [((a + b) / 2, y) for a, b in zip(ends, ends[1:], strict=False)]
+        self.signs.append(Sign(text, color, self.carrier, ((ends[0] + ends[-1]) / 2, y), centers))
+
+    def draw_plates(self, count: int) -> None:
+        """Street signs, price tags or dial plates, each at a place of its own."""
+        for _ in range(count):
+            if self.carrier == "dial":
+                width = height = self.between(48, 56)
+            else:
+                width, height = self.between(44, 48) + 10 * (self.carrier == "tag"), self.between(18, 28)
+            # room between the texts of neighbours
+            if (corner := self.place(width, max(height, PITCH - 6))) is None:
+                return
+            color = str(self.colors.pop())
+            left, top = corner
+            top += (max(height, PITCH - 6) - height) / 2
+            box = (left, top, left + width, top + height)
+            getattr(self, f"draw_{self.carrier}")(box, color)
+
+    def draw_sign(self, box: tuple[float, float, float, float], color: str) -> None:
+        left, top, right, bottom = box
+        fill = self.shade(color)
+        pole = (left + right) / 2
+        self.draw.rectangle((pole - 1, bottom, pole + 1, bottom + 8), fill=self.muted(40, 80))
+        self.draw.rounded_rectangle(box, radius=self.between(0, 5), fill=fill, outline=self.muted(30, 90))
+        self.draw_text(pole, (top + bottom) / 2, fill, color)
+
+    def draw_tag(self, box: tuple[float, float, float, float], color: str) -> None:
+        left, top, right, bottom = box
+        fill = self.muted(225, 248)
+        self.draw.rectangle(box, fill=fill, outline=self.muted(30, 90))
+        self.draw.rectangle((left, top, left + 11, bottom), fill=self.shade(color), outline=self.muted(30, 90))
+        self.draw_text((left + 12 + right) / 2, (top + bottom) / 2, fill, color)
+
+    def draw_dial(self, box: tuple[float, float, float, float], color: str) -> None:
+        left, top, right, bottom = box
+        x, y, radius = (left + right) / 2, (top + bottom) / 2, (right - left) / 2
+        fill = self.muted(225, 248) if self.rng.random() < 0.5 else self.muted(20, 50)
+        self.draw.ellipse(box, fill=fill, outline=self.shade(color), width=5)
+        angle = self.between(np.pi, 2 * np.pi)
+        tip = (x + 0.6 * radius * np.cos(angle), y - 2 + 0.6 * radius * np.sin(angle))
+        self.draw.line((x, y - 2, *tip), fill=self.muted(100, 160), width=2)
+        self.draw_text(x, y + 0.36 * radius, fill, color)
+
+    def draw_paper(self, name: str, count: int) -> None:
+        """A receipt or a table: texts below one another, each behind its colour."""
+        pitch = self.between(PITCH, PITCH + 4)
+        width = self.between(58, 76) if self.size > 64 else 58
+        count = min(count, int((self.size - 4) // pitch))
+        height = count * pitch
+        corner = self.place(width, height)
+        if corner is None:
+            return
+        left, top = corner
+        fill = self.muted(225, 248)
+        self.draw.rectangle((left, top, left + width, top + height), fill=fill, outline=self.muted(60, 120))
+        for row in range(count):
+            y = top + (row + 0.5) * pitch
+            color = str(self.colors.pop())
+            if name == "table":
+                self.draw.line((left, top + row * pitch, left + width, top + row * pitch), fill=self.muted(60, 120))
+                header = (left, top + row * pitch, left + 18, top + (row + 1) * pitch)
+                self.draw.rectangle(header, fill=self.shade(color), outline=self.muted(60, 120))
+            else:
+                dot = (left + 4, y - 7, left + 18, y + 7)
+                self.draw.ellipse(dot, fill=self.shade(color), outline=self.muted(60, 120))
+            self.draw_text(left + 19 + self.between(18, width - 38), y, fill, color)
+
+    def draw_shapes(self, count: int) -> None:
+        kinds = list(self.rng.permutation(SHAPES))
+        for _ in range(count):
+            side = self.between(26, 44) * max(1, self.size / 512)
+            if (corner := self.place(side, side)) is None:
+                return
+            kind, color = str(kinds.pop()), str(self.colors.pop())
+            left, top = corner
+            x, y, radius = left + side / 2, top + side / 2, side / 2
+            angles = {"triangle": 3, "star": 10}.get(kind, 0)
+            turns = [2 * np.pi * corner / max(angles, 1) - np.pi / 2 for corner in range(angles)]
+            points = [
+                (x + r * np.cos(turn), y + r * np.sin(turn))
+                for index, turn in enumerate(turns)
+                for r in [radius * (0.42 if kind == "star" and index % 2 else 1)]
+            ]
+            style = {"fill": self.shade(color), "outline": self.muted(60, 120)}
+            if kind == "circle":
+                self.draw.ellipse((left, top, left + side, top + side), **style)
+            elif kind == "square":
+                self.draw.rectangle((left + 2, top + 2, left + side - 2, top + side - 2), **style)
+            else:
+                self.draw.polygon(points, **style)
+            self.shapes.append(Shape(kind, color, (x, y)))
+
+
+def draw_sample(config: FinePrintConfig, split: str, index: int, page: bool = False) -> tuple[bytes, Scene]:
+    """
+    Draws a picture of FinePrint.
+
+    Args:
+        config ([`FinePrintConfig`]): What the pictures look like.
+        split (`str`): `"train"`, `"validation"` or `"test"`.
+        index (`int`): Number of the picture in its split.
+        page (`bool`, *optional*, defaults to `False`): Whether it is full of texts instead of a scene.
+
+    Returns:
+        `tuple`: The picture as a JPEG file, and what it shows.
+    """
+    rng = get_rng(config.seed, split, index)
+    painter = Painter(config, split, rng)
+    picture, scene = painter.paint_page() if page else painter.paint()
+    picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, config.max_blur)))
+    noise = rng.standard_normal((config.size, config.size, 3), dtype=np.float32)
+    noisy = np.asarray(picture) + noise * rng.uniform(config.min_noise, config.max_noise)
+    file = io.BytesIO()
+    quality = int(rng.integers(config.min_quality, 96))
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=quality)
+    return file.getvalue(), scene
+
+
+def get_position(center: tuple[float, float], size: int) -> str | None:
+    """The quarter of the picture that a point lies in, such as "top left"; `None` near the middle lines."""
+    x, y = (coordinate / size - 0.5 for coordinate in center)
+    if min(abs(x), abs(y)) < 1 / 16:
+        return None
+    return f"{'top' if y < 0 else 'bottom'} {'left' if x < 0 else 'right'}"
+
+
+def get_questions(scene: Scene) -> list[tuple[str, str, str]]:
+    """
+    Everything that is asked about a picture.
+
+    Args:
+        scene ([`Scene`]): What it shows.
+
+    Returns:
+        `list[tuple[str, str, str]]`: Kind (`"fine"` or `"coarse"`), question, answer.
+    """
+    questions = [("coarse", "What is shown?", scene.name)]
+    for sign in scene.signs:
+        questions.append(("fine", f"What does the {sign.color} {sign.object} say?", sign.text))
+    for shape in scene.shapes:
+        questions.append(("coarse", f"What shape is {shape.color}?", shape.shape))
+        questions.append(("coarse", f"What color is the {shape.shape}?", shape.color))
+        if (position := get_position(shape.center, scene.size)) is not None:
+            questions.append(("coarse", f"Where is the {shape.shape}?", position))
+    return questions
+
+
+def with_article(word: str) -> str:
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+
+
+def get_caption(scene: Scene, with_texts: bool) -> str:
+    """
+    Describes a picture.
+
+    Args:
+        scene ([`Scene`]): What it shows.
+        with_texts (`bool`): Whether the fine print is told.
+
+    Returns:
+        `str`: For example "street with a red sign 4711, a blue circle at the top left".
+    """
+    parts = []
+    for sign in scene.signs:
+        parts.append(f"{with_article(sign.color)} {sign.object}" + (f" {sign.text}" if with_texts else ""))
+    for shape in scene.shapes:
+        position = get_position(shape.center, scene.size)
+        parts.append(f"{with_article(shape.color)} {shape.shape}" + (f" at the {position}" if position else ""))
+    return f"{scene.name} with {', '.join(parts)}" if parts else scene.name
+
+
+def get_rows(split: str, index: int, scene: Scene, rng: np.random.Generator) -> dict[str, list[dict]]:
+    """
+    The rows of a picture, by the file that they belong to.
+
+    Args:
+        split (`str`): Its split.
+        index (`int`): Its number there.
+        scene ([`Scene`]): What it shows.
+        rng (`np.random.Generator`): Order of the questions.
+
+    Returns:
+        `dict[str, list[dict]]`: For `"train"` (and `"captions"`) one row, otherwise one for each question.
+    """
+    name = f"{split}-{index:07d}"
+    base = {"image": f"{name}.jpg", "scene": scene.name, "num_signs": len(scene.signs)}
+    questions = get_questions(scene)
+    questions = [questions[i] for i in rng.permutation(len(questions))]
+
+    def talk(pairs: list[tuple[str, str]]) -> list[dict]:
+        turns = [
+            [{"from": "human", "value": question}, {"from": "gpt", "value": answer}] for question, answer in pairs
+        ]
+        turns[0][0]["value"] = f"<image>\n{turns[0][0]['value']}".strip()
+        return [turn for pair in turns for turn in pair]
+
+    if split == "train":
+        return {
+            "train": [{"id": name, **base, "conversations": talk([pair for _, *pair in questions])}],
+            "captions": [{"id": name, **base, "conversations": talk([("", get_caption(scene, with_texts=True))])}],
+        }
+    rows = [
+        {"id": f"{name}-{number}", **base, "kind": kind, "conversations": talk([(question, answer)])}
+        for number, (kind, question, answer) in enumerate(questions)
+    ]
+    return {split: rows}
+
+
+def reduce_and_enlarge(pixels: torch.Tensor, ratio: float) -> torch.Tensor:
+    """
+    What the low-resolution view holds, at the size of the high-resolution one.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(images, 3, S, S)`): Pictures.
+        ratio (`float`): Side of the low-resolution view by `S`.
+
+    Returns:
+        `torch.Tensor` of the same shape: reduced as the image processor does it, enlarged bicubically.
+    """
+    side = round(pixels.shape[-1] * ratio)
+    low_res = F.interpolate(pixels, size=(side, side), mode="bilinear", align_corners=True)
+    return F.interpolate(low_res, size=pixels.shape[-2:], mode="bicubic", align_corners=True)
+
+
+def _reduce_and_enlarge_file(picture: bytes, ratio: float) -> bytes:
+    pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(picture)))).permute(2, 0, 1)[None].float()
+    pixels = reduce_and_enlarge(pixels, ratio)[0].round().clamp(0, 255).byte().permute(1, 2, 0)
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=95, subsampling=0)
+    return file.getvalue()
+
+
+def make_sample(
+    config: FinePrintConfig, folder: Path, shown_ratio: float, item: tuple[str, int]
+) -> dict[str, list[dict]]:
+    """Draws a picture, saves it under `folder` and returns its rows."""
+    split, index = item
+    picture, scene = draw_sample(config, split, index)
+    if shown_ratio < 1:
+        picture = _reduce_and_enlarge_file(picture, shown_ratio)
+    (folder / f"{split}-{index:07d}.jpg").write_bytes(picture)
+    return get_rows(split, index, scene, get_rng(config.seed, f"{split}-questions", index))
+
+
+@dataclass
+class FinePrintArguments(FinePrintConfig):
+    """
+    How many pictures, and where to.
+
+    Args:
+        output (`str`): New folder.
+        num_train (`int`): Number of training pictures.
+        num_validation (`int`): Number of validation pictures.
+        num_test (`int`): Number of test pictures.
+        shown_ratio (`float`): Below 1, the pictures are reduced to this share of their side, as the low-resolution
+            view is, and enlarged again: the same pictures for a control that has no sharp view.
+        workers (`int`): Processes; what is drawn does not depend on it.
+    """
+
+    output: str = field(default="", metadata={"help": "folder to write to"})
+    num_train: int = field(default=10000, metadata={"help": "number of training pictures"})
+    num_validation: int = field(default=100, metadata={"help": "number of validation pictures"})
+    num_test: int = field(default=500, metadata={"help": "number of test pictures"})
+    shown_ratio: float = field(default=1.0, metadata={"help": "below 1: pictures hold a low-resolution view only"})
+    workers: int = field(default=2, metadata={"help": "processes; what is drawn does not depend on it"})
+
+
+def generate(arguments: FinePrintArguments) -> None:
+    """
+    Writes FinePrint. The row files appear when everything is written.
+
+    Args:
+        arguments ([`FinePrintArguments`]): How many pictures of which kind.
+
+    Raises:
+        ValueError: If no output folder is given, or it holds a finished FinePrint.
+    """
+    if not arguments.output:
+        raise ValueError("`output` must name the folder to write to.")
+    output = Path(arguments.output)
+    if (output / "test.jsonl").exists():
+        raise ValueError(f"`output`: {output} already holds FinePrint. Name another folder or remove it.")
+    folder = output / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    config = FinePrintConfig(**{name: getattr(arguments, name) for name in FinePrintConfig.__dataclass_fields__})
+    items = [(split, index) for split in SPLITS for index in range(getattr(arguments, f"num_{split}"))]
+    rows = {name: [] for name in ("captions", *SPLITS)}
+    # spawned, not forked: the parent may have threads
+    with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
+        samples = pool.imap(partial(make_sample, config, folder, arguments.shown_ratio), items, chunksize=32)
+        for sample in tqdm(samples, total=len(items), desc="FinePrint", unit="picture"):
+            for name, new in sample.items():
+                rows[name].extend(new)
+    for name, content in rows.items():
+        lines = "".join(json.dumps(row) + "\n" for row in content)
+        partial_file = output / f".{name}.jsonl.incomplete"
+        partial_file.write_text(lines, encoding="utf-8")
+        partial_file.rename(output / f"{name}.jsonl")
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(FinePrintArguments).parse_args_into_dataclasses()
+    try:
+        generate(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Optimizers for models that learn from nothing.
+
+Muon (torch.optim.Muon) replaces the momentum of a weight matrix by the nearest orthogonal matrix. On FinePrint it learns
+to read within steps in which AdamW alone stays at chance.
+"""
+
+import torch
+from torch import nn
+
+
+def get_optimizers(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[torch.optim.Optimizer]:
+    """
+    Muon for the weights of linear layers, AdamW for embeddings, heads, convolutions, norms and biases.
+
+    Args:
+        model (`nn.Module`): The model; frozen parameters are left out.
+        lr (`float`): Learning rate of both: Muon's updates are scaled to be as large as AdamW's ("Muon is Scalable for
+            LLM Training", arXiv 2502.16982, equation 4).
+        weight_decay (`float`, *optional*, defaults to 0): Of matrices.
+
+    Returns:
+        `list[torch.optim.Optimizer]`: One or two; those without parameters are left out.
+    """
+    matrices = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module.weight.requires_grad
+        and min(module.weight.shape) > 1
+        and "head" not in name
+    ]
+    known = {id(weight) for weight in matrices}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    optimizers = []
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    if rest:
+        optimizers.append(torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0))
+    return optimizers

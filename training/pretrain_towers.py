@@ -1,0 +1,547 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Makes the two towers of a tiny LLaVA-HR from nothing, on FinePrint pictures that are drawn on the way:
+
+    python -m training.pretrain_towers --output .cache/towers --tokenizer .cache/language-model
+
+Both towers learn from captions as CLIP does (open_clip's `ClipLoss`). A ConvNeXt does not learn to read from that
+alone, so beside it the high-resolution tower learns to tell what lies at each of its positions (kind, colour, the
+characters of a text), first on parts of 64 pixels, which are cheap.
+
+    python -m training.pretrain_towers --measure_readability --output .cache/readability
+
+trains the same reader once on pictures as they are and once on the same pictures reduced to the low-resolution view
+and enlarged again, and writes which share of unseen texts each reads.
+"""
+
+import io
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    HfArgumentParser,
+    get_cosine_schedule_with_warmup,
+    set_seed,
+)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from training.fineprint import (
+    COLORS,
+    SCENES,
+    SHAPES,
+    TEXT_LENGTH,
+    FinePrintConfig,
+    Scene,
+    Shape,
+    Sign,
+    draw_sample,
+    get_caption,
+    get_rng,
+    reduce_and_enlarge,
+)
+from training.optimizers import get_optimizers
+
+
+COLOR_NAMES = list(COLORS)
+OBJECTS = ["nothing", *(carrier for carrier, _ in SCENES.values()), *SHAPES]
+IGNORED = -100  # `cross_entropy` leaves it out
+STRIDE, STROKE_STRIDE = 32, 8  # of the tower's last and second stage, in pixels
+# timm's name; widths and depths are ours. The conversion reads them from the weights.
+ARCHITECTURE = "convnext_tiny"
+
+
+@dataclass
+class PretrainTowersArguments:
+    """
+    What is trained, how long, and where to.
+
+    Args:
+        output (`str`): Folder for the results.
+        tokenizer (`str`): Folder with the tokenizer of the captions.
+        measure_readability (`bool`): Measure what each view shows instead of making towers.
+        size (`int`): Side of the pictures of the second part in pixels, a multiple of 64.
+        max_signs (`int`): Largest number of texts in a picture of the second part.
+        alphabet (`str`): See [`~training.fineprint.FinePrintConfig`].
+        low_res_ratio (`float`): Side of the low-resolution view by that of the high-resolution one.
+        depths, dims (`list[int]`): Blocks and channels of the high-resolution tower's stages.
+        vision_width, vision_layers (`int`): Channels and layers of the low-resolution tower.
+        num_pictures (`int`): Number of different pictures in either part, and twice the number of pages.
+        reading_steps (`int`): Steps of the first part.
+        joint_steps (`int`): Steps of the second part.
+        reading_batch_size, joint_batch_size (`int`): Pictures a step.
+        learning_rate (`float`): Highest learning rate of the first part (warm-up, cosine); a fifth for the second.
+        blind (`bool`): The high-resolution tower sees the low-resolution view, enlarged: the control's towers.
+        device (`str`): Where to train.
+        workers (`int`): Processes that draw.
+        seed (`int`): Of weights and pictures.
+    """
+
+    output: str = field(default="", metadata={"help": "folder for the results"})
+    tokenizer: str = field(default="", metadata={"help": "folder with the tokenizer of the captions"})
+    measure_readability: bool = field(default=False, metadata={"help": "measure what each view shows"})
+    size: int = field(default=256, metadata={"help": "side of the second part's pictures in pixels"})
+    max_signs: int = field(default=4, metadata={"help": "largest number of texts in the second part's pictures"})
+    alphabet: str = field(default="digits", metadata={"help": "digits or alphanumeric"})
+    low_res_ratio: float = field(default=0.21875, metadata={"help": "low-resolution by high-resolution side"})
+    depths: list[int] = field(default_factory=lambda: [1, 2, 6, 1], metadata={"help": "high-resolution tower"})
+    dims: list[int] = field(default_factory=lambda: [32, 64, 128, 256], metadata={"help": "high-resolution tower"})
+    vision_width: int = field(default=128, metadata={"help": "channels of the low-resolution tower"})
+    vision_layers: int = field(default=8, metadata={"help": "layers of the low-resolution tower, a multiple of 4"})
+    num_pictures: int = field(default=12000, metadata={"help": "different pictures of each part; half as many pages"})
+    reading_steps: int = field(default=1400, metadata={"help": "steps of the first part"})
+    joint_steps: int = field(default=120, metadata={"help": "steps of the second part"})
+    reading_batch_size: int = field(default=64, metadata={"help": "pictures a step in the first part"})
+    joint_batch_size: int = field(default=32, metadata={"help": "pictures a step in the second part"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "highest learning rate"})
+    blind: bool = field(default=False, metadata={"help": "the high-resolution tower sees the enlarged low-res view"})
+    device: str = field(default="cpu", metadata={"help": "where to train"})
+    workers: int = field(default=2, metadata={"help": "processes that draw"})
+    seed: int = field(default=0, metadata={"help": "of weights and pictures"})
+
+
+def get_targets(scene: Scene, characters: str) -> dict[str, torch.Tensor]:
+    """
+    What each position of the high-resolution tower's maps has to tell.
+
+    Args:
+        scene ([`~training.fineprint.Scene`]): What the picture shows; its side is `S` pixels.
+        characters (`str`): All characters that texts are made of.
+
+    Returns:
+        `dict[str, torch.Tensor]`, each int64, for the position that holds an object's centre, `IGNORED` or "nothing"
+        elsewhere:
+
+        - `objects`, `colors` of shape `(S / 32, S / 32)`,
+        - `texts` of shape `(S / 32, S / 32, 4)`: indices into `characters`,
+        - `strokes` of shape `(S / 8, S / 4)`: 1 + index of the character whose centre lies there, 0 for none.
+    """
+    grid = scene.size // STRIDE
+    objects = torch.zeros(grid, grid, dtype=torch.long)
+    colors = torch.full((grid, grid), IGNORED)
+    texts = torch.full((grid, grid, TEXT_LENGTH), IGNORED)
+    strokes = torch.zeros(scene.size // STROKE_STRIDE, 2 * scene.size // STROKE_STRIDE, dtype=torch.long)
+    if scene.name == "page":  # too many for the coarse map
+        objects.fill_(IGNORED)
+        for sign in scene.signs:
+            _write_strokes(strokes, sign, characters)
+        return {"objects": objects, "colors": colors, "texts": texts, "strokes": strokes}
+    for thing in (*scene.shapes, *scene.signs):  # texts last: they win where a shape's centre is the same position
+        x, y = (int(coordinate) // STRIDE for coordinate in thing.center)
+        objects[y, x] = OBJECTS.index(thing.object if thing in scene.signs else thing.shape)
+        colors[y, x] = COLOR_NAMES.index(thing.color)
+        if thing in scene.signs:
+            texts[y, x] = torch.tensor([characters.index(character) for character in thing.text])
+            _write_strokes(strokes, thing, characters)
+    return {"objects": objects, "colors": colors, "texts": texts, "strokes": strokes}
+
+
+def _write_strokes(strokes: torch.Tensor, sign: Sign, characters: str) -> None:
+    for character, (x, y) in zip(sign.text, sign.centers, strict=True):
+        if 0 <= x < STROKE_STRIDE / 2 * strokes.shape[1]:
+            strokes[int(y) // STROKE_STRIDE, 2 * int(x) // STROKE_STRIDE] = 1 + characters.index(character)
+
+
+def crop(pixels: np.ndarray, scene: Scene, side: int, rng: np.random.Generator) -> tuple[np.ndarray, Scene]:
+    """
+    Cuts out a square with the first text somewhere in it: at any place within the tower's positions of 32 pixels.
+    Small pictures alone have their text near the middle, and a reader that knew only those would read nothing else.
+
+    Args:
+        pixels (`np.ndarray` of shape `(3, S, S)`): The picture.
+        scene ([`~training.fineprint.Scene`]): What it shows; has a text.
+        side (`int`): Side of the cut in pixels.
+        rng (`np.random.Generator`): Where it is.
+
+    Returns:
+        `tuple`: `(3, side, side)`, and what it shows: objects whose centre lies inside.
+    """
+    x, y = scene.signs[0].center
+    limit = scene.size - side
+    left = int(np.clip(x - rng.uniform(18, side - 18), 0, limit))
+    top = int(np.clip(y - rng.uniform(8, side - 8), 0, limit))
+
+    def move(center: tuple[float, float]) -> tuple[float, float]:
+        return center[0] - left, center[1] - top
+
+    def is_inside(thing: Sign | Shape) -> bool:
+        return all(0 <= coordinate < side for coordinate in move(thing.center))
+
+    signs = [
+        sign._replace(center=move(sign.center), centers=[move(center) for center in sign.centers])
+        for sign in filter(is_inside, scene.signs)
+    ]
+    shapes = [shape._replace(center=move(shape.center)) for shape in filter(is_inside, scene.shapes)]
+    return pixels[:, top : top + side, left : left + side], Scene(scene.name, side, signs, shapes)
+
+
+def draw_one(config: FinePrintConfig, split: str, page: bool, side: int | None, index: int) -> dict:
+    """A picture, `pixels` `(3, S, S)` of uint8, with its `caption` and targets, all as NumPy arrays."""
+    picture, scene = draw_sample(config, split, index, page)
+    pixels = np.array(Image.open(io.BytesIO(picture))).transpose(2, 0, 1)
+    if side is not None:
+        pixels, scene = crop(pixels, scene, side, get_rng(config.seed, f"{split}-crops", index))
+    targets = {name: target.numpy() for name, target in get_targets(scene, config.characters).items()}
+    return {"pixels": pixels, "caption": get_caption(scene, with_texts=False), **targets}
+
+
+def draw_pictures(
+    config: FinePrintConfig, split: str, number: int, workers: int, page: bool = False, side: int | None = None
+) -> dict:
+    """
+    Draws pictures and keeps them in memory.
+
+    Args:
+        config ([`~training.fineprint.FinePrintConfig`]): What they look like.
+        split (`str`): Whose texts they show.
+        number (`int`): How many.
+        workers (`int`): Processes that draw.
+        page (`bool`, *optional*, defaults to `False`): Whether they are full of texts instead of scenes.
+        side (`int`, *optional*): Side of the cut in pixels, if only a part of each is wanted, see [`crop`].
+
+    Returns:
+        `dict`: `pixels` `(number, 3, S, S)` of uint8, the targets of [`get_targets`], and the list `captions`.
+    """
+    # spawned, not forked: the parent has threads
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        drawn = pool.imap(partial(draw_one, config, split, page, side), range(number), chunksize=64)
+        drawn = list(tqdm(drawn, total=number, desc="pages" if page else f"pictures of {config.size}", unit="picture"))
+    names = [name for name in drawn[0] if name != "caption"]
+    pictures = {name: torch.from_numpy(np.stack([one[name] for one in drawn])) for name in names}
+    return {**pictures, "captions": [one["caption"] for one in drawn]}
+
+
+def take(pictures: dict, indices: torch.Tensor, device: str) -> dict:
+    """Those of the drawn pictures, pixels normalised."""
+    batch = {name: values[indices].to(device) for name, values in pictures.items() if name != "captions"}
+    pixels = normalize(batch.pop("pixels"))
+    return {"pixels": pixels, "captions": [pictures["captions"][index] for index in indices.tolist()], **batch}
+
+
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
+    """`(images, 3, S, S)` of 8-bit values -> the same in float32, normalised as CLIP's pictures are."""
+    mean, std = (pixels.new_tensor(x, dtype=torch.float32)[:, None, None] for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return (pixels.float() / 255 - mean) / std
+
+
+def get_low_res_view(pixels: torch.Tensor, ratio: float) -> torch.Tensor:
+    """The view of the low-resolution pathway, as the image processor makes it: `(images, 3, r * S, r * S)`."""
+    side = round(pixels.shape[-1] * ratio)
+    return F.interpolate(pixels, size=(side, side), mode="bilinear", align_corners=True)
+
+
+class Reader(nn.Module):
+    """
+    High-resolution tower with the heads of the reading objective.
+
+    Args:
+        depths, dims (`list[int]`): Blocks and channels of the four stages.
+        num_characters (`int`): Size of the texts' alphabet.
+    """
+
+    def __init__(self, depths: list[int], dims: list[int], num_characters: int):
+        super().__init__()
+        self.num_characters = num_characters
+        # Layer scale starts at 1: from timm's 1e-6 nothing is read within such short training
+        self.tower = timm.create_model(
+            ARCHITECTURE, pretrained=False, num_classes=0, depths=depths, dims=dims, ls_init_value=1.0
+        )
+        self.tower.head = nn.Identity()
+        self.norm, self.stroke_norm = nn.LayerNorm(dims[-1]), nn.LayerNorm(dims[1])
+        sizes = (len(OBJECTS), len(COLOR_NAMES), TEXT_LENGTH * num_characters)
+        self.heads = nn.ModuleList(nn.Linear(dims[-1], size) for size in sizes)
+        self.stroke_head = nn.Linear(dims[1], 2 * (1 + num_characters))
+
+    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`(images, 3, S, S)` -> `features` `(images, S / 32, S / 32, C)` and, by their names, scores for targets."""
+        _, strokes, _, features = self.tower.forward_intermediates(pixels, intermediates_only=True)
+        features = features.permute(0, 2, 3, 1)
+        normed = self.norm(features)
+        objects, colors, texts = (head(normed) for head in self.heads)
+        strokes = self.stroke_head(self.stroke_norm(strokes.permute(0, 2, 3, 1)))
+        return {
+            "features": features,
+            "objects": objects,
+            "colors": colors,
+            "texts": texts.unflatten(-1, (TEXT_LENGTH, self.num_characters)),
+            "strokes": strokes.unflatten(-1, (2, -1)).flatten(2, 3),  # two columns for each position
+        }
+
+
+def get_reading_loss(scores: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> torch.Tensor:
+    """
+    Cross entropies of [`get_targets`]'s targets, summed. Characters on the finer map count as much as whole texts, and
+    the many positions there that have none a quarter of it.
+    """
+
+    def cross_entropy(name: str, target: torch.Tensor) -> torch.Tensor:
+        score = scores[name].float().flatten(0, -2)
+        number = (target != IGNORED).sum().clamp(min=1)
+        return F.cross_entropy(score, target.flatten(), ignore_index=IGNORED, reduction="sum") / number
+
+    strokes = targets["strokes"]
+    return (
+        cross_entropy("objects", targets["objects"])
+        + cross_entropy("colors", targets["colors"])
+        + cross_entropy("texts", targets["texts"])
+        + cross_entropy("strokes", strokes.masked_fill(strokes == 0, IGNORED))
+        + 0.25 * cross_entropy("strokes", strokes.masked_fill(strokes != 0, IGNORED))
+    )
+
+
+def count_texts_read(scores: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """How many texts are read without a fault, and how many there are."""
+    is_text = targets["texts"][..., 0] != IGNORED
+    is_right = (scores["texts"].argmax(-1) == targets["texts"]).all(-1)
+    return int((is_right & is_text).sum()), int(is_text.sum())
+
+
+class Towers(nn.Module):
+    """Reader, CLIP model and the high-resolution tower's projection into CLIP's space."""
+
+    def __init__(self, reader: Reader, clip: CLIPModel):
+        super().__init__()
+        self.reader, self.clip = reader, clip
+        channels, dim = reader.norm.normalized_shape[0], clip.config.projection_dim
+        self.projection = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, dim))
+        self.loss = ClipLoss()
+
+    def forward(
+        self, high_res: torch.Tensor, low_res: torch.Tensor, text: dict[str, torch.Tensor], targets: dict
+    ) -> torch.Tensor:
+        """Views `(images, 3, S, S)` and `(images, 3, L, L)`, captions and targets -> the loss."""
+        scores = self.reader(high_res)
+        texts = F.normalize(self.clip.get_text_features(**text).pooler_output.float(), dim=-1)
+        scale = self.clip.logit_scale.exp().clamp(max=100)
+        vit = self.clip.get_image_features(pixel_values=low_res, interpolate_pos_encoding=True).pooler_output
+        cnn = self.projection(scores["features"].mean(dim=(1, 2)))
+        contrastive = sum(self.loss(F.normalize(image.float(), dim=-1), texts, scale) for image in (vit, cnn))
+        return get_reading_loss(scores, targets) + contrastive
+
+
+def make_clip(arguments: PretrainTowersArguments, vocab_size: int, tokenizer) -> CLIPModel:
+    """A CLIP model with patches of 14 and heads of 64, or 32 below 128 channels."""
+    width = arguments.vision_width
+    common = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 64}
+    vision = {
+        **common,
+        "num_hidden_layers": arguments.vision_layers,
+        "patch_size": 14,
+        "image_size": round(arguments.size * arguments.low_res_ratio),
+        # `fusion` of the assembled model starts with it: 0.02 stays flat within such short training
+        "initializer_range": 0.07,
+    }
+    text = {
+        **common,
+        "num_hidden_layers": 2,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": 64,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=width))
+
+
+def train(
+    arguments: PretrainTowersArguments,
+    name: str,
+    model: nn.Module,
+    learning_rate: float,
+    steps: int,
+    batch_size: int,
+    choose: Callable[[int], dict],
+    loss: Callable[[dict], torch.Tensor],
+) -> None:
+    """
+    Trains a model on drawn pictures.
+
+    Args:
+        arguments ([`PretrainTowersArguments`]): Device.
+        name (`str`): For the progress bar.
+        model (`nn.Module`): What is trained.
+        learning_rate (`float`): Highest learning rate.
+        steps (`int`): Number of steps.
+        batch_size (`int`): Pictures a step.
+        choose (`Callable`): From the number of a step to the pictures it takes its batch from.
+        loss (`Callable`): From a batch to its loss.
+    """
+    model.to(arguments.device, memory_format=torch.channels_last).train()
+    optimizers = get_optimizers(model, learning_rate, weight_decay=0.02)
+    schedulers = [get_cosine_schedule_with_warmup(optimizer, steps // 10, steps) for optimizer in optimizers]
+    bar = tqdm(range(steps), desc=name, unit="step")
+    for step in bar:
+        pictures = choose(step)
+        batch = take(pictures, torch.randint(len(pictures["pixels"]), (batch_size,)), arguments.device)
+        with torch.autocast(torch.device(arguments.device).type, torch.bfloat16):
+            value = loss(batch)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for part in (*optimizers, *schedulers):
+            part.step()
+        model.zero_grad()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{value.item():.3f}")
+
+
+def get_view(arguments: PretrainTowersArguments, blind: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the high-resolution tower sees of pictures: all, or what the low-resolution view holds."""
+
+    def view(pixels: torch.Tensor) -> torch.Tensor:
+        pixels = reduce_and_enlarge(pixels, arguments.low_res_ratio) if blind else pixels
+        return pixels.contiguous(memory_format=torch.channels_last)
+
+    return view
+
+
+@torch.no_grad()
+def evaluate_reader(arguments: PretrainTowersArguments, reader: Reader, pictures: dict, blind: bool) -> dict:
+    """
+    Counts the texts that a reader reads without a fault.
+
+    Args:
+        arguments ([`PretrainTowersArguments`]): Device, ratio of the views.
+        reader ([`Reader`]): The reader.
+        pictures (`dict`): From [`draw_pictures`].
+        blind (`bool`): Whether it sees what the low-resolution view holds.
+
+    Returns:
+        `dict`: `texts_read`, the share, and `num_texts`.
+    """
+    reader.eval()
+    view, read, total = get_view(arguments, blind), 0, 0
+    for indices in torch.arange(len(pictures["pixels"])).split(64):
+        batch = take(pictures, indices, arguments.device)
+        with torch.autocast(torch.device(arguments.device).type, torch.bfloat16):
+            scores = reader(view(batch["pixels"]))
+        counts = count_texts_read(scores, batch)
+        read, total = read + counts[0], total + counts[1]
+    return {"texts_read": round(read / total, 4), "num_texts": total}
+
+
+def train_reader(arguments: PretrainTowersArguments, blind: bool) -> tuple[Reader, dict]:
+    """
+    Trains a reader on parts of pictures, 64 pixels wide: first on pages full of texts, which teach the characters,
+    then on scenes with one text each, every fourth step still on pages. It is tested on whole pictures.
+
+    Args:
+        arguments ([`PretrainTowersArguments`]): How.
+        blind (`bool`): Whether it sees what the low-resolution view holds instead of the pictures as they are.
+
+    Returns:
+        `tuple`: The reader, and the share of unseen texts that it reads.
+    """
+    set_seed(arguments.seed)
+    config = FinePrintConfig(size=128, max_signs=1, alphabet=arguments.alphabet, seed=arguments.seed)
+    small = replace(config, size=64)
+    pages = draw_pictures(small, "train", arguments.num_pictures // 2, arguments.workers, page=True)
+    scenes = draw_pictures(config, "train", arguments.num_pictures, arguments.workers, side=small.size)
+    reader = Reader(arguments.depths, arguments.dims, len(config.characters))
+    view, steps = get_view(arguments, blind), arguments.reading_steps
+
+    def choose(step: int) -> dict:
+        return pages if step < 0.25 * steps or step % 4 == 0 else scenes
+
+    def loss(batch: dict) -> torch.Tensor:
+        return get_reading_loss(reader(view(batch["pixels"])), batch)
+
+    name = "reading, low-resolution view" if blind else "reading"
+    rate, batch_size = arguments.learning_rate, arguments.reading_batch_size
+    train(arguments, name, reader, rate, steps, batch_size, choose, loss)
+    test = draw_pictures(config, "test", 1000, arguments.workers)
+    return reader, evaluate_reader(arguments, reader, test, blind)
+
+
+def measure_readability(arguments: PretrainTowersArguments) -> dict:
+    """Trains a reader for either view and writes `readability.json`: the share of unseen texts that each reads."""
+    result = {
+        "command": " ".join(["python", "-m", "training.pretrain_towers", *sys.argv[1:]]),
+        "low_res_ratio": arguments.low_res_ratio,
+        "pictures_seen": arguments.reading_steps * arguments.reading_batch_size,
+    }
+    for name, blind in (("high_res_view", False), ("low_res_view", True)):
+        start = time.time()
+        _, result[name] = train_reader(arguments, blind)
+        result[name]["seconds"] = round(time.time() - start)
+    return result
+
+
+def pretrain(arguments: PretrainTowersArguments) -> dict:
+    """Trains both towers and writes `vision_tower/` (a CLIP model) and `high_res_tower/` (timm's names)."""
+    reader, result = train_reader(arguments, arguments.blind)
+    steps = arguments.joint_steps
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    clip = make_clip(arguments, len(tokenizer), tokenizer)
+    towers = Towers(reader, clip)
+    config = FinePrintConfig(
+        size=arguments.size, max_signs=arguments.max_signs, alphabet=arguments.alphabet, seed=arguments.seed + 1
+    )
+    pictures = draw_pictures(
+        config, "train", min(arguments.num_pictures, steps * arguments.joint_batch_size), arguments.workers
+    )
+    view = get_view(arguments, arguments.blind)
+
+    def loss(batch: dict) -> torch.Tensor:
+        captions = [f"{tokenizer.bos_token}{caption}{tokenizer.eos_token}" for caption in batch["captions"]]
+        text = tokenizer(captions, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt")
+        text = {name: text[name].to(arguments.device) for name in ("input_ids", "attention_mask")}
+        low_res = get_low_res_view(batch["pixels"], arguments.low_res_ratio)
+        return towers(view(batch["pixels"]), low_res, text, batch)
+
+    # at the first part's rate it would unlearn to read
+    rate, batch_size = 0.2 * arguments.learning_rate, arguments.joint_batch_size
+    train(arguments, "reading and captions", towers, rate, steps, batch_size, lambda step: pictures, loss)
+    test = draw_pictures(config, "test", 200, arguments.workers)
+    result["in_scenes"] = evaluate_reader(arguments, reader, test, arguments.blind)
+    output = Path(arguments.output)
+    (output / "high_res_tower").mkdir(parents=True, exist_ok=True)
+    state_dict = {name: tensor.contiguous().cpu() for name, tensor in reader.tower.state_dict().items()}
+    save_file(state_dict, output / "high_res_tower" / "model.safetensors", metadata={"format": "pt"})
+    (output / "high_res_tower" / "config.json").write_text(json.dumps({"architecture": ARCHITECTURE}) + "\n")
+    clip.cpu().save_pretrained(output / "vision_tower")
+    return result
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(PretrainTowersArguments).parse_args_into_dataclasses()
+    if not arguments.output or not (arguments.tokenizer or arguments.measure_readability):
+        sys.exit("error: --output, and --tokenizer unless --measure_readability, must be given.")
+    result = measure_readability(arguments) if arguments.measure_readability else pretrain(arguments)
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    name = "readability.json" if arguments.measure_readability else "towers.json"
+    (output / name).write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

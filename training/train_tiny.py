@@ -1,0 +1,341 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Trains a tiny LLaVA-HR from nothing, by this project's own commands one after another (`make train-tiny`):
+
+    python -m training.train_tiny --preset cpu --output .cache/train-tiny
+
+FinePrint, language model, towers, `conversion.assemble`, stage 1, stage 2 on growing pictures, evaluation. What is
+there already is left out, so that the same command goes on where it was interrupted. The result is `OUTPUT/model`,
+in bfloat16, and `OUTPUT/evaluation.json`.
+"""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+
+import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
+from conversion._common import new_folder
+
+
+ROOT = Path(__file__).parent.parent
+# The high-resolution view by the low-resolution one, and pixels of the former for each ViT patch
+PATCH_SIZE, LOW_RES_RATIO = 14, 0.21875
+HIGH_RES_TOWER = r"model\.vision_tower\.high_res_tower\."
+# What a pathway alone has no use for: the other's half of the fusion, and what MR-Adapters let in, which starts at
+# zero and stays there when it is frozen.
+UNUSED = {
+    "both": {"pretrain": [], "finetune": []},
+    "low_res": {
+        "pretrain": [r"model\.vision_tower\.fusion\.high_res_proj\."],
+        "finetune": [
+            r"model\.vision_tower\.fusion\.high_res_proj\.",
+            r"model\.vision_tower\.mr_adapters\.\d+\.high_res_mapping\.",
+        ],
+    },
+    "high_res": {
+        "pretrain": [r"model\.vision_tower\.fusion\.low_res_proj\."],
+        "finetune": [r"model\.vision_tower\.fusion\.low_res_proj\."],
+    },
+}
+
+
+@dataclass(frozen=True)
+class Course:
+    """
+    A run of stage 2.
+
+    Args:
+        size (`int`): Side of pictures and high-resolution view in pixels, a multiple of 64.
+        max_signs (`int`): Largest number of texts in a picture.
+        num_train (`int`): Number of different pictures.
+        steps (`int`): Optimizer steps.
+        learning_rate (`float`): Highest learning rate.
+        batch_size (`int`): Pictures a step.
+        frozen (`bool`): Whether the high-resolution tower stays as it is. It is small and unlearns to read at the
+            learning rate that the rest needs.
+    """
+
+    size: int
+    max_signs: int
+    num_train: int
+    steps: int
+    learning_rate: float
+    batch_size: int = 32
+    frozen: bool = True
+
+
+@dataclass(frozen=True)
+class Preset:
+    """
+    Everything that differs between a short and a long training.
+
+    Args:
+        towers, language_model (`tuple[str]`): Options of [`training.pretrain_towers`] and
+            [`training.pretrain_language_model`].
+        alphabet (`str`): See [`~training.fineprint.FinePrintConfig`].
+        pretrain ([`Course`]): Stage 1.
+        finetune (`tuple[Course]`): Stage 2.
+        num_test (`int`): Number of test pictures.
+        options (`tuple[str]`): Options of every [`training.train`].
+    """
+
+    towers: tuple[str, ...]
+    language_model: tuple[str, ...]
+    alphabet: str
+    pretrain: Course
+    finetune: tuple[Course, ...]
+    num_test: int
+    options: tuple[str, ...]
+
+
+PRESETS = {
+    "cpu": Preset(
+        towers=("--reading_steps=1400", "--joint_steps=60", "--size=256", "--max_signs=4", "--joint_batch_size=32"),
+        # Trained on text first, it looks for answers there: after 300 steps of that, its digits were still at chance
+        # in stage 2 where a new one had begun to read
+        language_model=("--steps=0",),
+        alphabet="digits",
+        pretrain=Course(size=64, max_signs=1, num_train=8000, steps=60, learning_rate=5e-4, batch_size=16),
+        finetune=(
+            Course(size=64, max_signs=1, num_train=8000, steps=500, learning_rate=2e-3, batch_size=16),
+            Course(size=128, max_signs=1, num_train=8000, steps=300, learning_rate=1.5e-3, batch_size=16),
+            Course(size=128, max_signs=1, num_train=8000, steps=500, learning_rate=2e-3, batch_size=16),
+        ),
+        num_test=200,
+        options=("--use_cpu=True", "--bf16=True", "--dataloader_num_workers=1"),
+    ),
+    "gpu": Preset(
+        towers=(
+            "--reading_steps=6000",
+            "--joint_steps=2000",
+            "--size=512",
+            "--max_signs=6",
+            "--reading_batch_size=256",
+            "--joint_batch_size=128",
+            "--device=cuda",
+            "--workers=12",
+        ),
+        language_model=("--steps=3000", "--batch_size=64", "--num_scenes=20000", "--device=cuda"),
+        alphabet="alphanumeric",
+        pretrain=Course(size=256, max_signs=2, num_train=40000, steps=500, learning_rate=2e-3, batch_size=128),
+        finetune=(
+            Course(size=256, max_signs=2, num_train=40000, steps=2000, learning_rate=1.5e-3, batch_size=128),
+            Course(size=512, max_signs=4, num_train=40000, steps=3000, learning_rate=1e-3, batch_size=128),
+            Course(size=1024, max_signs=6, num_train=20000, steps=1500, learning_rate=5e-4, batch_size=64),
+            Course(
+                size=1024, max_signs=6, num_train=20000, steps=500, learning_rate=2e-4, batch_size=64, frozen=False
+            ),
+        ),
+        num_test=1000,
+        options=("--use_cpu=False", "--bf16=True", "--dataloader_num_workers=12"),
+    ),
+}
+
+
+@dataclass
+class TrainTinyArguments:
+    """
+    Which training, and where to.
+
+    Args:
+        preset (`str`): `"cpu"` (an hour on two cores) or `"gpu"`.
+        output (`str`): Folder for everything that is made.
+        pathway (`str`): `"both"`, or the other controls: `"low_res"` alone (LLaVA-1.5's design) or `"high_res"` alone,
+            with the same number of tokens. The other pathway's share of the fusion is zero and stays so.
+        blind (`bool`): The fair control: the same recipe, the towers' training included, on pictures that hold no
+            more than the low-resolution view does.
+        workers (`int`): Processes that draw.
+        seed (`int`): Of weights and data.
+        dry_run (`bool`): Print the commands only.
+    """
+
+    preset: str = field(default="cpu", metadata={"help": "cpu or gpu"})
+    output: str = field(default=".cache/train-tiny", metadata={"help": "folder for everything that is made"})
+    pathway: str = field(default="both", metadata={"help": "both, low_res or high_res"})
+    blind: bool = field(default=False, metadata={"help": "the fair control: no more than the low-res view holds"})
+    workers: int = field(default=2, metadata={"help": "processes that draw"})
+    seed: int = field(default=0, metadata={"help": "of weights and data"})
+    dry_run: bool = field(default=False, metadata={"help": "print the commands only"})
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and the file that it leaves when it is complete."""
+
+    name: str
+    done: Path
+    command: list[str]
+
+
+def get_low_res_size(size: int) -> int:
+    """Side of the low-resolution view: a patch for each 64 pixels of the high-resolution one."""
+    return size // 64 * PATCH_SIZE
+
+
+def get_steps(arguments: TrainTinyArguments) -> Iterator[Step]:
+    """The commands of a training in their order."""
+    preset, output, seed = PRESETS[arguments.preset], Path(arguments.output), f"--seed={arguments.seed}"
+    alphabet = f"--alphabet={preset.alphabet}"
+
+    def module(name: str, *options) -> list[str]:
+        return [sys.executable, "-m", name, *map(str, options)]
+
+    def data_folder(course: Course) -> Path:
+        return output / f"fineprint-{course.size}-{course.max_signs}"
+
+    for course in {data_folder(course): course for course in (preset.pretrain, *preset.finetune)}.values():
+        folder = data_folder(course)
+        command = module(
+            "training.fineprint",
+            f"--output={folder}",
+            f"--size={course.size}",
+            f"--max_signs={course.max_signs}",
+            f"--num_train={course.num_train}",
+            f"--num_test={preset.num_test}",
+            f"--workers={arguments.workers}",
+            *([f"--shown_ratio={LOW_RES_RATIO}"] if arguments.blind else []),
+            alphabet,
+            seed,
+        )
+        yield Step(folder.name, folder / "test.jsonl", command)
+
+    language_model, towers = output / "language-model", output / "towers"
+    yield Step(
+        "language model",
+        language_model / "tokenizer.json",
+        module(
+            "training.pretrain_language_model",
+            f"--output={language_model}",
+            f"--size={preset.finetune[-1].size}",
+            *preset.language_model,
+            alphabet,
+            seed,
+        ),
+    )
+    yield Step(
+        "towers",
+        towers / "towers.json",
+        module(
+            "training.pretrain_towers",
+            f"--output={towers}",
+            f"--tokenizer={language_model}",
+            f"--low_res_ratio={LOW_RES_RATIO}",
+            f"--workers={arguments.workers}",
+            *preset.towers,
+            *(["--blind"] if arguments.blind else []),
+            alphabet,
+            seed,
+        ),
+    )
+    model = output / "untrained"
+    yield Step(
+        "assemble",
+        model / "config.json",
+        module(
+            "conversion.assemble",
+            f"--vision_tower={towers / 'vision_tower'}",
+            f"--high_res_tower={towers / 'high_res_tower'}",
+            f"--language_model={language_model}",
+            f"--output={model}",
+            f"--high_res_size={preset.finetune[-1].size}",
+            seed,
+        ),
+    )
+    courses = [("pretrain", preset.pretrain), *(("finetune", course) for course in preset.finetune)]
+    for number, (stage, course) in enumerate(courses):
+        folder, data = output / f"{number}-{stage}", data_folder(course)
+        frozen = UNUSED[arguments.pathway][stage] + [HIGH_RES_TOWER] * (stage == "finetune" and course.frozen)
+        command = module(
+            "training.train",
+            "--config",  # TRL's parser knows no `--config=`
+            ROOT / "training" / "configs" / f"tiny_{stage}.yaml",
+            f"--model_name_or_path={model}",
+            f"--output_dir={folder}",
+            f"--data_path={data / ('captions' if stage == 'pretrain' else 'train')}.jsonl",
+            f"--eval_data_path={data / 'validation.jsonl'}",
+            f"--image_folder={data / 'images'}",
+            f"--size={get_low_res_size(course.size)}",
+            f"--high_res_size={course.size}",
+            f"--max_steps={course.steps}",
+            f"--learning_rate={course.learning_rate}",
+            f"--per_device_train_batch_size={course.batch_size}",
+            *(["--frozen", *frozen] if frozen else []),
+            *preset.options,
+            seed,
+        )
+        yield Step(folder.name, folder / "processor_config.json", command)
+        model = folder
+
+
+def silence(model: Path, pathway: str) -> None:
+    """Sets what a pathway alone has no use for in the fusion to zero, in a model that has no MR-Adapters yet."""
+    weights = load_file(model / "model.safetensors")
+    for name, weight in weights.items():
+        if any(re.match(pattern, name) for pattern in UNUSED[pathway]["pretrain"]):
+            weight.zero_()
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def save_final(trained: Path, output: Path) -> None:
+    """Saves a trained model in bfloat16 and its processor as a folder that appears when it is complete."""
+    with new_folder(output) as folder:
+        AutoModelForImageTextToText.from_pretrained(trained, dtype="bfloat16").save_pretrained(folder)
+        AutoProcessor.from_pretrained(trained).save_pretrained(folder)
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(TrainTinyArguments).parse_args_into_dataclasses()
+    for name, choices in (("preset", PRESETS), ("pathway", UNUSED)):
+        if (value := getattr(arguments, name)) not in choices:
+            sys.exit(f"error: --{name} must be one of {', '.join(choices)}, but got {value!r}.")
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    steps = list(get_steps(arguments))
+    for number, step in enumerate(steps, 1):
+        print(f"[{number}/{len(steps)}] {step.name}\n{shlex.join(step.command)}", flush=True)
+        if arguments.dry_run:
+            continue
+        if step.done.exists():
+            print(f"{step.done} is there already.", flush=True)
+            continue
+        start = time.time()
+        if subprocess.run(step.command, cwd=ROOT).returncode:
+            sys.exit(f"error: {step.name} failed, see above. The same command goes on from there.")
+        if step.name == "assemble":
+            silence(output / "untrained", arguments.pathway)
+        with (output / "seconds.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step.name, "seconds": round(time.time() - start)}) + "\n")
+    if arguments.dry_run:
+        return
+    if not (output / "model").exists():
+        save_final(steps[-1].done.parent, output / "model")
+    data = [f"--data={step.done.parent}" for step in steps if step.name.startswith("fineprint")][-1]
+    command = [sys.executable, "-m", "training.evaluate_fineprint", f"--model={output / 'model'}", data]
+    device = "cuda" if arguments.preset == "gpu" else "cpu"
+    command += [f"--device={device}", f"--output={output / 'evaluation.json'}"]
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    main()
