@@ -14,8 +14,8 @@
 """
 Optimizers for models that learn from nothing.
 
-Muon (torch.optim.Muon) replaces the momentum of a weight matrix by the nearest orthogonal matrix. On FinePrint it learns
-to read within steps in which AdamW alone stays at chance.
+Muon (torch.optim.Muon) replaces the momentum of a weight matrix by the nearest orthogonal matrix, which helps small
+models that are trained for a short time.
 """
 
 import torch
