@@ -32,6 +32,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -96,13 +97,14 @@ class PretrainTowersArguments:
         depths, dims (`list[int]`): Blocks and channels of the high-resolution tower's stages.
         vision_width, vision_layers (`int`): Channels and layers of the low-resolution tower.
         num_pictures (`int`): Number of different pictures in either part, and twice the number of pages.
+        num_test (`int`): Number of test pictures in the first part, four times that of the second.
         reading_steps (`int`): Steps of the first part.
         joint_steps (`int`): Steps of the second part.
         reading_batch_size, joint_batch_size (`int`): Pictures a step.
         learning_rate (`float`): Highest learning rate of the first part (warm-up, cosine); a fifth for the second.
         blind (`bool`): The high-resolution tower sees the low-resolution view, enlarged: the control's towers.
         device (`str`): Where to train.
-        workers (`int`): Processes that draw.
+        workers (`int`): Processes that draw; 0 for this one.
         seed (`int`): Of weights and pictures.
     """
 
@@ -118,6 +120,7 @@ class PretrainTowersArguments:
     vision_width: int = field(default=128, metadata={"help": "channels of the low-resolution tower"})
     vision_layers: int = field(default=8, metadata={"help": "layers of the low-resolution tower, a multiple of 4"})
     num_pictures: int = field(default=12000, metadata={"help": "different pictures of each part; half as many pages"})
+    num_test: int = field(default=1000, metadata={"help": "test pictures of the first part; a quarter in the second"})
     reading_steps: int = field(default=1400, metadata={"help": "steps of the first part"})
     joint_steps: int = field(default=120, metadata={"help": "steps of the second part"})
     reading_batch_size: int = field(default=64, metadata={"help": "pictures a step in the first part"})
@@ -224,16 +227,20 @@ def draw_pictures(
         config ([`~training.fineprint.FinePrintConfig`]): What they look like.
         split (`str`): Whose texts they show.
         number (`int`): How many.
-        workers (`int`): Processes that draw.
+        workers (`int`): Processes that draw; 0 for this one.
         page (`bool`, *optional*, defaults to `False`): Whether they are full of texts instead of scenes.
         side (`int`, *optional*): Side of the cut in pixels, if only a part of each is wanted, see [`crop`].
 
     Returns:
         `dict`: `pixels` `(number, 3, S, S)` of uint8, the targets of [`get_targets`], and the list `captions`.
     """
-    # spawned, not forked: the parent has threads
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        drawn = pool.imap(partial(draw_one, config, split, page, side), range(number), chunksize=64)
+    with ExitStack() as stack:
+        do = map
+        if workers:
+            # spawned, not forked: the parent has threads
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers))
+            do = partial(pool.imap, chunksize=64)
+        drawn = do(partial(draw_one, config, split, page, side), range(number))
         drawn = list(tqdm(drawn, total=number, desc="pages" if page else f"pictures of {config.size}", unit="picture"))
     names = [name for name in drawn[0] if name != "caption"]
     pictures = {name: torch.from_numpy(np.stack([one[name] for one in drawn])) for name in names}
@@ -477,7 +484,7 @@ def train_reader(arguments: PretrainTowersArguments, blind: bool) -> tuple[Reade
     name = "reading, low-resolution view" if blind else "reading"
     rate, batch_size = arguments.learning_rate, arguments.reading_batch_size
     train(arguments, name, reader, rate, steps, batch_size, choose, loss)
-    test = draw_pictures(config, "test", 1000, arguments.workers)
+    test = draw_pictures(config, "test", arguments.num_test, arguments.workers)
     return reader, evaluate_reader(arguments, reader, test, blind)
 
 
@@ -520,7 +527,7 @@ def pretrain(arguments: PretrainTowersArguments) -> dict:
     # at the first part's rate it would unlearn to read
     rate, batch_size = 0.2 * arguments.learning_rate, arguments.joint_batch_size
     train(arguments, "reading and captions", towers, rate, steps, batch_size, lambda step: pictures, loss)
-    test = draw_pictures(config, "test", 200, arguments.workers)
+    test = draw_pictures(config, "test", arguments.num_test // 4, arguments.workers)
     result["in_scenes"] = evaluate_reader(arguments, reader, test, arguments.blind)
     output = Path(arguments.output)
     (output / "high_res_tower").mkdir(parents=True, exist_ok=True)

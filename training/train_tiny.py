@@ -118,9 +118,9 @@ PRESETS = {
         alphabet="digits",
         pretrain=Course(size=64, max_signs=1, num_train=8000, steps=60, learning_rate=5e-4, batch_size=16),
         finetune=(
-            Course(size=64, max_signs=1, num_train=8000, steps=500, learning_rate=2e-3, batch_size=16),
-            Course(size=128, max_signs=1, num_train=8000, steps=300, learning_rate=1.5e-3, batch_size=16),
-            Course(size=128, max_signs=1, num_train=8000, steps=500, learning_rate=2e-3, batch_size=16),
+            Course(size=64, max_signs=1, num_train=8000, steps=900, learning_rate=2e-3, batch_size=16),
+            Course(size=128, max_signs=1, num_train=8000, steps=900, learning_rate=1e-3, batch_size=16),
+            Course(size=256, max_signs=4, num_train=8000, steps=600, learning_rate=1e-3, batch_size=16),
         ),
         num_test=200,
         options=("--use_cpu=True", "--bf16=True", "--dataloader_num_workers=1"),
