@@ -728,6 +728,7 @@ TERMINATED = """
     from conversion.convert_llava_hr_weights_to_hf import convert
 
     checkpoint, output, name = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 
     def hook(event, arguments):
         if event == "open" and str(arguments[0]).endswith(".out.incomplete/config.json"):
