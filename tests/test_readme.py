@@ -14,7 +14,6 @@
 """The README's Python snippets run, in their order and one namespace, with a converted checkpoint in place."""
 
 import re
-import shutil
 from pathlib import Path
 
 from PIL import Image
@@ -37,4 +36,3 @@ def test_python_snippets_run(tmp_path, monkeypatch, capsys):
         exec(snippet, namespace)
     assert "tensor(576)" in capsys.readouterr().out
     assert (tmp_path / "llava-hr-7b-sft-1024-4bit" / "model.safetensors").exists()
-    shutil.rmtree("llava-hr-7b-sft-1024-4bit")
