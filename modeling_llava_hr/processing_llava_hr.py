@@ -23,6 +23,7 @@ from .configuration_llava_hr import get_num_image_tokens
 # Stage 2 and inference of the released models ("vicuna_v1"). Pictures come first in their message, each on a line of
 # its own, wherever they stand among the parts: so the models were trained. Tags inside a string stay where they are.
 # The space after the first token is what the released tokenization of a text's start amounts to.
+# `image_suffix` is not set here but by vLLM's users: vLLM tokenizes the prompt itself (docs/serving.md).
 VICUNA_V1_CHAT_TEMPLATE = """\
 {%- macro text_of(content) -%}
 {%- if content is string -%}
@@ -45,7 +46,7 @@ helpful, detailed, and polite answers to the user's questions." -%}
 {{- 'USER: ' -}}
 {%- if message['content'] is not string -%}
 {%- for part in message['content'] -%}
-{%- if part['type'] in ('image', 'image_url') -%}{{- '<image>\\n' -}}
+{%- if part['type'] in ('image', 'image_url') -%}{{- '<image>' + (image_suffix | default('')) + '\\n' -}}
 {%- elif part['type'] != 'text' -%}
 {{- raise_exception("A part's type must be 'text' or 'image', but got '" + part['type'] + "'.") -}}
 {%- endif -%}

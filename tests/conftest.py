@@ -14,6 +14,8 @@
 """What every test runs under: no network, one thread, the same random numbers."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +25,10 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Fixtures of test modules in several folders
+sys.path.append(str(Path(__file__).parent / "support"))
+pytest_plugins = ["loopback_hub"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,94 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The same question about every picture of a folder, in batches, into a file of JSON lines:
+
+    python -m examples.caption_folder --folder photos --output captions.jsonl --question "Describe the picture."
+
+Started again, it goes on where it was stopped or killed. A picture that cannot be read becomes a row with an `error`.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+from transformers import pipeline
+
+import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
+
+
+HERE = Path(__file__).parent
+
+
+def read_done(file: Path, question: str) -> set[str]:
+    """Names of the pictures that have a row; the half line that a kill may leave at the end is cut off."""
+    text = file.read_bytes() if file.exists() else b""
+    complete = text[: text.rfind(b"\n") + 1]
+    if complete != text:
+        with file.open("r+b") as stream:
+            stream.truncate(len(complete))
+    rows = map(json.loads, complete.splitlines())
+    return {row["picture"] for row in rows if row["question"] == question}
+
+
+def answer(pipe, paths: list[Path], question: str, max_new_tokens: int) -> list[dict[str, str]]:
+    """One row for each picture."""
+    rows, chats = [], []
+    for path in paths:
+        rows.append({"picture": path.name, "question": question})
+        try:
+            image = {"type": "image", "image": pipe.processor.image_processor.fetch_images(path)}
+            chats.append([{"role": "user", "content": [image, {"type": "text", "text": question}]}])
+        except ValueError as error:
+            rows[-1]["error"] = str(error)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_full_text": False}
+    outputs = iter(pipe(chats, batch_size=len(chats), **options) if chats else [])
+    return [row if "error" in row else {**row, "answer": next(outputs)[0]["generated_text"].strip()} for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
+    parser.add_argument("--model", default=str(HERE / "tiny-llava-hr"), help="folder or Hub id")
+    parser.add_argument("--folder", type=Path, default=HERE / "pictures", help="folder with pictures")
+    parser.add_argument("--output", type=Path, default=Path("captions.jsonl"), help="file that rows are added to")
+    parser.add_argument("--question", default="What is shown?")
+    parser.add_argument("--batch_size", type=int, default=4, help="pictures at a time")
+    parser.add_argument("--max_new_tokens", type=int, default=100, help="longest answer")
+    arguments = parser.parse_args()
+
+    suffixes = Image.registered_extensions()
+    paths = sorted(path for path in arguments.folder.iterdir() if path.suffix.lower() in suffixes)
+    done = read_done(arguments.output, arguments.question)
+    left = [path for path in paths if path.name not in done]
+    pipe = pipeline("image-text-to-text", model=arguments.model, device_map="auto")
+    with (
+        arguments.output.open("a", encoding="utf-8") as file,
+        tqdm(total=len(paths), initial=len(paths) - len(left), unit="picture") as progress,
+    ):
+        for first in range(0, len(left), arguments.batch_size):
+            batch = left[first : first + arguments.batch_size]
+            rows = answer(pipe, batch, arguments.question, arguments.max_new_tokens)
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
+            progress.update(len(batch))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,65 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Draws `examples/pictures`, which the other examples look at by default:
+
+    python -m examples.draw_pictures
+
+One picture of each FinePrint scene, with texts that no training picture shows; `questions.jsonl` with right answers in
+the LLaVA format; and `receipt.fields.json`, what examples.extract_fields looks for.
+"""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+from training.fineprint import SCENES, FinePrintConfig, draw_sample, get_questions
+
+
+OUTPUT = Path(__file__).parent / "pictures"
+CONFIG = FinePrintConfig(min_signs=2, max_signs=2, max_shapes=1, max_noise=8.0)
+
+
+def main() -> None:
+    OUTPUT.mkdir(exist_ok=True)
+    rows = []
+    for name in SCENES:
+        samples = (draw_sample(CONFIG, "test", index) for index in itertools.count())
+        # a thing of each kind: two texts and a shape
+        picture, scene = next((p, s) for p, s in samples if s.name == name and len(s.signs) == 2 and s.shapes)
+        (OUTPUT / f"{name}.jpg").write_bytes(picture)
+        turns = []
+        for _, question, answer in get_questions(scene):
+            turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+        rows.append({"id": name, "image": f"{name}.jpg", "conversations": turns})
+        if name == "receipt":
+            fields = {
+                f"{sign.color} {sign.object}": {
+                    "question": f"What does the {sign.color} {sign.object} say?",
+                    "pattern": r"\d\.\d\d",
+                }
+                for sign in scene.signs
+            }
+            (OUTPUT / "receipt.fields.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (OUTPUT / "questions.jsonl").write_text(lines, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ImportError, OSError) as error:
+        sys.exit(f"error: {error}")

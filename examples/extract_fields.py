@@ -1,0 +1,75 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Fields of a document as JSON: one question for each field, all from one encoding, every answer checked.
+
+    python -m examples.extract_fields --picture invoice.png --fields invoice.fields.json
+
+`--fields` is a JSON object: name of the field to `question` and `pattern`, a regular expression for the whole answer.
+An answer that does not match becomes null; it is told on the error output, and the exit status is 1.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
+
+
+HERE = Path(__file__).parent
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
+    parser.add_argument("--model", default=str(HERE / "tiny-llava-hr"), help="folder or Hub id")
+    parser.add_argument("--picture", default=str(HERE / "pictures" / "receipt.jpg"), help="file or URL")
+    parser.add_argument("--fields", type=Path, default=HERE / "pictures" / "receipt.fields.json", help="JSON file")
+    arguments = parser.parse_args()
+
+    fields = json.loads(arguments.fields.read_text(encoding="utf-8"))
+    model = AutoModelForImageTextToText.from_pretrained(arguments.model, device_map="auto")
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    encoded, result = None, {}
+    for name, field in fields.items():
+        content = [{"type": "image", "path": arguments.picture}, {"type": "text", "text": field["question"]}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(model.device)
+        views = [inputs.pop(view) for view in ("pixel_values", "high_res_pixel_values")]
+        encoded = encoded or {"image": model.get_image_features(*views)}
+        output = model.generate(**inputs, mm_encoder_outputs=encoded, max_new_tokens=50, do_sample=False)
+        answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        is_valid = re.fullmatch(field["pattern"], answer) is not None
+        result[name] = answer if is_valid else None
+        if not is_valid:
+            print(f"{name!r}: expected {field['pattern']}, but the model says {answer!r}.", file=sys.stderr)
+    print(json.dumps(result, indent=2))
+    sys.exit(None in result.values())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

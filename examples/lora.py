@@ -1,0 +1,77 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+LoRA on your own data, then one merged model that loads like any other:
+
+    python -m examples.lora --model llava-hr-7b-sft-1024-hf --data mine.jsonl --output llava-hr-7b-mine --bf16 true
+
+`--data` is in the LLaVA format (docs/training.md), pictures lie beside it. Options that this example does not know go
+to training.train, such as `--num_train_epochs 3`, `--lora_r 128`, `--dtype bfloat16`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
+
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1], epilog="Others go to training.train.")
+    parser.add_argument("--model", default=str(HERE / "tiny-llava-hr"), help="folder or Hub id")
+    parser.add_argument("--data", default=str(HERE / "pictures" / "questions.jsonl"), help="LLaVA format")
+    parser.add_argument("--output", default="lora-model", help="folder for the merged model; LoRA's goes beside it")
+    arguments, options = parser.parse_known_args()
+    from peft import PeftModel
+
+    from training.train import main as train
+    from training.train import make_parser
+
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    lora = f"{arguments.output}-lora"
+    defaults = {
+        "stage": "finetune",
+        "model_name_or_path": arguments.model,
+        "data_path": arguments.data,
+        "output_dir": lora,
+        "size": processor.image_processor.size["height"],
+        "high_res_size": processor.image_processor.high_res_size["height"],
+        "use_peft": True,
+        "bf16": torch.cuda.is_available(),
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": 1,
+    }
+    words = [word for name, value in defaults.items() for word in (f"--{name}", str(value))]
+    train(*make_parser().parse_args_and_config([*words, *options]))
+
+    config = AutoConfig.from_pretrained(lora)
+    base = AutoModelForImageTextToText.from_pretrained(arguments.model, config=config)
+    PeftModel.from_pretrained(base, lora).merge_and_unload().save_pretrained(arguments.output)
+    processor.save_pretrained(arguments.output)
+    print(f"python -m examples.ask --model {arguments.output}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ImportError:
+        sys.exit('error: LoRA needs TRL and PEFT: pip install "modeling-llava-hr[training]"')
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,74 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Resolution is a knob: a sharper high-resolution view at the same number of visual tokens.
+
+    python -m examples.resolution --model llava-hr-7b-sft-1024-hf --high_res_sizes 256 512 1024
+
+Prints, for each side of the high-resolution view, tokens, seconds (image preparation excluded) and the answer.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
+
+
+HERE = Path(__file__).parent
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
+    parser.add_argument("--model", default=str(HERE / "tiny-llava-hr"), help="folder or Hub id")
+    parser.add_argument("--picture", default=str(HERE / "pictures" / "street.jpg"), help="file or URL")
+    parser.add_argument("--question", default="What does the green sign say?")
+    parser.add_argument("--size", type=int, help="side of the low-resolution view in pixels, if not the model's")
+    parser.add_argument("--high_res_sizes", type=int, nargs="+", help="a quarter, half and all of the model's own")
+    parser.add_argument("--max_new_tokens", type=int, default=20, help="longest answer")
+    arguments = parser.parse_args()
+
+    model = AutoModelForImageTextToText.from_pretrained(arguments.model, device_map="auto")
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    size = arguments.size or processor.image_processor.size["height"]
+    own = processor.image_processor.high_res_size["height"]
+    content = [{"type": "image", "path": arguments.picture}, {"type": "text", "text": arguments.question}]
+    print("low-res  high-res  visual tokens  seconds  answer")
+    for high_res_size in arguments.high_res_sizes or [own // 4, own // 2, own]:
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"size": size, "high_res_size": high_res_size},
+        ).to(model.device)
+        num_tokens = (inputs["input_ids"] == processor.image_token_id).sum().item()
+        start = time.perf_counter()
+        output = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+        answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        seconds = time.perf_counter() - start
+        print(f"{size:7}  {high_res_size:8}  {num_tokens:13}  {seconds:7.2f}  {answer.strip()}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,71 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Several pictures: each by itself, and all in one chat, answered in one padded batch:
+
+    python -m examples.several_pictures a.jpg b.jpg c.jpg --question "What is the same in these pictures?"
+
+(The released models and the tiny one were trained with one picture a chat; expect little of their answer about many.)
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
+
+
+HERE = Path(__file__).parent
+PICTURES = [str(HERE / "pictures" / name) for name in ("street.jpg", "receipt.jpg")]
+
+
+def make_chat(pictures: list[str], question: str) -> list[dict]:
+    images = [{"type": "image", "path": picture} for picture in pictures]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": question}]}]
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
+    parser.add_argument("pictures", nargs="*", default=PICTURES, help="files or URLs")
+    parser.add_argument("--model", default=str(HERE / "tiny-llava-hr"), help="folder or Hub id")
+    parser.add_argument("--question", default="What is shown?")
+    parser.add_argument("--max_new_tokens", type=int, default=50, help="longest answer")
+    arguments = parser.parse_args()
+
+    model = AutoModelForImageTextToText.from_pretrained(arguments.model, device_map="auto")
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    groups = [[picture] for picture in arguments.pictures] + [arguments.pictures]
+    inputs = processor.apply_chat_template(
+        [make_chat(group, arguments.question) for group in groups],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+    ).to(model.device)
+    output = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+    answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    for group, answer in zip(groups, answers, strict=True):
+        print(f"{' + '.join(Path(picture).name for picture in group)}: {answer.strip()}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

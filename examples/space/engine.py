@@ -1,0 +1,327 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+What the page shows, without the page: loads LLaVA-HR, encodes pictures once, streams answers, and finds out where the
+high-resolution pathway contributed.
+"""
+
+import importlib.util
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BaseImageProcessor,
+    BitsAndBytesConfig,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+# Encoded pictures that are kept: 8 MB each for a 7B model at 1024 pixels
+MAX_ENCODED = 16
+# The choices of the high-resolution side, by the side that the model was trained with: 384 to 1536 for 1024 pixels
+SIDES = (3 / 8, 1 / 2, 3 / 4, 1, 3 / 2)
+# Memory that weights alone do not tell of: activations, the cache of a long chat, CUDA itself
+HEADROOM = 1.25
+HEAT_COLOR = (255, 122, 0)
+
+# Installed, the package is the model's code; otherwise the code that was published with the weights is
+TRUST_REMOTE_CODE = importlib.util.find_spec("modeling_llava_hr") is None
+if not TRUST_REMOTE_CODE:
+    import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
+
+
+@dataclass(frozen=True)
+class Look:
+    """
+    What the model made of a picture.
+
+    Args:
+        features (`torch.Tensor` of shape `(1, tokens, D)`): What the language model gets.
+        low_res, high_res (`PIL.Image.Image`): The two views, both of the high-resolution side, so that pixels show.
+        heat_map (`PIL.Image.Image`): The picture in grey, in colour where the high-resolution pathway contributed.
+        low_res_side (`int`): Side of the low-resolution view in pixels.
+        gates (`tuple[tuple[int, float], ...]`): Index of the ViT layer before which an MR-Adapter stands, its gate
+            (mean over the channels).
+    """
+
+    features: torch.Tensor
+    low_res: Image.Image
+    high_res: Image.Image
+    heat_map: Image.Image
+    low_res_side: int
+    gates: tuple[tuple[int, float], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Visual tokens."""
+        return self.features.shape[1]
+
+
+def get_quantization(num_parameters: int, memory: int) -> BitsAndBytesConfig | None:
+    """
+    4-bit loading, if the weights in bfloat16 leave no room.
+
+    Args:
+        num_parameters (`int`): Of the model.
+        memory (`int`): Of the GPU, in bytes.
+    """
+    if 2 * num_parameters * HEADROOM <= memory:
+        return None
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def load_model(name: str) -> torch.nn.Module:
+    """
+    A model for whatever is there: float32 on a CPU, bfloat16 on a GPU, 4-bit on a small one.
+
+    Args:
+        name (`str`): Folder or Hub id.
+    """
+    if not torch.cuda.is_available():
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=TRUST_REMOTE_CODE
+        )
+        return model.eval()
+    config = AutoConfig.from_pretrained(name, trust_remote_code=TRUST_REMOTE_CODE)
+    with torch.device("meta"):
+        empty = AutoModelForImageTextToText.from_config(config, trust_remote_code=TRUST_REMOTE_CODE)
+    quantization = get_quantization(empty.num_parameters(), torch.cuda.mem_get_info()[1])
+    model = AutoModelForImageTextToText.from_pretrained(
+        name,
+        dtype=torch.bfloat16,
+        device_map="auto",
+        quantization_config=quantization,
+        trust_remote_code=TRUST_REMOTE_CODE,
+    )
+    return model.eval()
+
+
+@contextmanager
+def high_res_silenced(vision_tower: torch.nn.Module) -> Iterator[None]:
+    """Within it nothing of the high-resolution pathway reaches the features, neither by adapters nor by the fusion."""
+    ways = [vision_tower.fusion.high_res_proj, *(adapter.high_res_mapping for adapter in vision_tower.mr_adapters)]
+    hooks = [way.register_forward_hook(lambda module, args, output: torch.zeros_like(output)) for way in ways]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def get_sides(image_processor: BaseImageProcessor) -> dict[int, int]:
+    """
+    The high-resolution sides to choose from, each with the low-resolution side that goes with it, in pixels. The
+    latter, and with it the number of visual tokens, stays as the model was trained wherever the two grids fit.
+
+    Args:
+        image_processor ([`LlavaHrImageProcessor`] or [`LlavaHrImageProcessorPil`]): The model's.
+    """
+    patch_size, stride = image_processor.patch_size, image_processor.high_res_stride
+    low_res_side = image_processor.size["height"]
+    grid = low_res_side // patch_size
+    sides = {}
+    for side in (int(image_processor.high_res_size["height"] * share) for share in SIDES):
+        high_res_grid, rest = divmod(side, stride)
+        if high_res_grid and not rest:
+            fits = high_res_grid <= grid or high_res_grid % grid == 0
+            sides[side] = low_res_side if fits else high_res_grid * patch_size
+    return sides
+
+
+class Engine:
+    """
+    A model that answers questions about pictures.
+
+    Args:
+        name (`str`): Folder or Hub id of a model with its processor.
+        max_new_tokens (`int`, *optional*, defaults to 256): Longest answer.
+    """
+
+    def __init__(self, name: str, max_new_tokens: int = 256):
+        self.max_new_tokens = max_new_tokens
+        self.model = load_model(name)
+        self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=TRUST_REMOTE_CODE)
+        self.sides = get_sides(self.processor.image_processor)
+        self.look = lru_cache(maxsize=MAX_ENCODED)(self._look)
+        self._lock = threading.Lock()  # one picture at a time: the hooks above belong to the model as a whole
+
+    def get_num_tokens(self, side: int) -> int:
+        """Visual tokens of a picture at a high-resolution side in pixels."""
+        return (self.sides[side] // self.processor.image_processor.patch_size) ** 2
+
+    def read(self, path: str) -> bytes:
+        """
+        The content of a picture's file.
+
+        Raises:
+            ValueError: If it is no picture, whatever its name says.
+        """
+        picture = Path(path).read_bytes()
+        try:
+            self.processor.image_processor.fetch_images(picture)
+        except ValueError as error:
+            raise ValueError(
+                f"{Path(path).name} is not a picture that can be read. Give a PNG, JPEG or WebP file."
+            ) from error
+        return picture
+
+    @torch.inference_mode()
+    def _look(self, picture: bytes, side: int) -> Look:
+        """
+        Encodes a picture; `look` does the same and remembers.
+
+        Args:
+            picture (`bytes`): Content of its file.
+            side (`int`): High-resolution side in pixels.
+        """
+        image_processor = self.processor.image_processor
+        low_res_side = self.sides[side]
+        image = image_processor.fetch_images(picture)
+        views = image_processor(image, size=low_res_side, high_res_size=side, return_tensors="pt")
+        low_res, high_res = (views[name].to(self.model.device) for name in ("pixel_values", "high_res_pixel_values"))
+        vision_tower = self.model.model.vision_tower
+        with self._lock:
+            encoded = self.model.get_image_features(low_res, high_res, return_dict=True)
+            with high_res_silenced(vision_tower):
+                stride = image_processor.high_res_stride  # the smallest view will do: nothing of it is let through
+                silent = vision_tower(low_res, high_res[:, :, :stride, :stride], return_dict=True)
+        difference = (encoded.last_hidden_state - silent.last_hidden_state)[0].float().norm(dim=-1)  # (g * g,)
+        grid = low_res_side // image_processor.patch_size
+        sharp = self._to_image(high_res, side)
+        return Look(
+            features=encoded.pooler_output,
+            low_res=self._to_image(low_res, side),
+            high_res=sharp,
+            heat_map=draw_heat_map(sharp, difference.unflatten(0, (grid, grid)).cpu()),
+            low_res_side=low_res_side,
+            gates=tuple(
+                (layer, gate.float().mean().item())
+                for layer, gate in zip(vision_tower.mr_adapter_layers, encoded.mr_adapter_gates, strict=True)
+            ),
+        )
+
+    def _to_image(self, view: torch.Tensor, side: int) -> Image.Image:
+        """A normalised view `(1, 3, L, L)` as a picture of another side, each of its pixels a square."""
+        image_processor = self.processor.image_processor
+        mean, std = view.new_tensor(image_processor.image_mean), view.new_tensor(image_processor.image_std)
+        pixels = (view[0].permute(1, 2, 0) * std + mean).clamp(0, 1) * 255  # (L, L, 3)
+        return Image.fromarray(pixels.round().byte().cpu().numpy()).resize((side, side), Image.Resampling.NEAREST)
+
+    def answer(self, messages: list[dict], side: int) -> Iterator[tuple[str, Look | None, float | None]]:
+        """
+        Answers a conversation, greedily.
+
+        Args:
+            messages (`list[dict]`): In the chat template's form; a picture is `{"type": "image", "path": PATH}`.
+            side (`int`): High-resolution side in pixels.
+
+        Yields:
+            The answer so far, the last picture's [`Look`] (`None` without pictures), and the seconds until the first
+            token was there (`None` before).
+
+        Raises:
+            ValueError: If a picture cannot be read or the conversation is longer than the model can remember.
+        """
+        start = time.perf_counter()
+        paths = [part["path"] for message in messages for part in message["content"] if part["type"] == "image"]
+        looks = [self.look(Path(path).read_bytes(), side) for path in paths]
+        last = looks[-1] if looks else None
+        yield "", last, None
+
+        inputs = self._get_prompt(messages, side)
+        if looks:
+            features = torch.cat([look.features for look in looks])
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stopped = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            generation = pool.submit(
+                self.model.generate,
+                **inputs,
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([lambda ids, scores, **kwargs: stopped.is_set()]),
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+            )
+            # also after an error, which would otherwise leave the loop waiting
+            generation.add_done_callback(lambda _: streamer.end())
+            text, seconds = "", None
+            try:
+                for piece in streamer:
+                    seconds = seconds or time.perf_counter() - start
+                    text += piece
+                    yield text.strip(), last, seconds
+            finally:
+                stopped.set()  # whoever asked may have gone
+            generation.result()
+
+    def _get_prompt(self, messages: list[dict], side: int) -> dict[str, torch.Tensor]:
+        """Ids and mask. They depend on the low-resolution side alone, so blank pictures stand for the real ones."""
+        image_token = self.processor.image_token
+        blank = {"type": "image", "image": Image.new("RGB", (32, 32))}
+        messages = [
+            {
+                "role": message["role"],
+                "content": [
+                    # a tag that a user typed is text
+                    {**part, "text": part["text"].replace(image_token, image_token.strip("<>"))}
+                    if part["type"] == "text"
+                    else blank
+                    for part in message["content"]
+                ],
+            }
+            for message in messages
+        ]
+        image_processor = self.processor.image_processor
+        inputs = self.processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"size": self.sides[side], "high_res_size": image_processor.high_res_stride},
+        )
+        longest = self.model.config.text_config.max_position_embeddings
+        if inputs["input_ids"].shape[1] + self.max_new_tokens > longest:
+            raise ValueError(
+                f"This conversation has become longer than the {longest} tokens that the model can remember. Begin a "
+                f"new one, with fewer pictures or a smaller high-resolution side."
+            )
+        return {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+
+
+def draw_heat_map(picture: Image.Image, heat: torch.Tensor) -> Image.Image:
+    """
+    Colours a picture where there is heat.
+
+    Args:
+        picture (`PIL.Image.Image`): A square picture.
+        heat (`torch.Tensor` of shape `(g, g)`): Any values; the smallest leaves grey, the largest colours fully.
+    """
+    heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-6)
+    mask = Image.fromarray((heat * 230).byte().numpy()).resize(picture.size, Image.Resampling.BICUBIC)
+    return Image.composite(Image.new("RGB", picture.size, HEAT_COLOR), picture.convert("L").convert("RGB"), mask)

@@ -1,0 +1,55 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the tasks of this folder call; lmms-eval imports it."""
+
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL import Image
+
+
+def flatten_questions(dataset: "Dataset") -> "Dataset":
+    """
+    Gives each question of a picture a row of its own.
+
+    Args:
+        dataset (`Dataset`): Has `image`, `questions` and `answers`, of the latter as many as of the former.
+
+    Returns:
+        `Dataset`: Has `image`, `question` and `answer`, the latter without spaces around.
+    """
+    from datasets import Features, Image, Value
+
+    def flatten(rows: dict[str, list]) -> dict[str, list]:
+        flat = [
+            (image, question, answer.strip())
+            for image, questions, answers in zip(rows["image"], rows["questions"], rows["answers"], strict=True)
+            for question, answer in zip(questions, answers, strict=True)
+        ]
+        return {name: [row[index] for row in flat] for index, name in enumerate(features)}
+
+    features = Features({"image": Image(), "question": Value("string"), "answer": Value("string")})
+    # pictures are passed on as files, not decoded and encoded again
+    dataset = dataset.cast_column("image", Image(decode=False))
+    return dataset.map(
+        flatten, batched=True, batch_size=100, remove_columns=dataset.column_names, features=features, desc="questions"
+    )
+
+
+def get_middle_frame(doc: dict) -> list["Image.Image"]:
+    """The picture of a question about a picture, or the middle one of a video's frames."""
+    images = doc["image"]
+    return [images[len(images) // 2].convert("RGB")]

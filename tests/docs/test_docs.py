@@ -1,0 +1,72 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The documentation: links lead somewhere, commands and classes that it names exist, the picture can be drawn."""
+
+import importlib.util
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from modeling_llava_hr import image_processing_pil_llava_hr, modeling_llava_hr
+
+
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENTS = [ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+INDEX = (ROOT / "docs" / "README.md").read_text()
+
+
+def test_the_index_names_every_document():
+    assert {file.name for file in (ROOT / "docs").glob("*.md") if f"]({file.name})" not in INDEX} == {"README.md"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if "://" in target:
+            continue
+        name, _, heading = target.partition("#")
+        file = document.parent / name if name else document
+        assert file.exists(), target
+        headings = re.findall(r"^#+ (.*)$", file.read_text(), flags=re.MULTILINE) if heading else []
+        anchors = [re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings]
+        assert not heading or heading in anchors, target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_modules_and_recipes_exist(document):
+    text = document.read_text()
+    for module in re.findall(r"-m ((?:examples|training|conversion|modeling_llava_hr)\.[a-z]\w+)", text):
+        assert importlib.util.find_spec(module), module
+    for recipe in re.findall(r"training/(?:configs|accelerate)/\w+\.yaml", text):
+        assert (ROOT / recipe).exists(), recipe
+
+
+def test_classes_of_the_architecture_exist():
+    names = set()
+    for file in ("architecture.md", "draw_architecture.py"):
+        names |= set(re.findall(r"\bLlavaHr\w+", (ROOT / "docs" / file).read_text()))
+    names.discard("LlavaHrMultiModal")  # its name is in two lines of the picture
+    known = {*vars(modeling_llava_hr), *vars(image_processing_pil_llava_hr), "LlavaHrImageProcessor"}
+    assert len(names) > 10 and names <= known
+
+
+def test_the_architecture_is_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["draw_architecture.py", str(tmp_path / "new.png")])
+    runpy.run_path(str(ROOT / "docs" / "draw_architecture.py"), run_name="__main__")
+    with Image.open(tmp_path / "new.png") as new, Image.open(ROOT / "docs" / "architecture.png") as kept:
+        assert new.size == kept.size

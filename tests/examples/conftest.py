@@ -1,0 +1,34 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The model that the examples are tried with."""
+
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """The trained tiny model if it is there, otherwise a recorded checkpoint with random weights, converted."""
+    trained = ROOT / "examples" / "tiny-llava-hr"
+    if trained.exists():
+        return trained
+    from conversion.convert_llava_hr_weights_to_hf import convert
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    convert(str(ROOT / "tests" / "fixtures" / "reference" / "stage2-1024" / "checkpoint"), str(folder))
+    return folder

@@ -1,0 +1,260 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Each example runs as a user starts it, on real files; what one of them answers, the others answer too."""
+
+import io
+import json
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+ROOT = Path(__file__).parent.parent.parent
+PICTURES = ROOT / "examples" / "pictures"
+STREET = str(PICTURES / "street.jpg")
+QUESTION = "What does the green sign say?"
+SHORT = ("--max_new_tokens", "6")
+
+
+@pytest.fixture
+def run(tiny_model, tmp_path, monkeypatch, capsys):
+    """Runs `python -m examples.NAME --model TINY ...` in this process, in an empty folder; returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *arguments, model=tiny_model, status=None) -> str:
+        monkeypatch.setattr(sys, "argv", [name, "--model", str(model), *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            runpy.run_module(f"examples.{name}", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            assert end.code == status or (status == "error" and str(end.code).startswith("error: ")), end.code
+            return str(end.code) if status == "error" else capsys.readouterr().out
+        assert not status, f"should end with {status!r}"
+        return capsys.readouterr().out
+
+    return run
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_ask_answers_in_short(run):
+    assert len(run("ask", *SHORT).strip()) > 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("--picture", "missing.png", "missing.png"), ("--picture", __file__, Path(__file__).name)],
+)
+def test_what_cannot_be_used_is_one_sentence(run, option, value, message):
+    assert message in run("ask", option, value, status="error")
+
+
+def test_missing_model_is_named(run, tmp_path):
+    assert "no-model" in run("ask", model=tmp_path / "no-model", status="error")
+
+
+def test_chat_streams_several_turns_and_begins_as_ask_does(run, monkeypatch):
+    answer = run("ask", *SHORT)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\nWhat is shown?\n\nNever asked\n"))
+    first, second, end = run("chat", *SHORT).split("You:   ")[1:]
+    assert words(first) == words(f"Model: {answer}")
+    assert second.startswith("Model: ") and not end
+
+
+def test_a_later_turn_of_the_chat_is_the_whole_conversation(run, monkeypatch, tiny_model):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\nWhat is shown?\n"))
+    first, second, _ = run("chat", *SHORT).split("You:   ")[1:]
+    processor = AutoProcessor.from_pretrained(tiny_model)
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model)
+    turns = [(QUESTION, words(first).removeprefix("Model:").strip()), ("What is shown?", None)]
+    messages = []
+    for question, answer in turns:
+        messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    messages[0]["content"].insert(0, {"type": "image", "path": STREET})
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    expected = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert words(second) == words(f"Model: {expected}")
+
+
+def test_encode_once_answers_as_ask_does(run):
+    answer, other = run("ask", *SHORT), run("ask", "--question", "What is shown?", *SHORT)
+    lines = words(run("encode_once", QUESTION, "What is shown?", *SHORT))
+    assert words(f"{QUESTION!r}: {answer}") in lines and words(f"'What is shown?': {other}") in lines
+
+
+def test_encode_once_runs_the_towers_once(run, monkeypatch):
+    from modeling_llava_hr.modeling_llava_hr import LlavaHrVisionModel
+
+    calls, forward = [], LlavaHrVisionModel.forward
+    monkeypatch.setattr(
+        LlavaHrVisionModel, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    )
+    run("encode_once", *SHORT)
+    assert len(calls) == 1
+
+
+def test_several_pictures_alone_and_together(run):
+    files = [STREET, str(PICTURES / "receipt.jpg")]
+    answers = [run("ask", "--picture", file, "--question", "What is shown?", *SHORT) for file in files]
+    out = words(run("several_pictures", *SHORT))
+    assert words(f"street.jpg: {answers[0]}") in out and words(f"receipt.jpg: {answers[1]}") in out
+    assert "street.jpg + receipt.jpg: " in out
+
+
+def test_resolution_changes_the_view_and_not_the_tokens(run, tiny_model):
+    header, *lines = run("resolution", *SHORT).strip().splitlines()
+    assert header.split()[0] == "low-res"
+    own = AutoProcessor.from_pretrained(tiny_model).image_processor
+    rows = [line.split()[:3] for line in lines if line.startswith(" ")]
+    tokens = (own.size["height"] // own.patch_size) ** 2
+    sides = [own.high_res_size["height"] // part for part in (4, 2, 1)]
+    assert rows == [[str(own.size["height"]), str(side), str(tokens)] for side in sides]
+
+
+def test_four_bit_is_smaller_and_its_copy_answers_the_same(run, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="4-bit loading needs the extra [quantization]")
+    full, small, answer = run("four_bit", "--save", "small", *SHORT).split("\n", 2)
+    assert full.startswith("bfloat16: ") and small.startswith("4-bit: ")
+    assert float(small.split()[1]) < float(full.split()[1])
+    assert words(run("ask", *SHORT, model=tmp_path / "small")) == words(answer)
+
+
+def test_heat_map_is_a_picture_with_the_gates(run, tiny_model):
+    gates = run("heat_map").split("\n")[0].removeprefix("gates: ").split(", ")
+    with Image.open("heat_map.png") as picture:
+        assert picture.size == (13 * 120, 4 * 120)
+        assert len(picture.convert("RGB").getcolors(2**24)) > 1000
+    processor = AutoProcessor.from_pretrained(tiny_model)
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model)
+    with Image.open(STREET) as picture, torch.no_grad():
+        expected = model.get_image_features(**processor.image_processor(picture, return_tensors="pt"))
+    expected = [gate.float().mean().item() for gate in expected.mr_adapter_gates]
+    assert [float(gate) for gate in gates] == pytest.approx(expected, abs=1e-3) and len(expected) == 3
+
+
+def test_fields_are_checked(run, tmp_path, capsys):
+    answer = words(run("ask", "--max_new_tokens", 50))
+    fields = {
+        "any": {"question": QUESTION, "pattern": r"[\s\S]*"},
+        "never": {"question": QUESTION, "pattern": "such an answer does not come"},
+    }
+    (tmp_path / "fields.json").write_text(json.dumps(fields))
+    result = json.loads(run("extract_fields", "--picture", STREET, "--fields", "fields.json", status=True))
+    assert words(result["any"]) == answer and result["never"] is None
+
+    (tmp_path / "fields.json").write_text(json.dumps({"any": fields["any"]}))
+    result = json.loads(run("extract_fields", "--picture", STREET, "--fields", "fields.json", status=False))
+    assert words(result["any"]) == answer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve pictures and a text that calls itself one."""
+    (tmp_path / "photos").mkdir()
+    for number in range(12):
+        name = ("street", "shelf", "receipt", "table", "panel")[number % 5]
+        shutil.copy(PICTURES / f"{name}.jpg", tmp_path / "photos" / f"{number:02}.jpg")
+    (tmp_path / "photos" / "05b.png").write_text("no picture")
+    (tmp_path / "photos" / "notes.txt").write_text("no picture either")
+    return tmp_path / "photos"
+
+
+def test_captions_go_on_after_a_kill_as_if_there_had_been_none(run, folder, tiny_model):
+    arguments = ("--folder", folder, "--batch_size", 2, *SHORT)
+    run("caption_folder", *arguments, "--output", "undisturbed.jsonl")
+    expected = Path("undisturbed.jsonl").read_text()
+
+    command = [sys.executable, "-m", "examples.caption_folder", "--model", tiny_model, *arguments]
+    process = subprocess.Popen(
+        [*map(str, command), "--output", str(Path("killed.jsonl").absolute())], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    killed = Path("killed.jsonl")
+    while process.poll() is None and not (killed.exists() and killed.read_bytes().count(b"\n") >= 2):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    lines = killed.read_text().splitlines(keepends=True)
+    assert 2 <= len(lines) < 13
+    with killed.open("a") as file:  # what a kill in the middle of writing leaves
+        file.write(expected.splitlines()[len(lines)][:20])
+
+    run("caption_folder", *arguments, "--output", "killed.jsonl")
+    assert killed.read_text() == expected
+    run("caption_folder", *arguments, "--output", "killed.jsonl")
+    assert killed.read_text() == expected  # nothing is asked twice
+
+
+def test_captions_are_those_of_ask_and_a_broken_picture_is_told(run, folder):
+    for file in sorted(folder.glob("*.jpg"))[3:]:
+        file.unlink()
+    answer = run("ask", "--picture", folder / "01.jpg", "--question", "What is shown?", *SHORT)
+    run("caption_folder", "--folder", folder, *SHORT)
+    rows = [json.loads(line) for line in Path("captions.jsonl").read_text().splitlines()]
+    assert [row["picture"] for row in rows] == ["00.jpg", "01.jpg", "02.jpg", "05b.png"]
+    assert words(rows[1]["answer"]) == words(answer)
+    assert "05b.png" in rows[3]["error"] and "answer" not in rows[3]
+
+
+# TRL learns the answers in chats about pictures alone with transformers 5.18 and later
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.18"), reason="training needs transformers 5.18")
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")  # TRL sets it
+def test_lora_moves_the_language_model_and_leaves_the_towers(run, tiny_model, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    options = ("--max_steps", 2, "--per_device_train_batch_size", 1, "--learning_rate", 1e-2, "--save_strategy", "no")
+    run("lora", "--output", "mine", *options, "--report_to", "none", "--disable_tqdm", "true", "--warmup_steps", 0)
+    before, after = (load_file(folder / "model.safetensors") for folder in (Path(tiny_model), tmp_path / "mine"))
+    moved = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
+    assert before.keys() == after.keys()
+    assert any(name.startswith("model.language_model.layers.0.self_attn.q_proj") for name in moved)
+    assert "model.multi_modal_projector.linear_2.weight" in moved
+    untouched = ("model.vision_tower.layers.", "model.vision_tower.high_res_tower.", "lm_head.")
+    assert not any(name.startswith(untouched) for name in moved)
+    run("ask", *SHORT, model=tmp_path / "mine")
+
+
+def test_pictures_are_those_that_the_script_draws(tmp_path, monkeypatch):
+    from examples import draw_pictures
+
+    monkeypatch.setattr(draw_pictures, "OUTPUT", tmp_path)
+    draw_pictures.main()
+    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in PICTURES.iterdir()}
+    for name in ("questions.jsonl", "receipt.fields.json"):
+        assert (tmp_path / name).read_text() == (PICTURES / name).read_text()
+
+
+def test_every_example_is_in_the_table():
+    examples = {file.stem for file in (ROOT / "examples").glob("*.py") if "__main__" in file.read_text()}
+    table = (ROOT / "examples" / "README.md").read_text()
+    assert {name for name in examples if f"`{name}.py`" not in table} == set()
