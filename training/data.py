@@ -371,8 +371,11 @@ def load_data(
         `Dataset` or, if streaming, `IterableDataset` of `messages` and `images`.
 
     Raises:
+        FileNotFoundError: If a data file does not exist.
         ValueError: If the data has no form that is known here, or broken rows.
     """
+    if Path(data_path).suffix in (".json", ".jsonl", ".csv", ".parquet") and not os.path.exists(data_path):
+        raise FileNotFoundError(f"The data file {data_path} (`data_path` or `eval_data_path`) does not exist.")
     if is_llava_file(data_path):
         image_folder = os.path.dirname(os.path.abspath(data_path)) if image_folder is None else image_folder
         table = leave_out_broken_rows(read_table(data_path, plain), image_folder, skip_broken, report)

@@ -83,6 +83,11 @@ FONTS = (
 )
 # Texts that stand below one another are so many pixels apart: nearly two positions of a CNN of stride 32
 PITCH = 56
+# What [`get_targets`] tells
+COLOR_NAMES = list(COLORS)
+OBJECTS = ["nothing", *(carrier for carrier, _ in SCENES.values()), *SHAPES]
+IGNORED = -100  # `cross_entropy` leaves it out
+STRIDE, WORD_STRIDE, STROKE_STRIDE = 32, 16, 8  # of the last three stages of a CNN, in pixels
 
 
 @dataclass
@@ -532,6 +537,48 @@ def get_rows(split: str, index: int, scene: Scene, rng: np.random.Generator) -> 
         for number, (kind, question, answer) in enumerate(questions)
     ]
     return {split: rows}
+
+
+def get_targets(scene: Scene, characters: str) -> dict[str, torch.Tensor]:
+    """
+    What each position of the high-resolution tower's maps has to tell.
+
+    Args:
+        scene ([`~training.fineprint.Scene`]): What the picture shows; its side is `S` pixels.
+        characters (`str`): All characters that texts are made of.
+
+    Returns:
+        `dict[str, torch.Tensor]`, each int64, for the position that holds an object's centre, `IGNORED` or "nothing"
+        elsewhere:
+
+        - `objects`, `colors` of shape `(S / 32, S / 32)`,
+        - `texts` of shape `(S / 32, S / 32, 4)`: indices into `characters`,
+        - `words` of shape `(S / 16, S / 16, 4)`: the same on a finer map,
+        - `strokes` of shape `(S / 8, S / 4)`: 1 + index of the character whose centre lies there, 0 for none.
+    """
+    grid = scene.size // STRIDE
+    objects = torch.zeros(grid, grid, dtype=torch.long)
+    colors = torch.full((grid, grid), IGNORED)
+    texts = torch.full((grid, grid, TEXT_LENGTH), IGNORED)
+    words = texts.new_full((scene.size // WORD_STRIDE, scene.size // WORD_STRIDE, TEXT_LENGTH), IGNORED)
+    strokes = torch.zeros(scene.size // STROKE_STRIDE, 2 * scene.size // STROKE_STRIDE, dtype=torch.long)
+    if scene.name == "page":  # too many for the coarse map
+        objects.fill_(IGNORED)
+    else:
+        for thing in (*scene.shapes, *scene.signs):  # texts last: they win where a shape's centre is the same position
+            x, y = (int(coordinate) // STRIDE for coordinate in thing.center)
+            objects[y, x] = OBJECTS.index(thing.object if thing in scene.signs else thing.shape)
+            colors[y, x] = COLOR_NAMES.index(thing.color)
+    for sign in scene.signs:
+        x, y = sign.center
+        text = torch.tensor([characters.index(character) for character in sign.text])
+        words[int(y) // WORD_STRIDE, int(x) // WORD_STRIDE] = text
+        if scene.name != "page":
+            texts[int(y) // STRIDE, int(x) // STRIDE] = text
+        for character, (x, y) in zip(sign.text, sign.centers, strict=True):
+            if 0 <= x < scene.size:
+                strokes[int(y) // STROKE_STRIDE, 2 * int(x) // STROKE_STRIDE] = 1 + characters.index(character)
+    return {"objects": objects, "colors": colors, "texts": texts, "words": words, "strokes": strokes}
 
 
 def reduce_and_enlarge(pixels: torch.Tensor, ratio: float) -> torch.Tensor:

@@ -16,16 +16,21 @@ Makes a tiny Llama and its tokenizer from nothing, on FinePrint's texts:
 
     python -m training.pretrain_language_model --output .cache/language-model
 
-It reads descriptions of scenes, and chats in which the description stands where later the picture will be, so that it
-learns the words, the form of a chat, and to look an answer up in what precedes the question.
+A large language model can look up what it is asked for before it sees its first picture. This one learns it on
+captions and chats about scenes that are told, not drawn: where the tokens of a picture will be, it gets for each place
+the sum of one embedding each for the kind of object there, its colour and the characters of its text. No picture is
+involved, and these embeddings are thrown away: that the towers' features say the same is learned in stages 1 and 2.
 """
 
+import copy
 import json
 import sys
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from tqdm import tqdm
 from transformers import (
     HfArgumentParser,
@@ -36,13 +41,31 @@ from transformers import (
     set_seed,
 )
 
-from modeling_llava_hr.processing_llava_hr import VICUNA_V1_CHAT_TEMPLATE
-from training.fineprint import FinePrintConfig, Painter, Scene, get_caption, get_questions, get_rng
+from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE, VICUNA_V1_CHAT_TEMPLATE
+from training.fineprint import (
+    COLOR_NAMES,
+    IGNORED,
+    OBJECTS,
+    SCENES,
+    SHAPES,
+    STRIDE,
+    TEXT_LENGTH,
+    FinePrintConfig,
+    Painter,
+    Scene,
+    Shape,
+    Sign,
+    get_caption,
+    get_questions,
+    get_rng,
+    get_targets,
+)
 from training.optimizers import get_optimizers
 
 
 # Of all weights. 0.02 stays flat within such short training.
 INITIALIZER_RANGE = 0.07
+IMAGE_TOKEN = "<image>"
 
 
 @dataclass
@@ -52,13 +75,13 @@ class PretrainLanguageModelArguments:
 
     Args:
         output (`str`): Folder for model and tokenizer.
-        size (`int`): Side of the pictures that are described, in pixels.
+        size (`int`): Side of the largest pictures that are told of, in pixels: 64 times a power of two. It begins
+            with 64.
         max_signs (`int`): Largest number of texts in a picture.
         alphabet (`str`): See [`~training.fineprint.FinePrintConfig`].
-        num_scenes (`int`): Number of described pictures.
         vocab_size (`int`): Largest size of the vocabulary.
-        width, layers, heads (`int`): Of the Llama.
-        steps (`int`): Number of steps; 0 for a tokenizer and a Llama that has learned nothing.
+        width, layers, heads (`int`): Of the Llama. Four narrow heads did not learn which text is asked for.
+        steps (`int`): Number of steps.
         batch_size (`int`): Texts a step.
         learning_rate (`float`): Highest learning rate (warm-up, cosine).
         device (`str`): Where to train.
@@ -66,28 +89,47 @@ class PretrainLanguageModelArguments:
     """
 
     output: str = field(default="", metadata={"help": "folder for model and tokenizer"})
-    size: int = field(default=192, metadata={"help": "side of the pictures that are described, in pixels"})
+    size: int = field(default=256, metadata={"help": "side of the largest pictures that are told of, in pixels"})
     max_signs: int = field(default=4, metadata={"help": "largest number of texts in a picture"})
     alphabet: str = field(default="digits", metadata={"help": "digits or alphanumeric"})
-    num_scenes: int = field(default=4000, metadata={"help": "number of described pictures"})
     vocab_size: int = field(default=960, metadata={"help": "largest size of the vocabulary"})
     width: int = field(default=128, metadata={"help": "channels"})
     layers: int = field(default=4, metadata={"help": "number of layers"})
-    heads: int = field(default=4, metadata={"help": "number of attention heads"})
-    steps: int = field(default=300, metadata={"help": "number of steps"})
-    batch_size: int = field(default=32, metadata={"help": "texts a step"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "highest learning rate"})
+    heads: int = field(default=2, metadata={"help": "number of attention heads"})
+    steps: int = field(default=600, metadata={"help": "number of steps"})
+    batch_size: int = field(default=64, metadata={"help": "texts a step"})
+    learning_rate: float = field(default=4e-3, metadata={"help": "highest learning rate"})
     device: str = field(default="cpu", metadata={"help": "where to train"})
     seed: int = field(default=0, metadata={"help": "of weights and texts"})
 
 
-def get_scenes(arguments: PretrainLanguageModelArguments) -> list[Scene]:
-    """What FinePrint's training pictures show, without blur, noise and file."""
-    config = FinePrintConfig(
-        size=arguments.size, max_signs=arguments.max_signs, alphabet=arguments.alphabet, seed=arguments.seed + 2
+def make_scene(painter: Painter, grid: int, max_signs: int, rng: np.random.Generator) -> Scene:
+    """
+    A scene that nobody drew: texts and shapes, each in a place of its own.
+
+    Args:
+        painter ([`~training.fineprint.Painter`]): Makes up the texts, those of training pictures.
+        grid (`int`): Places in a row and in a column.
+        max_signs (`int`): Largest number of texts.
+        rng (`np.random.Generator`): All other random choices.
+
+    Returns:
+        [`~training.fineprint.Scene`]: Of `32 * grid` pixels.
+    """
+    name = str(rng.choice(list(SCENES)))
+    carrier, painter.form = SCENES[name]
+    places = [(STRIDE * (x + 0.5), STRIDE * (y + 0.5)) for x in range(grid) for y in range(grid)]
+    places = iter([places[index] for index in rng.permutation(len(places))])
+    colors, shapes = iter(rng.permutation(COLOR_NAMES).tolist()), iter(rng.permutation(SHAPES).tolist())
+    num_shapes = int(rng.integers(0, min(2, grid - 1) + 1))
+    num_signs = int(rng.integers(1, min(max_signs, grid**2 - 1) + 1))
+    signs = []
+    for _ in range(num_signs):
+        place = next(places)
+        signs.append(Sign(painter.get_text(), next(colors), carrier, place, [place] * TEXT_LENGTH))
+    return Scene(
+        name, STRIDE * grid, signs, [Shape(next(shapes), next(colors), next(places)) for _ in range(num_shapes)]
     )
-    numbers = tqdm(range(arguments.num_scenes), desc="scenes", unit="scene")
-    return [Painter(config, "train", get_rng(config.seed, "train", number)).paint()[1] for number in numbers]
 
 
 def make_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -125,37 +167,127 @@ def make_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast
     )
 
 
-def get_texts(tokenizer: PreTrainedTokenizerFast, scene: Scene, order: torch.Generator) -> tuple[str, str]:
+def get_messages(scene: Scene, rng: np.random.Generator) -> list[dict]:
     """
-    The two texts of a scene, in the forms of stage 1 ("plain") and stage 2 ("vicuna_v1").
+    A chat about a scene: one question, or all of them in random order. From the latter alone little is learned about
+    what is asked for, since a text that was told needs no telling again.
+    """
+    questions, messages = get_questions(scene), []
+    for number in rng.permutation(len(questions))[: 1 if rng.random() < 0.5 else None]:
+        _, question, answer = questions[number]
+        messages.append({"role": "user", "content": question if messages else f"{IMAGE_TOKEN}\n{question}"})
+        messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerFast, messages: list[dict], template: str, num_image_tokens: int
+) -> tuple[list[int], list[int]]:
+    """
+    A chat about a picture as the model will get it.
 
     Args:
-        tokenizer (`PreTrainedTokenizerFast`): Has the special tokens.
-        scene ([`~training.fineprint.Scene`]): What is described.
-        order (`torch.Generator`): Order of the questions.
+        tokenizer (`PreTrainedTokenizerFast`): Knows `<image>`.
+        messages (`list[dict]`): The chat.
+        template (`str`): Chat template of a stage.
+        num_image_tokens (`int`): How many tokens the picture has.
 
     Returns:
-        `tuple[str, str]`: Caption, and a chat about it.
+        `tuple[list[int], list[int]]`: Token ids, and labels: -100 for everything but answers.
     """
-    caption = get_caption(scene, with_texts=True)
-    questions = get_questions(scene)
-    messages = []
-    for number in torch.randperm(len(questions), generator=order).tolist():
-        _, question, answer = questions[number]
-        start = "" if messages else f"{caption}\n"
-        messages.append({"role": "user", "content": start + question})
-        messages.append({"role": "assistant", "content": answer})
-    chat = tokenizer.apply_chat_template(messages, chat_template=VICUNA_V1_CHAT_TEMPLATE, tokenize=False)
-    return f"{tokenizer.bos_token}{caption}\n", chat
+    encoded = tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, is_answer = encoded["input_ids"], encoded["assistant_masks"]
+    labels = [token if answer else IGNORED for token, answer in zip(ids, is_answer, strict=True)]
+    image = ids.index(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    expanded = [values[:image] + [values[image]] * num_image_tokens + values[image + 1 :] for values in (ids, labels)]
+    return tuple(expanded)
+
+
+class SceneEmbedding(nn.Module):
+    """
+    Stands for towers and projector: tells the language model what is where.
+
+    Args:
+        num_characters (`int`): Size of the texts' alphabet.
+        width (`int`): Channels of the language model.
+    """
+
+    def __init__(self, num_characters: int, width: int):
+        super().__init__()
+        self.objects = nn.Embedding(len(OBJECTS), width)
+        self.colors = nn.Embedding(1 + len(COLOR_NAMES), width)
+        self.texts = nn.ModuleList(nn.Embedding(1 + num_characters, width) for _ in range(TEXT_LENGTH))
+        self.place = nn.Linear(2, width)
+        with torch.no_grad():  # what is asked for must stand out from the many characters
+            self.objects.weight.mul_(3)
+            self.colors.weight.mul_(3)
+
+    def forward(self, targets: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Maps of `get_targets` of shape `(scenes, g, g)`, texts `(scenes, g, g, 4)` -> `(scenes * g * g, d)`."""
+        grid = targets["objects"].shape[1]
+        known = {name: target.clamp(min=-1) + 1 for name, target in targets.items()}  # 0: none
+        line = torch.linspace(-1, 1, grid, device=targets["objects"].device)
+        place = torch.stack(torch.meshgrid(line, line, indexing="ij"), dim=-1)
+        embedded = self.objects(targets["objects"]) + self.colors(known["colors"]) + self.place(place)
+        for index, table in enumerate(self.texts):
+            embedded = embedded + table(known["texts"][..., index])
+        return embedded.flatten(0, 2)
+
+
+def get_batch(tokenizer, painter: Painter, grid: int, max_signs: int, rng: np.random.Generator, count: int) -> dict:
+    """
+    Chats and captions about new scenes of one size.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`): Knows `<image>`.
+        painter, grid, max_signs, rng: See [`make_scene`].
+        count (`int`): Number of texts; an eighth are captions.
+
+    Returns:
+        `dict`: `input_ids`, `attention_mask` and `labels` of shape `(count, tokens)`, and `targets`, the maps of
+        [`~training.fineprint.get_targets`].
+    """
+    scenes = [make_scene(painter, grid, max_signs, rng) for _ in range(count)]
+    targets = [get_targets(scene, painter.config.characters) for scene in scenes]
+    maps = {name: torch.stack([target[name] for target in targets]) for name in ("objects", "colors", "texts")}
+    texts = []
+    for number, scene in enumerate(scenes):
+        if number % 8 == 0:
+            caption = get_caption(scene, with_texts=True)
+            messages, template = [{"role": "user"}, {"role": "assistant", "content": caption}], PLAIN_CHAT_TEMPLATE
+        else:
+            messages, template = get_messages(scene, rng), VICUNA_V1_CHAT_TEMPLATE
+        texts.append(encode(tokenizer, messages, template, grid**2))
+    length = max(len(ids) for ids, _ in texts)
+    input_ids = torch.full((count, length), tokenizer.pad_token_id)
+    labels = torch.full((count, length), IGNORED)
+    for row, (ids, label) in enumerate(texts):
+        input_ids[row, : len(ids)], labels[row, : len(ids)] = torch.tensor(ids), torch.tensor(label)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (input_ids != tokenizer.pad_token_id).long(),
+        "labels": labels,
+        "targets": maps,
+    }
 
 
 def pretrain(arguments: PretrainLanguageModelArguments) -> dict[str, float]:
-    """Trains model and tokenizer, saves both, and returns the mean losses of the first and last ten steps, if any."""
+    """
+    Trains model and tokenizer and saves both.
+
+    Returns:
+        `dict[str, float]`: Mean losses of the first and last ten steps, and the share of characters of texts that are
+        right in the latter, each given those before it.
+    """
     set_seed(arguments.seed)
-    scenes = get_scenes(arguments)
-    order = torch.Generator().manual_seed(arguments.seed)
-    words = [question for scene in scenes[:500] for _, *pair in get_questions(scene) for question in pair]
-    words += [get_caption(scene, with_texts=False) for scene in scenes[:500]]
+    config = FinePrintConfig(size=arguments.size, alphabet=arguments.alphabet, seed=arguments.seed + 2)
+    painter = Painter(config, "train", get_rng(config.seed, "train", 0))
+    rng = get_rng(config.seed, "train", 1)
+    scenes = [make_scene(painter, arguments.size // STRIDE, arguments.max_signs, rng) for _ in range(500)]
+    words = [question for scene in scenes for _, *pair in get_questions(scene) for question in pair]
+    words += [get_caption(scene, with_texts=False) for scene in scenes]
     system = make_tokenizer([], 300).apply_chat_template(
         [{"role": "user", "content": ""}],
         chat_template=VICUNA_V1_CHAT_TEMPLATE,
@@ -163,10 +295,9 @@ def pretrain(arguments: PretrainLanguageModelArguments) -> dict[str, float]:
         add_generation_prompt=True,
     )
     tokenizer = make_tokenizer([*words, *[system.removeprefix("<s>")] * 50], arguments.vocab_size)
-    texts = [text for scene in scenes for text in get_texts(tokenizer, scene, order)]
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=-(-len(tokenizer) // 64) * 64,
+            vocab_size=-(-(len(tokenizer) + 1) // 64) * 64,
             hidden_size=arguments.width,
             intermediate_size=3 * arguments.width,
             num_hidden_layers=arguments.layers,
@@ -177,37 +308,52 @@ def pretrain(arguments: PretrainLanguageModelArguments) -> dict[str, float]:
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-    ).to(arguments.device)
-    losses = _train(arguments, model, tokenizer, texts) if arguments.steps else []
+    )
+    eye = SceneEmbedding(len(config.characters), arguments.width)
+    records = _train(arguments, nn.ModuleDict({"model": model, "eye": eye}), tokenizer, painter, rng)
     model.cpu().save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
-    return {
-        name: sum(part) / len(part)
-        for name, part in zip(("first_loss", "last_loss"), (losses[:10], losses[-10:]), strict=True)
-        if part
-    }
+    first, last = (torch.tensor(part).nanmean(0).tolist() for part in (records[:10], records[-10:]))
+    return {"first_loss": first[0], "last_loss": last[0], "last_characters": last[1]}
 
 
-def _train(arguments, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[float]:
-    optimizers = get_optimizers(model, arguments.learning_rate, weight_decay=0.01)
-    warmup = arguments.steps // 10
+def _train(arguments, modules: nn.ModuleDict, tokenizer, painter, rng) -> list[tuple[float, float]]:
+    model, eye = modules.to(arguments.device).values()
+    tokenizer = copy.deepcopy(tokenizer)  # the saved one gets `<image>` when a model is assembled
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    characters = torch.tensor(
+        tokenizer.convert_tokens_to_ids(list(painter.config.characters)), device=arguments.device
+    )
+    optimizers = get_optimizers(modules, arguments.learning_rate, weight_decay=0.01)
+    warmup = arguments.steps // 20
     schedulers = [get_cosine_schedule_with_warmup(optimizer, warmup, arguments.steps) for optimizer in optimizers]
-    losses = []
+    grids = [2 * 2**power for power in range((arguments.size // 64).bit_length())]
+    records = []
     bar = tqdm(range(arguments.steps), desc="language model", unit="step")
-    for _ in bar:
-        chosen = [texts[index] for index in torch.randint(len(texts), (arguments.batch_size,)).tolist()]
-        inputs = tokenizer(chosen, padding=True, add_special_tokens=False, return_tensors="pt").to(arguments.device)
-        labels = inputs.input_ids.masked_fill(inputs.attention_mask == 0, -100)
+    for step in bar:
+        # half of the steps are for the smallest, where it learns to look things up
+        later = 2 * step / arguments.steps - 1
+        number = 0 if later < 0 else min(1 + int(later * (len(grids) - 1)), len(grids) - 1)
+        batch = get_batch(tokenizer, painter, grids[number], arguments.max_signs, rng, arguments.batch_size)
+        targets = {name: target.to(arguments.device) for name, target in batch.pop("targets").items()}
+        batch = {name: value.to(arguments.device) for name, value in batch.items()}
+        input_ids, labels = batch["input_ids"], batch["labels"]
         with torch.autocast(torch.device(arguments.device).type, torch.bfloat16):
-            loss = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, labels=labels).loss
-        model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            embeds = model.get_input_embeddings()(input_ids)
+            is_image = (input_ids == image)[..., None].expand_as(embeds)
+            embeds = embeds.masked_scatter(is_image, eye(targets).to(embeds.dtype))
+            output = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=labels)
+        modules.zero_grad()
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         for part in (*optimizers, *schedulers):
             part.step()
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    return losses
+        is_character = torch.isin(labels[:, 1:], characters.to(labels.device))
+        right = (output.logits[:, :-1].argmax(-1) == labels[:, 1:])[is_character].float().mean()
+        records.append((output.loss.item(), right.item()))
+        bar.set_postfix(loss=f"{records[-1][0]:.3f}", characters=f"{records[-1][1]:.2f}")
+    return records
 
 
 def main() -> None:

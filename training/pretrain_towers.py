@@ -57,9 +57,9 @@ from transformers import (
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from training.fineprint import (
-    COLORS,
-    SCENES,
-    SHAPES,
+    COLOR_NAMES,
+    IGNORED,
+    OBJECTS,
     TEXT_LENGTH,
     FinePrintConfig,
     Scene,
@@ -68,17 +68,15 @@ from training.fineprint import (
     draw_sample,
     get_caption,
     get_rng,
+    get_targets,
     reduce_and_enlarge,
 )
 from training.optimizers import get_optimizers
 
 
-COLOR_NAMES = list(COLORS)
-OBJECTS = ["nothing", *(carrier for carrier, _ in SCENES.values()), *SHAPES]
-IGNORED = -100  # `cross_entropy` leaves it out
-STRIDE, STROKE_STRIDE = 32, 8  # of the tower's last and second stage, in pixels
 # timm's name; widths and depths are ours. The conversion reads them from the weights.
 ARCHITECTURE = "convnext_tiny"
+CUT = 64  # side of the parts of pictures that reading begins with, in pixels
 
 
 @dataclass
@@ -90,17 +88,19 @@ class PretrainTowersArguments:
         output (`str`): Folder for the results.
         tokenizer (`str`): Folder with the tokenizer of the captions.
         measure_readability (`bool`): Measure what each view shows instead of making towers.
-        size (`int`): Side of the pictures of the second part in pixels, a multiple of 64.
+        size (`int`): Side of the pictures of the second part in pixels, a multiple of 32.
         max_signs (`int`): Largest number of texts in a picture of the second part.
         alphabet (`str`): See [`~training.fineprint.FinePrintConfig`].
         low_res_ratio (`float`): Side of the low-resolution view by that of the high-resolution one.
         depths, dims (`list[int]`): Blocks and channels of the high-resolution tower's stages.
-        vision_width, vision_layers (`int`): Channels and layers of the low-resolution tower.
+        vision_width, vision_layers, patch_size (`int`): Channels, layers, and side of the patches in pixels of the
+            low-resolution tower. A patch shows what a position of the high-resolution tower does.
         num_pictures (`int`): Number of different pictures in either part, and twice the number of pages.
         num_test (`int`): Number of test pictures in the first part, four times that of the second.
         reading_steps (`int`): Steps of the first part.
         joint_steps (`int`): Steps of the second part.
-        reading_batch_size, joint_batch_size (`int`): Pictures a step.
+        reading_batch_size (`int`): Pictures of 64 x 64 pixels a step, or as many larger ones as have their area.
+        joint_batch_size (`int`): Pictures a step in the second part.
         learning_rate (`float`): Highest learning rate of the first part (warm-up, cosine); a fifth for the second.
         blind (`bool`): The high-resolution tower sees the low-resolution view, enlarged: the control's towers.
         device (`str`): Where to train.
@@ -119,6 +119,7 @@ class PretrainTowersArguments:
     dims: list[int] = field(default_factory=lambda: [32, 64, 128, 256], metadata={"help": "high-resolution tower"})
     vision_width: int = field(default=128, metadata={"help": "channels of the low-resolution tower"})
     vision_layers: int = field(default=8, metadata={"help": "layers of the low-resolution tower, a multiple of 4"})
+    patch_size: int = field(default=7, metadata={"help": "patches of the low-resolution tower, in pixels"})
     num_pictures: int = field(default=12000, metadata={"help": "different pictures of each part; half as many pages"})
     num_test: int = field(default=1000, metadata={"help": "test pictures of the first part; a quarter in the second"})
     reading_steps: int = field(default=1400, metadata={"help": "steps of the first part"})
@@ -130,48 +131,6 @@ class PretrainTowersArguments:
     device: str = field(default="cpu", metadata={"help": "where to train"})
     workers: int = field(default=2, metadata={"help": "processes that draw"})
     seed: int = field(default=0, metadata={"help": "of weights and pictures"})
-
-
-def get_targets(scene: Scene, characters: str) -> dict[str, torch.Tensor]:
-    """
-    What each position of the high-resolution tower's maps has to tell.
-
-    Args:
-        scene ([`~training.fineprint.Scene`]): What the picture shows; its side is `S` pixels.
-        characters (`str`): All characters that texts are made of.
-
-    Returns:
-        `dict[str, torch.Tensor]`, each int64, for the position that holds an object's centre, `IGNORED` or "nothing"
-        elsewhere:
-
-        - `objects`, `colors` of shape `(S / 32, S / 32)`,
-        - `texts` of shape `(S / 32, S / 32, 4)`: indices into `characters`,
-        - `strokes` of shape `(S / 8, S / 4)`: 1 + index of the character whose centre lies there, 0 for none.
-    """
-    grid = scene.size // STRIDE
-    objects = torch.zeros(grid, grid, dtype=torch.long)
-    colors = torch.full((grid, grid), IGNORED)
-    texts = torch.full((grid, grid, TEXT_LENGTH), IGNORED)
-    strokes = torch.zeros(scene.size // STROKE_STRIDE, 2 * scene.size // STROKE_STRIDE, dtype=torch.long)
-    if scene.name == "page":  # too many for the coarse map
-        objects.fill_(IGNORED)
-        for sign in scene.signs:
-            _write_strokes(strokes, sign, characters)
-        return {"objects": objects, "colors": colors, "texts": texts, "strokes": strokes}
-    for thing in (*scene.shapes, *scene.signs):  # texts last: they win where a shape's centre is the same position
-        x, y = (int(coordinate) // STRIDE for coordinate in thing.center)
-        objects[y, x] = OBJECTS.index(thing.object if thing in scene.signs else thing.shape)
-        colors[y, x] = COLOR_NAMES.index(thing.color)
-        if thing in scene.signs:
-            texts[y, x] = torch.tensor([characters.index(character) for character in thing.text])
-            _write_strokes(strokes, thing, characters)
-    return {"objects": objects, "colors": colors, "texts": texts, "strokes": strokes}
-
-
-def _write_strokes(strokes: torch.Tensor, sign: Sign, characters: str) -> None:
-    for character, (x, y) in zip(sign.text, sign.centers, strict=True):
-        if 0 <= x < STROKE_STRIDE / 2 * strokes.shape[1]:
-            strokes[int(y) // STROKE_STRIDE, 2 * int(x) // STROKE_STRIDE] = 1 + characters.index(character)
 
 
 def crop(pixels: np.ndarray, scene: Scene, side: int, rng: np.random.Generator) -> tuple[np.ndarray, Scene]:
@@ -283,23 +242,26 @@ class Reader(nn.Module):
             ARCHITECTURE, pretrained=False, num_classes=0, depths=depths, dims=dims, ls_init_value=1.0
         )
         self.tower.head = nn.Identity()
-        self.norm, self.stroke_norm = nn.LayerNorm(dims[-1]), nn.LayerNorm(dims[1])
+        self.norm, self.word_norm, self.stroke_norm = (nn.LayerNorm(dims[stage]) for stage in (3, 2, 1))
         sizes = (len(OBJECTS), len(COLOR_NAMES), TEXT_LENGTH * num_characters)
         self.heads = nn.ModuleList(nn.Linear(dims[-1], size) for size in sizes)
+        self.word_head = nn.Linear(dims[2], TEXT_LENGTH * num_characters)
         self.stroke_head = nn.Linear(dims[1], 2 * (1 + num_characters))
 
     def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """`(images, 3, S, S)` -> `features` `(images, S / 32, S / 32, C)` and, by their names, scores for targets."""
-        _, strokes, _, features = self.tower.forward_intermediates(pixels, intermediates_only=True)
+        _, strokes, words, features = self.tower.forward_intermediates(pixels, intermediates_only=True)
         features = features.permute(0, 2, 3, 1)
         normed = self.norm(features)
         objects, colors, texts = (head(normed) for head in self.heads)
+        words = self.word_head(self.word_norm(words.permute(0, 2, 3, 1)))
         strokes = self.stroke_head(self.stroke_norm(strokes.permute(0, 2, 3, 1)))
         return {
             "features": features,
             "objects": objects,
             "colors": colors,
             "texts": texts.unflatten(-1, (TEXT_LENGTH, self.num_characters)),
+            "words": words.unflatten(-1, (TEXT_LENGTH, self.num_characters)),
             "strokes": strokes.unflatten(-1, (2, -1)).flatten(2, 3),  # two columns for each position
         }
 
@@ -320,6 +282,7 @@ def get_reading_loss(scores: dict[str, torch.Tensor], targets: dict[str, torch.T
         cross_entropy("objects", targets["objects"])
         + cross_entropy("colors", targets["colors"])
         + cross_entropy("texts", targets["texts"])
+        + cross_entropy("words", targets["words"])
         + cross_entropy("strokes", strokes.masked_fill(strokes == 0, IGNORED))
         + 0.25 * cross_entropy("strokes", strokes.masked_fill(strokes != 0, IGNORED))
     )
@@ -356,13 +319,13 @@ class Towers(nn.Module):
 
 
 def make_clip(arguments: PretrainTowersArguments, vocab_size: int, tokenizer) -> CLIPModel:
-    """A CLIP model with patches of 14 and heads of 64, or 32 below 128 channels."""
+    """A CLIP model with heads of 64 channels."""
     width = arguments.vision_width
     common = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 64}
     vision = {
         **common,
         "num_hidden_layers": arguments.vision_layers,
-        "patch_size": 14,
+        "patch_size": arguments.patch_size,
         "image_size": round(arguments.size * arguments.low_res_ratio),
         # `fusion` of the assembled model starts with it: 0.02 stays flat within such short training
         "initializer_range": 0.07,
@@ -398,7 +361,7 @@ def train(
         model (`nn.Module`): What is trained.
         learning_rate (`float`): Highest learning rate.
         steps (`int`): Number of steps.
-        batch_size (`int`): Pictures a step.
+        batch_size (`int`): Pictures a step, if they have 64 x 64 pixels; larger ones are fewer, of the same area.
         choose (`Callable`): From the number of a step to the pictures it takes its batch from.
         loss (`Callable`): From a batch to its loss.
     """
@@ -408,7 +371,8 @@ def train(
     bar = tqdm(range(steps), desc=name, unit="step")
     for step in bar:
         pictures = choose(step)
-        batch = take(pictures, torch.randint(len(pictures["pixels"]), (batch_size,)), arguments.device)
+        number = batch_size * CUT**2 // pictures["pixels"][0, 0].numel()
+        batch = take(pictures, torch.randint(len(pictures["pixels"]), (number,)), arguments.device)
         with torch.autocast(torch.device(arguments.device).type, torch.bfloat16):
             value = loss(batch)
         value.backward()
@@ -416,7 +380,7 @@ def train(
         for part in (*optimizers, *schedulers):
             part.step()
         model.zero_grad()
-        if step % 20 == 0:
+        if step % 25 == 0:
             bar.set_postfix(loss=f"{value.item():.3f}")
 
 
@@ -457,8 +421,9 @@ def evaluate_reader(arguments: PretrainTowersArguments, reader: Reader, pictures
 
 def train_reader(arguments: PretrainTowersArguments, blind: bool) -> tuple[Reader, dict]:
     """
-    Trains a reader on parts of pictures, 64 pixels wide: first on pages full of texts, which teach the characters,
-    then on scenes with one text each, every fourth step still on pages. It is tested on whole pictures.
+    Trains a reader: first on pages full of texts, which teach the characters, then on parts of scenes, 64 pixels wide
+    with one text, and at last on whole scenes of 128 pixels with several as well; every eighth step is on pages all
+    the time. It is tested on whole pictures.
 
     Args:
         arguments ([`PretrainTowersArguments`]): How.
@@ -468,15 +433,18 @@ def train_reader(arguments: PretrainTowersArguments, blind: bool) -> tuple[Reade
         `tuple`: The reader, and the share of unseen texts that it reads.
     """
     set_seed(arguments.seed)
-    config = FinePrintConfig(size=128, max_signs=1, alphabet=arguments.alphabet, seed=arguments.seed)
-    small = replace(config, size=64)
-    pages = draw_pictures(small, "train", arguments.num_pictures // 2, arguments.workers, page=True)
-    scenes = draw_pictures(config, "train", arguments.num_pictures, arguments.workers, side=small.size)
+    config = FinePrintConfig(size=2 * CUT, max_signs=4, alphabet=arguments.alphabet, seed=arguments.seed)
+    one, number, workers = replace(config, max_signs=1), arguments.num_pictures, arguments.workers
+    pages = draw_pictures(replace(config, size=CUT), "train", number // 2, workers, page=True)
+    parts = draw_pictures(one, "train", number, workers, side=CUT)
+    scenes = draw_pictures(config, "train", number // 2, workers)
     reader = Reader(arguments.depths, arguments.dims, len(config.characters))
     view, steps = get_view(arguments, blind), arguments.reading_steps
 
     def choose(step: int) -> dict:
-        return pages if step < 0.25 * steps or step % 4 == 0 else scenes
+        if step < 0.3 * steps or step % 8 == 0:
+            return pages
+        return parts if step < 0.6 * steps or step % 4 == 1 else scenes
 
     def loss(batch: dict) -> torch.Tensor:
         return get_reading_loss(reader(view(batch["pixels"])), batch)
@@ -484,7 +452,7 @@ def train_reader(arguments: PretrainTowersArguments, blind: bool) -> tuple[Reade
     name = "reading, low-resolution view" if blind else "reading"
     rate, batch_size = arguments.learning_rate, arguments.reading_batch_size
     train(arguments, name, reader, rate, steps, batch_size, choose, loss)
-    test = draw_pictures(config, "test", arguments.num_test, arguments.workers)
+    test = draw_pictures(one, "test", arguments.num_test, workers)
     return reader, evaluate_reader(arguments, reader, test, blind)
 
 
@@ -525,7 +493,7 @@ def pretrain(arguments: PretrainTowersArguments) -> dict:
         return towers(view(batch["pixels"]), low_res, text, batch)
 
     # at the first part's rate it would unlearn to read
-    rate, batch_size = 0.2 * arguments.learning_rate, arguments.joint_batch_size
+    rate, batch_size = 0.2 * arguments.learning_rate, arguments.joint_batch_size * (arguments.size // CUT) ** 2
     train(arguments, "reading and captions", towers, rate, steps, batch_size, lambda step: pictures, loss)
     test = draw_pictures(config, "test", arguments.num_test // 4, arguments.workers)
     result["in_scenes"] = evaluate_reader(arguments, reader, test, arguments.blind)

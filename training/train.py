@@ -118,6 +118,7 @@ def find_checkpoint(options: TrainingOptions, training_args: SFTConfig, model_ar
             (output_dir / "skipped_rows.json").unlink(missing_ok=True)
             output_dir.mkdir(parents=True, exist_ok=True)
             run_file.write_text(json.dumps(run))
+            (output_dir / "training_args.json").write_text(training_args.to_json_string())
     return checkpoint
 
 

@@ -39,8 +39,9 @@ from conversion._common import new_folder
 
 
 ROOT = Path(__file__).parent.parent
-# The high-resolution view by the low-resolution one, and pixels of the former for each ViT patch
-PATCH_SIZE, LOW_RES_RATIO = 14, 0.21875
+# Side of a ViT patch, and what it shows, a position of the ConvNeXt, in pixels of either view
+PATCH_SIZE, STRIDE = 7, 32
+LOW_RES_RATIO = PATCH_SIZE / STRIDE
 HIGH_RES_TOWER = r"model\.vision_tower\.high_res_tower\."
 # What a pathway alone has no use for: the other's half of the fusion, and what MR-Adapters let in, which starts at
 # zero and stays there when it is frozen.
@@ -111,18 +112,15 @@ class Preset:
 
 PRESETS = {
     "cpu": Preset(
-        towers=("--reading_steps=1400", "--joint_steps=60", "--size=256", "--max_signs=4", "--joint_batch_size=32"),
-        # Trained on text first, it looks for answers there: after 300 steps of that, its digits were still at chance
-        # in stage 2 where a new one had begun to read
-        language_model=("--steps=0",),
+        towers=("--reading_steps=3400", "--joint_steps=150", "--size=256", "--max_signs=4", "--joint_batch_size=16"),
+        language_model=("--steps=1200", "--batch_size=32", "--max_signs=4"),
         alphabet="digits",
-        pretrain=Course(size=64, max_signs=1, num_train=8000, steps=60, learning_rate=5e-4, batch_size=16),
+        pretrain=Course(size=128, max_signs=2, num_train=10000, steps=700, learning_rate=2e-3),
         finetune=(
-            Course(size=64, max_signs=1, num_train=8000, steps=900, learning_rate=2e-3, batch_size=16),
-            Course(size=128, max_signs=1, num_train=8000, steps=900, learning_rate=1e-3, batch_size=16),
-            Course(size=256, max_signs=4, num_train=8000, steps=600, learning_rate=1e-3, batch_size=16),
+            Course(size=128, max_signs=2, num_train=10000, steps=300, learning_rate=7e-4),
+            Course(size=256, max_signs=4, num_train=8000, steps=600, learning_rate=7e-4, batch_size=16),
         ),
-        num_test=200,
+        num_test=300,
         options=("--use_cpu=True", "--bf16=True", "--dataloader_num_workers=1"),
     ),
     "gpu": Preset(
@@ -136,7 +134,7 @@ PRESETS = {
             "--device=cuda",
             "--workers=12",
         ),
-        language_model=("--steps=3000", "--batch_size=64", "--num_scenes=20000", "--device=cuda"),
+        language_model=("--steps=4000", "--batch_size=128", "--max_signs=6", "--device=cuda"),
         alphabet="alphanumeric",
         pretrain=Course(size=256, max_signs=2, num_train=40000, steps=500, learning_rate=2e-3, batch_size=128),
         finetune=(
@@ -165,6 +163,8 @@ class TrainTinyArguments:
             with the same number of tokens. The other pathway's share of the fusion is zero and stays so.
         blind (`bool`): The fair control: the same recipe, the towers' training included, on pictures that hold no
             more than the low-resolution view does.
+        parts (`str`, *optional*): Output of another training. What does not depend on `pathway` and `blind` is taken
+            from there: the language model and, unless `blind`, towers and pictures.
         workers (`int`): Processes that draw.
         seed (`int`): Of weights and data.
         dry_run (`bool`): Print the commands only.
@@ -174,6 +174,7 @@ class TrainTinyArguments:
     output: str = field(default=".cache/train-tiny", metadata={"help": "folder for everything that is made"})
     pathway: str = field(default="both", metadata={"help": "both, low_res or high_res"})
     blind: bool = field(default=False, metadata={"help": "the fair control: no more than the low-res view holds"})
+    parts: str | None = field(default=None, metadata={"help": "another training to take what is equal from"})
     workers: int = field(default=2, metadata={"help": "processes that draw"})
     seed: int = field(default=0, metadata={"help": "of weights and data"})
     dry_run: bool = field(default=False, metadata={"help": "print the commands only"})
@@ -189,20 +190,22 @@ class Step:
 
 
 def get_low_res_size(size: int) -> int:
-    """Side of the low-resolution view: a patch for each 64 pixels of the high-resolution one."""
-    return size // 64 * PATCH_SIZE
+    """Side of the low-resolution view: a patch for each position of the high-resolution tower."""
+    return size // STRIDE * PATCH_SIZE
 
 
 def get_steps(arguments: TrainTinyArguments) -> Iterator[Step]:
     """The commands of a training in their order."""
     preset, output, seed = PRESETS[arguments.preset], Path(arguments.output), f"--seed={arguments.seed}"
+    parts = Path(arguments.parts or output)
+    pictures = output if arguments.blind else parts
     alphabet = f"--alphabet={preset.alphabet}"
 
     def module(name: str, *options) -> list[str]:
         return [sys.executable, "-m", name, *map(str, options)]
 
     def data_folder(course: Course) -> Path:
-        return output / f"fineprint-{course.size}-{course.max_signs}"
+        return pictures / f"fineprint-{course.size}-{course.max_signs}"
 
     for course in {data_folder(course): course for course in (preset.pretrain, *preset.finetune)}.values():
         folder = data_folder(course)
@@ -220,7 +223,7 @@ def get_steps(arguments: TrainTinyArguments) -> Iterator[Step]:
         )
         yield Step(folder.name, folder / "test.jsonl", command)
 
-    language_model, towers = output / "language-model", output / "towers"
+    language_model, towers = parts / "language-model", pictures / "towers"
     yield Step(
         "language model",
         language_model / "tokenizer.json",
@@ -241,6 +244,7 @@ def get_steps(arguments: TrainTinyArguments) -> Iterator[Step]:
             f"--output={towers}",
             f"--tokenizer={language_model}",
             f"--low_res_ratio={LOW_RES_RATIO}",
+            f"--patch_size={PATCH_SIZE}",
             f"--workers={arguments.workers}",
             *preset.towers,
             *(["--blind"] if arguments.blind else []),

@@ -316,6 +316,12 @@ def test_a_data_set_without_chats_is_refused(tmp_path):
         load_data(str(tmp_path / "rows"))
 
 
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet"])
+def test_a_missing_data_file_is_named(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=f"{name} .* does not exist"):
+        load_data(str(tmp_path / name))
+
+
 def test_a_stream_does_not_mix_pictures_and_text(tmp_path):
     kinds = random.Random(0).choices([True, False], k=21)
     rows = {"messages": [QUESTION + ANSWER] * 21, "images": [[IMAGES[0]] if kind else [] for kind in kinds]}

@@ -21,10 +21,15 @@ import torch
 from PIL import Image
 
 from training.fineprint import (
+    COLOR_NAMES,
+    IGNORED,
+    OBJECTS,
     SCENES,
     FinePrintArguments,
     FinePrintConfig,
     Painter,
+    Scene,
+    Sign,
     draw_sample,
     generate,
     get_caption,
@@ -32,8 +37,12 @@ from training.fineprint import (
     get_questions,
     get_rng,
     get_split,
+    get_targets,
     reduce_and_enlarge,
 )
+
+
+CHARACTERS = FinePrintConfig().characters
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +217,29 @@ def test_contradictions_are_refused_by_name(options, name):
 def test_a_finished_folder_is_not_overwritten(folders):
     with pytest.raises(ValueError, match="already holds"):
         generate(FinePrintArguments(output=str(folders[0])))
+
+
+def test_targets_are_at_the_objects_positions():
+    centers = [(41.0, 70.0), (49.0, 70.0), (57.0, 70.0), (65.0, 70.0)]
+    scene = Scene("street", 128, [Sign("4711", "red", "sign", (53.0, 70.0), centers)], [])
+    targets = get_targets(scene, CHARACTERS)
+    # (53, 70) lies in column 1 and row 2 of positions of 32 pixels
+    assert targets["objects"].nonzero().tolist() == [[2, 1]]
+    assert targets["objects"][2, 1] == OBJECTS.index("sign")
+    assert targets["colors"][2, 1] == COLOR_NAMES.index("red")
+    assert "".join(CHARACTERS[index] for index in targets["texts"][2, 1]) == "4711"
+    assert (targets["texts"] != IGNORED).sum() == 4
+    # and in column 3 and row 4 of positions of 16 pixels
+    assert (targets["words"][4, 3] == targets["texts"][2, 1]).all() and (targets["words"] != IGNORED).sum() == 4
+    # 70 / 8 = 8.75; 41 / 4 = 10.25 and so on
+    assert targets["strokes"].nonzero().tolist() == [[8, 10], [8, 12], [8, 14], [8, 16]]
+    assert [CHARACTERS[index - 1] for index in targets["strokes"][8, 10:17:2]] == list("4711")
+
+
+def test_pages_ask_for_characters_only():
+    config = FinePrintConfig(size=64)
+    _, scene = Painter(config, "train", get_rng(0, "train", 0)).paint_page()
+    targets = get_targets(scene, CHARACTERS)
+    assert len(scene.signs) >= 6 and (targets["strokes"] > 0).sum() > 3 * len(scene.signs)
+    assert (targets["words"][..., 0] != IGNORED).sum() >= 5
+    assert all((targets[name] == IGNORED).all() for name in ("objects", "colors", "texts"))

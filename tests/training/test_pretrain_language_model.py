@@ -11,49 +11,131 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import numpy as np
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training.fineprint import get_caption
-from training.pretrain_language_model import PretrainLanguageModelArguments, get_scenes, get_texts, pretrain
+from modeling_llava_hr.processing_llava_hr import VICUNA_V1_CHAT_TEMPLATE
+from training.fineprint import (
+    IGNORED,
+    SCENES,
+    FinePrintConfig,
+    Painter,
+    get_questions,
+    get_rng,
+    get_split,
+    get_targets,
+)
+from training.pretrain_language_model import (
+    IMAGE_TOKEN,
+    PretrainLanguageModelArguments,
+    SceneEmbedding,
+    encode,
+    get_messages,
+    make_scene,
+    pretrain,
+)
+
+
+CHARACTERS = FinePrintConfig().characters
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     output = tmp_path_factory.mktemp("language-model")
-    arguments = PretrainLanguageModelArguments(output=str(output), num_scenes=60, steps=20, batch_size=4, size=128)
-    return output, arguments, pretrain(arguments)
+    arguments = PretrainLanguageModelArguments(output=str(output), steps=30, batch_size=4, size=128)
+    return output, pretrain(arguments)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Scenes of 4 x 4 places with up to four texts."""
+    painter = Painter(FinePrintConfig(), "train", get_rng(0, "train", 0))
+    rng = np.random.default_rng(0)
+    return [make_scene(painter, 4, 4, rng) for _ in range(200)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(trained):
+    return AutoTokenizer.from_pretrained(trained[0])
 
 
 def test_loss_falls(trained):
-    _, _, losses = trained
-    assert losses["last_loss"] < 0.7 * losses["first_loss"]
+    _, losses = trained
+    assert losses["last_loss"] < 0.6 * losses["first_loss"]
 
 
-def test_every_digit_is_a_token_and_known_words_are_one(trained):
-    tokenizer = AutoTokenizer.from_pretrained(trained[0])
+def test_every_digit_is_a_token_and_known_words_are_one(tokenizer):
     assert tokenizer.tokenize("4.71") == ["4", ".", "7", "1"]
     assert len(tokenizer.tokenize("What does the sign say")) == 5
 
 
-def test_any_text_survives_the_tokenizer(trained):
-    tokenizer = AutoTokenizer.from_pretrained(trained[0])
+def test_any_text_survives_the_tokenizer(tokenizer):
     for text in ("What does the red sign say?", "Où est le tücher? 日本\n\t{}", " 4711  "):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
-def test_chat_contains_the_description_and_all_answers(trained):
-    output, arguments, _ = trained
-    tokenizer = AutoTokenizer.from_pretrained(output)
-    scene = next(scene for scene in get_scenes(arguments) if len(scene.signs) > 1)
-    caption, chat = get_texts(tokenizer, scene, torch.Generator())
-    assert caption == f"<s>{get_caption(scene, with_texts=True)}\n"
-    assert chat.count("</s>") == chat.count("ASSISTANT: ") >= 3
-    assert all(f"ASSISTANT: {sign.text}</s>" in chat for sign in scene.signs)
+def test_chat_is_what_the_processor_makes_of_it(trained, scenes):
+    """Token ids and labels equal those of a training sample with a picture of as many tokens."""
+    from PIL import Image
+
+    from modeling_llava_hr import LlavaHrImageProcessorPil, LlavaHrProcessor
+
+    tokenizer = AutoTokenizer.from_pretrained(trained[0])
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    messages = get_messages(scenes[0], np.random.default_rng(1))
+    ids, labels = encode(tokenizer, messages, VICUNA_V1_CHAT_TEMPLATE, 16)
+
+    image_processor = LlavaHrImageProcessorPil(size=28, high_res_size=128, patch_size=7)
+    processor = LlavaHrProcessor(image_processor, tokenizer)
+    text = [{"type": "text", "text": messages[0]["content"].removeprefix(f"{IMAGE_TOKEN}\n")}]
+    first = {"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (128, 128))}, *text]}
+    expected = processor.apply_chat_template(
+        [[first, *messages[1:]]], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert ids == expected["input_ids"][0].tolist()
+    answers = tokenizer.decode([label for label in labels if label != IGNORED])
+    assert answers == "".join(f" {message['content']}</s>" for message in messages[1::2])
 
 
-def test_saved_model_has_a_row_for_every_token(trained):
-    tokenizer, model = AutoTokenizer.from_pretrained(trained[0]), AutoModelForCausalLM.from_pretrained(trained[0])
+def test_scenes_show_training_texts_each_in_its_place(scenes):
+    for scene in scenes:
+        assert 1 <= len(scene.signs) <= 4 and len(scene.shapes) <= 2
+        assert all(get_split(sign.text) == "train" and sign.object == SCENES[scene.name][0] for sign in scene.signs)
+        things = [*scene.signs, *scene.shapes]
+        assert len({thing.center for thing in things}) == len({thing.color for thing in things}) == len(things)
+    assert {len(scene.signs) for scene in scenes} == {1, 2, 3, 4}
+
+
+def test_chats_ask_one_question_or_all(scenes):
+    rng, alone = np.random.default_rng(0), 0
+    for scene in scenes:
+        messages = get_messages(scene, rng)
+        pairs = [
+            (a["content"].removeprefix(f"{IMAGE_TOKEN}\n"), b["content"])
+            for a, b in zip(messages[::2], messages[1::2], strict=True)
+        ]
+        expected = {(question, answer) for _, question, answer in get_questions(scene)}
+        assert set(pairs) <= expected and len(pairs) in (1, len(expected))
+        alone += len(pairs) == 1
+    assert 60 < alone < 140
+
+
+def test_scene_embedding_tells_what_lies_where(scenes):
+    """What changes in a scene changes the embedding of its place, and of no other."""
+    scene = next(scene for scene in scenes if len(scene.signs) == 1)
+    eye = SceneEmbedding(len(CHARACTERS), 32)
+    sign = scene.signs[0]
+    changed = scene._replace(signs=[sign._replace(text=sign.text[:-1] + str((int(sign.text[-1]) + 1) % 10))])
+    before, after = (
+        eye({name: target[None] for name, target in get_targets(one, CHARACTERS).items()}) for one in (scene, changed)
+    )
+    column, row = (int(coordinate) // 32 for coordinate in sign.center)
+    assert before.shape == (16, 32)
+    assert (before != after).any(dim=1).nonzero().tolist() == [[4 * row + column]]
+
+
+def test_saved_model_has_a_row_for_every_token(trained, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(trained[0])
     assert model.config.vocab_size >= len(tokenizer)
     assert model.generate(**tokenizer("<s>street", return_tensors="pt"), max_new_tokens=3).shape[1] > 2

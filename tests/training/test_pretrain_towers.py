@@ -19,13 +19,17 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from conversion.assemble import assemble
-from training.fineprint import FinePrintConfig, Painter, Scene, Sign, get_rng
-from training.pretrain_language_model import PretrainLanguageModelArguments
-from training.pretrain_language_model import pretrain as pretrain_language_model
-from training.pretrain_towers import (
+from training.fineprint import (
     COLOR_NAMES,
     IGNORED,
     OBJECTS,
+    FinePrintConfig,
+    Painter,
+    get_rng,
+)
+from training.pretrain_language_model import PretrainLanguageModelArguments
+from training.pretrain_language_model import pretrain as pretrain_language_model
+from training.pretrain_towers import (
     PretrainTowersArguments,
     Reader,
     count_texts_read,
@@ -33,7 +37,6 @@ from training.pretrain_towers import (
     draw_pictures,
     get_low_res_view,
     get_reading_loss,
-    get_targets,
     pretrain,
 )
 
@@ -46,9 +49,7 @@ DEPTHS, DIMS = [1, 1, 1, 1], [8, 16, 32, 64]
 def towers(tmp_path_factory):
     """Language model and towers after a few steps."""
     root = tmp_path_factory.mktemp("tiny")
-    pretrain_language_model(
-        PretrainLanguageModelArguments(output=str(root / "lm"), num_scenes=20, steps=10, batch_size=2, size=128)
-    )
+    pretrain_language_model(PretrainLanguageModelArguments(output=str(root / "lm"), steps=10, batch_size=2, size=128))
     arguments = PretrainTowersArguments(
         output=str(root / "towers"),
         tokenizer=str(root / "lm"),
@@ -67,29 +68,6 @@ def towers(tmp_path_factory):
         vision_layers=4,
     )
     return root, pretrain(arguments)
-
-
-def test_targets_are_at_the_objects_positions():
-    centers = [(41.0, 70.0), (49.0, 70.0), (57.0, 70.0), (65.0, 70.0)]
-    scene = Scene("street", 128, [Sign("4711", "red", "sign", (53.0, 70.0), centers)], [])
-    targets = get_targets(scene, CHARACTERS)
-    # (53, 70) lies in column 1 and row 2 of positions of 32 pixels
-    assert targets["objects"].nonzero().tolist() == [[2, 1]]
-    assert targets["objects"][2, 1] == OBJECTS.index("sign")
-    assert targets["colors"][2, 1] == COLOR_NAMES.index("red")
-    assert "".join(CHARACTERS[index] for index in targets["texts"][2, 1]) == "4711"
-    assert (targets["texts"] != IGNORED).sum() == 4
-    # 70 / 8 = 8.75; 41 / 4 = 10.25 and so on
-    assert targets["strokes"].nonzero().tolist() == [[8, 10], [8, 12], [8, 14], [8, 16]]
-    assert [CHARACTERS[index - 1] for index in targets["strokes"][8, 10:17:2]] == list("4711")
-
-
-def test_pages_ask_for_characters_only():
-    config = FinePrintConfig(size=64)
-    _, scene = Painter(config, "train", get_rng(0, "train", 0)).paint_page()
-    targets = get_targets(scene, CHARACTERS)
-    assert len(scene.signs) >= 6 and (targets["strokes"] > 0).sum() > 3 * len(scene.signs)
-    assert all((targets[name] == IGNORED).all() for name in ("objects", "colors", "texts"))
 
 
 def test_crops_hold_the_text_at_any_place():
@@ -111,15 +89,14 @@ def test_reading_loss_of_even_scores():
     """Equal scores give the logarithm of the number of classes for each target."""
     pictures = draw_pictures(FinePrintConfig(size=64, max_signs=1), "train", 2, workers=0)
     reader = Reader(DEPTHS, DIMS, len(CHARACTERS))
-    for head in (*reader.heads, reader.stroke_head):
+    for head in (*reader.heads, reader.word_head, reader.stroke_head):
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
-    targets = {name: pictures[name] for name in ("objects", "colors", "texts", "strokes")}
+    targets = {name: pictures[name] for name in ("objects", "colors", "texts", "words", "strokes")}
     loss = get_reading_loss(reader(torch.zeros(2, 3, 64, 64)), targets)
     num_strokes = 1 + len(CHARACTERS)
-    expected = sum(math.log(n) for n in (len(OBJECTS), len(COLOR_NAMES), len(CHARACTERS))) + 1.25 * math.log(
-        num_strokes
-    )
+    num_classes = (len(OBJECTS), len(COLOR_NAMES), len(CHARACTERS), len(CHARACTERS))
+    expected = sum(math.log(number) for number in num_classes) + 1.25 * math.log(num_strokes)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 

@@ -24,7 +24,7 @@ from training.fineprint import FinePrintArguments
 from training.pretrain_language_model import PretrainLanguageModelArguments
 from training.pretrain_towers import PretrainTowersArguments
 from training.train import make_parser
-from training.train_tiny import PRESETS, UNUSED, TrainTinyArguments, get_low_res_size, get_steps, silence
+from training.train_tiny import PATCH_SIZE, PRESETS, UNUSED, TrainTinyArguments, get_low_res_size, get_steps, silence
 
 
 PARSERS = {
@@ -58,8 +58,8 @@ def test_every_stage_starts_from_the_one_before(preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_both_views_have_whole_patches(preset):
     for course in (PRESETS[preset].pretrain, *PRESETS[preset].finetune):
-        num_tokens = get_num_image_tokens(get_low_res_size(course.size), 14)
-        assert (course.size // 32) % int(num_tokens**0.5) == 0
+        num_tokens = get_num_image_tokens(get_low_res_size(course.size), PATCH_SIZE)
+        assert num_tokens == (course.size // 32) ** 2
 
 
 def test_silence_sets_one_half_of_the_fusion_to_zero(tmp_path):

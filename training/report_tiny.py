@@ -1,0 +1,151 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Compares trainings of [`training.train_tiny`] by what they left behind:
+
+    python -m training.report_tiny --runs .cache/train-tiny .cache/train-tiny-blind --output docs/results
+
+draws `accuracy.png`, `learning_curves.png` and `gates.png` and writes `results.json`.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+from transformers import HfArgumentParser
+
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402  (the backend first)
+
+
+@dataclass
+class ReportArguments:
+    """
+    What is compared, and where to.
+
+    Args:
+        runs (`list[str]`): Outputs of finished trainings.
+        output (`str`): Folder for pictures and `results.json`.
+    """
+
+    runs: list[str] = field(metadata={"help": "outputs of finished trainings"})
+    output: str = field(metadata={"help": "folder for pictures and results.json"})
+
+
+def read_run(folder: Path) -> dict:
+    """
+    What a training left.
+
+    Args:
+        folder (`Path`): Output of [`training.train_tiny`].
+
+    Returns:
+        `dict`: `accuracy` and `mean_gates` as in `evaluation.json`, `seconds` of each step, and `losses`: for each
+        run of a stage, its name, and steps and losses.
+
+    Raises:
+        ValueError: If the training is not finished.
+    """
+    if not (folder / "evaluation.json").exists():
+        raise ValueError(f"`runs`: {folder} has no evaluation.json. Finish it with `python -m training.train_tiny`.")
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    losses = {}
+    for stage in sorted(folder.glob("[0-9]*-*"), key=lambda path: int(path.name.split("-")[0])):
+        checkpoints = sorted(stage.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        history = json.loads((checkpoints[-1] / "trainer_state.json").read_text())["log_history"]
+        losses[stage.name] = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    lines = (folder / "seconds.jsonl").read_text().splitlines()
+    return {
+        "accuracy": evaluation["accuracy"],
+        "mean_gates": evaluation["mean_gates"],
+        "seconds": {entry["step"]: entry["seconds"] for entry in map(json.loads, lines)},
+        "losses": losses,
+    }
+
+
+def draw_accuracy(runs: dict[str, dict], path: Path) -> None:
+    """Bars of fine and coarse accuracy with their standard errors, a group for each run."""
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for index, kind in enumerate(("fine", "coarse")):
+        results = [run["accuracy"][kind] for run in runs.values()]
+        places = [number + 0.4 * index - 0.2 for number in range(len(runs))]
+        bars = axes.bar(
+            places,
+            [100 * result["accuracy"] for result in results],
+            yerr=[100 * result["standard_error"] for result in results],
+            width=0.38,
+            label=f"{kind} questions",
+        )
+        axes.bar_label(bars, fmt="%.0f", padding=2)
+    axes.set(ylabel="exact answers, %", ylim=(0, 112), xticks=range(len(runs)), xticklabels=runs)
+    axes.legend(loc="upper right", ncols=2)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_losses(runs: dict[str, dict], path: Path) -> None:
+    """Loss over steps, one panel for each run of a stage, one line for each training."""
+    stages = list(next(iter(runs.values()))["losses"])
+    figure, panels = plt.subplots(
+        1, len(stages), figsize=(3.2 * len(stages), 3), layout="constrained", squeeze=False, sharey=True
+    )
+    for panel, stage in zip(panels[0], stages, strict=True):
+        for name, run in runs.items():
+            panel.plot(*zip(*run["losses"].get(stage, [(0, float("nan"))]), strict=True), label=name, linewidth=1)
+        panel.set(title=stage, xlabel="step", yscale="log")
+    panels[0][0].set_ylabel("loss of the answers")
+    panels[0][-1].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_gates(run: dict, path: Path) -> None:
+    """Mean gate of each MR-Adapter by kind of question."""
+    figure, axes = plt.subplots(figsize=(4.5, 3), layout="constrained")
+    for index, (kind, gates) in enumerate(sorted(run["mean_gates"].items())):
+        axes.bar([number + 0.4 * index - 0.2 for number in range(len(gates))], gates, width=0.38, label=kind)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(ylabel="mean gate", xticks=range(len(gates)), xticklabels=[f"adapter {n + 1}" for n in range(len(gates))])
+    axes.legend(title="questions")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(ReportArguments).parse_args_into_dataclasses()
+    try:
+        runs = {Path(folder).name: read_run(Path(folder)) for folder in arguments.runs}
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    draw_accuracy(runs, output / "accuracy.png")
+    draw_losses(runs, output / "learning_curves.png")
+    draw_gates(next(iter(runs.values())), output / "gates.png")
+    kept = {name: {key: run[key] for key in ("accuracy", "mean_gates", "seconds")} for name, run in runs.items()}
+    (output / "results.json").write_text(json.dumps(kept, indent=2) + "\n")
+    for name, run in runs.items():
+        fine, coarse = (run["accuracy"][kind] for kind in ("fine", "coarse"))
+        print(
+            f"| {name} | {fine['accuracy']:.1%} ± {fine['standard_error']:.1%} "
+            f"| {coarse['accuracy']:.1%} ± {coarse['standard_error']:.1%} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
