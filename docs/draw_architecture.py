@@ -107,7 +107,7 @@ def draw_language_model(axis) -> None:
     arrow(axis, (107.5, 25.2), (107.5, TOP - 6), color=TEXT)
     note(axis, 107.5, 24, "“What does the green sign say?”", INK, fontsize=8)
     arrow(axis, (107.5, TOP + 6), (107.5, TOP + 9), color=TEXT)
-    note(axis, 107.5, TOP + 10.2, "“4286”", INK, fontsize=10, weight="bold")
+    note(axis, 107.5, TOP + 10.2, "“1471”", INK, fontsize=10, weight="bold")
     note(axis, 97.6, TOP + 7.6, "as many tokens\nas F has", TEXT)
 
 

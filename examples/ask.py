@@ -47,7 +47,7 @@ def main() -> None:
             ],
         }
     ]
-    output = pipe(messages, max_new_tokens=arguments.max_new_tokens, do_sample=False, return_full_text=False)
+    output = pipe(messages, max_new_tokens=arguments.max_new_tokens, return_full_text=False)
     print(output[0]["generated_text"].strip())
 
 

@@ -79,7 +79,7 @@ class Results:
 
 def hide_folders(text: str) -> str:
     """Absolute paths reduced to their last part: where things lie on a machine is nobody's business."""
-    return re.sub(r"(?<![\w.~-])~?/(?:[^\s/]+/)*(?=[^\s/])", "", text)
+    return re.sub(r"(?<![\w.~:/-])~?/(?:[^\s/]+/)*(?=[^\s/])", "", text)
 
 
 def count_parameters(model: LlavaHrForConditionalGeneration) -> dict[str, str]:
@@ -236,6 +236,7 @@ def make_card(
         name=repo.split("/")[1],
         full_model=full_model,
         has_4bit_variant=has_4bit_variant,
+        is_4bit="quantization_config" in model.config.to_dict(),
         transformers_version=TRANSFORMERS_VERSION,
         size=views.size["height"],
         high_res_size=views.high_res_size["height"],

@@ -60,6 +60,7 @@ def main() -> None:
             processor_kwargs={"size": size, "high_res_size": high_res_size},
         ).to(model.device)
         num_tokens = (inputs["input_ids"] == processor.image_token_id).sum().item()
+        model.generate(**inputs, max_new_tokens=1, do_sample=False)  # the first use of a size is slower
         start = time.perf_counter()
         output = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
         answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

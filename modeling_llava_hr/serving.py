@@ -48,7 +48,6 @@ logger = logging.get_logger(__name__)
 
 # Room for a picture of 48 MB in base64
 MAX_BODY_BYTES = 64 * 2**20
-PICTURE_TIMEOUT_SECONDS = 10
 
 
 def register() -> None:
@@ -62,7 +61,7 @@ def load_picture(url: Any) -> "Image.Image":
     The picture of an `image_url`.
 
     Args:
-        url (`str`): A data URL, or the address of a picture. Not a path: clients do not read the server's disk.
+        url (`str`): A data URL. No path and no address: clients do not read the server's disk or network.
 
     Returns:
         `PIL.Image.Image`: The picture in RGB.
@@ -72,14 +71,14 @@ def load_picture(url: Any) -> "Image.Image":
     """
     from fastapi import HTTPException
 
-    if not isinstance(url, str) or not url.startswith(("data:image/", "http://", "https://")):
+    if not isinstance(url, str) or not url.startswith("data:image/"):
         raise HTTPException(
             400,
-            f"A picture must be a data URL (data:image/png;base64,...) or an http(s) address, but got {url!r:.60}.",
+            f"A picture must be a data URL (data:image/png;base64,...), no address or path, but got {url!r:.60}.",
         )
     try:
-        return load_image(url, timeout=PICTURE_TIMEOUT_SECONDS)
-    # whatever Pillow's decoders and the network raise
+        return load_image(url)
+    # whatever Pillow's decoders raise
     except Exception as error:
         raise HTTPException(
             400, f"The picture {url!r:.60} cannot be read. Send a whole file in a format that Pillow knows."
@@ -141,6 +140,7 @@ def build_server(build: Callable, model_manager, chat_handler, *, response_handl
         `FastAPI`: The app. It serves the one model that was named at the start.
     """
     from fastapi import HTTPException, Request
+    from fastapi.exceptions import RequestValidationError
     from starlette.exceptions import HTTPException as StarletteHTTPException
 
     app = build(model_manager, chat_handler, response_handler=response_handler, **kwargs)
@@ -167,18 +167,26 @@ def build_server(build: Callable, model_manager, chat_handler, *, response_handl
                     raise HTTPException(400, f"Content must be text or pictures, but got {part['type']!r}.")
             return messages
 
+        def validate(body: dict, check=handler._validate_request):
+            if body.get("chat_template_kwargs"):  # among them are pictures by their paths on this machine
+                raise HTTPException(400, "This server takes no `chat_template_kwargs`. Leave them out.")
+            return check(body)
+
         handler.get_processor_inputs_from_messages = load_pictures
+        handler._validate_request = validate
 
     async def explain(request: Request, error: Exception) -> "JSONResponse":
         if isinstance(error, StarletteHTTPException):
             return refuse(error.status_code, str(error.detail))
+        if isinstance(error, RequestValidationError):
+            return refuse(400, "The body of the request must be a JSON object in the form of OpenAI's API.")
         logger.warning("Refused a request", exc_info=error)
         if isinstance(error, (KeyError, TypeError)):
             return refuse(400, f"The request does not have the form of OpenAI's API: {error!r}.")
         return refuse(400, str(error))
 
     # what processor, chat template and generation raise about their arguments, and transformers' parser of requests
-    for error in (StarletteHTTPException, KeyError, TemplateError, TypeError, ValueError):
+    for error in (StarletteHTTPException, RequestValidationError, KeyError, TemplateError, TypeError, ValueError):
         app.add_exception_handler(error, explain)
     app.add_middleware(BodyLimit, max_body_bytes=MAX_BODY_BYTES)
     return app

@@ -24,9 +24,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import gradio as gr
 from engine import Engine, Look
-from gradio.components.chatbot import ChatbotDataMessages
+
+
+try:
+    import gradio as gr
+    from gradio.components.chatbot import ChatbotDataMessages
+except ImportError as error:
+    sys.exit(f'error: the page needs gradio ({error}): pip install ".[space]" in the checkout')
 
 
 HERE = Path(__file__).parent
@@ -199,6 +204,8 @@ def make_page(engine: Engine) -> gr.Blocks:
                 else:
                     yield text, *[gr.skip()] * len(panel)
                 told = seconds or 0
+            if told is not None:  # once more, as a page that was still unfolding may have missed the first
+                yield text, *show(look, seconds, encoded)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
@@ -206,7 +213,10 @@ def make_page(engine: Engine) -> gr.Blocks:
         pictures = [part for turn in to_messages(history) for part in turn["content"] if part["type"] == "image"]
         if not pictures:
             return tuple([gr.skip()] * len(panel))
-        return show(engine.look(engine.read(pictures[-1]["path"]), side), None, "new")
+        try:
+            return show(engine.look(engine.read(pictures[-1]["path"]), side), None, "new")
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
 
     with gr.Blocks(title="LLaVA-HR", analytics_enabled=False, delete_cache=(KEEP_UPLOADS, KEEP_UPLOADS)) as page:
         gr.HTML(HEAD, elem_id="head")

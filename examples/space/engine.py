@@ -180,7 +180,12 @@ class Engine:
         Raises:
             ValueError: If it is no picture, whatever its name says.
         """
-        picture = Path(path).read_bytes()
+        try:
+            picture = Path(path).read_bytes()
+        except OSError as error:
+            raise ValueError(
+                f"{Path(path).name} is no longer here: pictures are kept for an hour. Send it again."
+            ) from error
         try:
             self.processor.image_processor.fetch_images(picture)
         except ValueError as error:
@@ -248,7 +253,7 @@ class Engine:
         """
         start = time.perf_counter()
         paths = [part["path"] for message in messages for part in message["content"] if part["type"] == "image"]
-        looks = [self.look(Path(path).read_bytes(), side) for path in paths]
+        looks = [self.look(self.read(path), side) for path in paths]
         last = looks[-1] if looks else None
         yield "", last, None
 

@@ -22,13 +22,6 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory) -> Path:
-    """The trained tiny model if it is there, otherwise a recorded checkpoint with random weights, converted."""
-    trained = ROOT / "examples" / "tiny-llava-hr"
-    if trained.exists():
-        return trained
-    from conversion.convert_llava_hr_weights_to_hf import convert
-
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    convert(str(ROOT / "tests" / "fixtures" / "reference" / "stage2-1024" / "checkpoint"), str(folder))
-    return folder
+def tiny_model() -> Path:
+    """The trained tiny model that is shipped with the examples."""
+    return ROOT / "examples" / "tiny-llava-hr"

@@ -140,7 +140,12 @@ def image(url):
     [
         (image("data:image/png;base64,bm90IGEgcGljdHVyZQ=="), 400, "cannot be read"),
         (image(encode(PICTURES[0])[:300]), 400, "cannot be read"),
-        (image("http://127.0.0.1:9/street.png"), 400, "cannot be read"),
+        (image("http://127.0.0.1:9/street.png"), 400, "must be a data URL"),
+        (
+            {"content": QUESTION, "extra_body": {"chat_template_kwargs": {"processor_kwargs": {"images": ["a.png"]}}}},
+            400,
+            "chat_template_kwargs",
+        ),
         (image(str(ROOT / "tests" / "fixtures")), 400, "must be a data URL"),
         (image(7), 400, "must be a data URL"),
         ({"content": [{"type": "input_audio", "input_audio": {"data": ""}}]}, 400, "text or pictures"),

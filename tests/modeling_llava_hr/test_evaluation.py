@@ -321,23 +321,22 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
     return result.stdout + result.stderr
 
 
-def test_command_gives_the_accuracy_of_evaluate_fineprint(converted_stage2, tmp_path):
+def test_command_gives_the_accuracy_of_evaluate_fineprint(tmp_path):
     """
-    The tiny model if it is there. Questions one by one: then both paths compute the same numbers, and answers are
+    With the trained tiny model. Questions one by one: then both paths compute the same numbers, and answers are
     equal to the last character whatever the precision.
     """
     from training.evaluate_fineprint import EvaluateArguments, evaluate
     from training.export_fineprint import ExportFinePrintArguments, export
     from training.fineprint import FinePrintArguments, generate
 
-    tiny = ROOT / "examples" / "tiny-llava-hr"
-    model, sizes = (tiny, {}) if tiny.exists() else (converted_stage2, SIZES)
+    model = ROOT / "examples" / "tiny-llava-hr"
     data, tasks = tmp_path / "data", tmp_path / "tasks"
     generate(FinePrintArguments(output=str(data), num_train=0, num_validation=0, num_test=4, size=256, workers=1))
     export(ExportFinePrintArguments(data=str(data), output=str(tasks)))
-    expected = evaluate(EvaluateArguments(model=str(model), data=str(data), batch_size=1, **sizes))
+    expected = evaluate(EvaluateArguments(model=str(model), data=str(data), batch_size=1))
 
-    model_args = ",".join([f"pretrained={model}", *(f"{name}={value}" for name, value in sizes.items())])
+    model_args = f"pretrained={model}"
     command = [sys.executable, "-m", "lmms_eval", "--model", "llava_hr", "--model_args", model_args, "--device", "cpu"]
     command += ["--include_path", str(tasks), "--tasks", "fineprint", "--output_path", str(tmp_path / "out")]
     output = run(*command, "--log_samples", cwd=tmp_path)

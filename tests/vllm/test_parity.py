@@ -25,6 +25,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: `make test-vllm` has an environment of its own")
@@ -111,11 +112,11 @@ def make_chats(folder: Path) -> list[list[dict]]:
 @pytest.fixture(scope="module", params=["random", "trained"])
 def model_folder(request, tmp_path_factory):
     """A recorded checkpoint of the released code with Vicuna's kind of tokenizer, and the trained tiny model."""
-    if request.param == "trained":
-        if not TRAINED.exists():
-            pytest.skip(f"{TRAINED.name} is not there")
-        return TRAINED
-    folder = tmp_path_factory.mktemp("random") / "model"
+    folder = tmp_path_factory.mktemp(request.param) / "model"
+    if request.param == "trained":  # saved again, since it is kept without its code
+        AutoModelForImageTextToText.from_pretrained(TRAINED).save_pretrained(folder)
+        AutoProcessor.from_pretrained(TRAINED).save_pretrained(folder)
+        return folder
     convert(str(ROOT / "tests" / "fixtures" / "reference" / "stage2-1024" / "checkpoint"), str(folder))
     # vLLM's attention on the CPU has no heads of 16 channels; small views take less time
     edit(folder / "config.json", "text_config", num_attention_heads=2, num_key_value_heads=2, head_dim=32)
