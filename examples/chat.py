@@ -37,7 +37,7 @@ def read_questions() -> Iterator[str]:
     try:
         while question := input("You:   ").strip():
             yield question
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         pass
 
 

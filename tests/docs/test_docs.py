@@ -26,7 +26,10 @@ from modeling_llava_hr import image_processing_pil_llava_hr, modeling_llava_hr
 
 
 ROOT = Path(__file__).parent.parent.parent
-DOCUMENTS = [ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 INDEX = (ROOT / "docs" / "README.md").read_text()
 
 
