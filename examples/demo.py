@@ -27,6 +27,8 @@ from transformers import pipeline
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
 
+from .heat_map import to_picture
+
 
 EXAMPLES = Path(__file__).parent
 OUTPUT = EXAMPLES.parent / ".cache" / "demo"
@@ -36,12 +38,10 @@ SCENE = "street"
 def draw_views(processor, picture: Image.Image) -> Image.Image:
     """What the two pathways see of a picture, side by side and at the same height."""
     views = processor.image_processor(picture, return_tensors="pt")
-    mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
     side, margin = 512, 28
     canvas = Image.new("RGB", (2 * side + margin, side + margin), "white")
     for index, (name, title) in enumerate((("pixel_values", "ViT"), ("high_res_pixel_values", "ConvNeXt"))):
-        pixels = views[name][0].permute(1, 2, 0) * views[name].new_tensor(std) + views[name].new_tensor(mean)
-        panel = Image.fromarray((pixels.clamp(0, 1) * 255).byte().numpy())
+        panel = to_picture(views[name][0], processor)
         left = index * (side + margin)
         canvas.paste(panel.resize((side, side), Image.Resampling.NEAREST), (left, margin))
         text = f"what the {title} sees: {panel.width} x {panel.height} pixels"

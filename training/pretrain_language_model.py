@@ -80,7 +80,8 @@ class PretrainLanguageModelArguments:
         max_signs (`int`): Largest number of texts in a picture.
         alphabet (`str`): See [`~training.fineprint.FinePrintConfig`].
         vocab_size (`int`): Largest size of the vocabulary.
-        width, layers, heads (`int`): Of the Llama. Four narrow heads did not learn which text is asked for.
+        width, layers, heads (`int`): Of the Llama. Four narrow heads had not learned which text is asked for in
+            the steps that were tried.
         steps (`int`): Number of steps.
         batch_size (`int`): Texts a step.
         learning_rate (`float`): Highest learning rate (warm-up, cosine).

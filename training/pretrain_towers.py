@@ -88,7 +88,7 @@ class PretrainTowersArguments:
         output (`str`): Folder for the results.
         tokenizer (`str`): Folder with the tokenizer of the captions.
         measure_readability (`bool`): Measure what each view shows instead of making towers.
-        size (`int`): Side of the pictures of the second part in pixels, a multiple of 32.
+        size (`int`): Side of the pictures of the second part in pixels, a multiple of 64.
         max_signs (`int`): Largest number of texts in a picture of the second part.
         alphabet (`str`): See [`~training.fineprint.FinePrintConfig`].
         low_res_ratio (`float`): Side of the low-resolution view by that of the high-resolution one.

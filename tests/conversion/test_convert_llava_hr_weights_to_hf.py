@@ -739,7 +739,7 @@ TERMINATED = """
 """
 
 
-@pytest.mark.skipif(os.name != "posix", reason="SIGTERM")
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGTERM, which only POSIX systems have")
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 1)])
 def test_terminated_and_interrupted_runs_clean_up(write_original, tmp_path, name, status):
     result = run_command(write_original("stage1-384"), tmp_path / "out", name, code=TERMINATED)
