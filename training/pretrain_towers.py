@@ -20,17 +20,14 @@ Both towers learn from captions as CLIP does (open_clip's `ClipLoss`). A ConvNeX
 alone, so beside it the high-resolution tower learns to tell what lies at each of its positions (kind, colour, the
 characters of a text), first on parts of 64 pixels, which are cheap.
 
-    python -m training.pretrain_towers --measure_readability --output .cache/readability
-
-trains the same reader once on pictures as they are and once on the same pictures reduced to the low-resolution view
-and enlarged again, and writes which share of unseen texts each reads.
+`towers.json` says which share of unseen texts the high-resolution tower reads; with `--blind` it sees, in training and
+test, the same pictures reduced to the low-resolution view and enlarged again.
 """
 
 import io
 import json
 import multiprocessing
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -87,7 +84,6 @@ class PretrainTowersArguments:
     Args:
         output (`str`): Folder for the results.
         tokenizer (`str`): Folder with the tokenizer of the captions.
-        measure_readability (`bool`): Measure what each view shows instead of making towers.
         size (`int`): Side of the pictures of the second part in pixels, a multiple of 64.
         max_signs (`int`): Largest number of texts in a picture of the second part.
         alphabet (`str`): See [`~training.fineprint.FinePrintConfig`].
@@ -110,7 +106,6 @@ class PretrainTowersArguments:
 
     output: str = field(default="", metadata={"help": "folder for the results"})
     tokenizer: str = field(default="", metadata={"help": "folder with the tokenizer of the captions"})
-    measure_readability: bool = field(default=False, metadata={"help": "measure what each view shows"})
     size: int = field(default=256, metadata={"help": "side of the second part's pictures in pixels"})
     max_signs: int = field(default=4, metadata={"help": "largest number of texts in the second part's pictures"})
     alphabet: str = field(default="digits", metadata={"help": "digits or alphanumeric"})
@@ -456,20 +451,6 @@ def train_reader(arguments: PretrainTowersArguments, blind: bool) -> tuple[Reade
     return reader, evaluate_reader(arguments, reader, test, blind)
 
 
-def measure_readability(arguments: PretrainTowersArguments) -> dict:
-    """Trains a reader for either view and writes `readability.json`: the share of unseen texts that each reads."""
-    result = {
-        "command": " ".join(["python", "-m", "training.pretrain_towers", *sys.argv[1:]]),
-        "low_res_ratio": arguments.low_res_ratio,
-        "pictures_seen": arguments.reading_steps * arguments.reading_batch_size,
-    }
-    for name, blind in (("high_res_view", False), ("low_res_view", True)):
-        start = time.time()
-        _, result[name] = train_reader(arguments, blind)
-        result[name]["seconds"] = round(time.time() - start)
-    return result
-
-
 def pretrain(arguments: PretrainTowersArguments) -> dict:
     """Trains both towers and writes `vision_tower/` (a CLIP model) and `high_res_tower/` (timm's names)."""
     reader, result = train_reader(arguments, arguments.blind)
@@ -508,14 +489,11 @@ def pretrain(arguments: PretrainTowersArguments) -> dict:
 
 def main() -> None:
     (arguments,) = HfArgumentParser(PretrainTowersArguments).parse_args_into_dataclasses()
-    if not arguments.output or not (arguments.tokenizer or arguments.measure_readability):
-        sys.exit("error: --output, and --tokenizer unless --measure_readability, must be given.")
-    result = measure_readability(arguments) if arguments.measure_readability else pretrain(arguments)
-    output = Path(arguments.output)
-    output.mkdir(parents=True, exist_ok=True)
-    name = "readability.json" if arguments.measure_readability else "towers.json"
-    (output / name).write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    if not arguments.output or not arguments.tokenizer:
+        sys.exit("error: --output and --tokenizer must be given.")
+    result = json.dumps(pretrain(arguments), indent=2)
+    (Path(arguments.output) / "towers.json").write_text(result + "\n")
+    print(result)
 
 
 if __name__ == "__main__":
