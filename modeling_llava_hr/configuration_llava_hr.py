@@ -14,7 +14,9 @@
 """LLaVA-HR configuration."""
 
 import os
+from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, CLIPVisionConfig, PreTrainedConfig, TimmWrapperConfig
 from transformers.activations import ACT2FN
 
@@ -37,6 +39,24 @@ _CHOICES = {
     "mr_adapter_high_res_mapping": ("conv", "mlp"),
     "fusion": ("sum", "concat"),
 }
+
+# The largest values taken for real, each many times that of any model there is. Beyond them a config.json of a few
+# bytes would take hours and all memory before the first weight is compared with it.
+_LARGEST = {
+    "hidden_size": 2**17,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 2**10,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_dim": 2**12,
+    "vocab_size": 2**23,
+    "max_position_embeddings": 2**27,
+    "num_channels": 2**5,
+    "image_size": 2**14,
+    "patch_size": 2**8,
+}
+# What makes timm read a file or the network. A configuration says what to build, not what to load.
+_TIMM_SOURCES = ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
 
 
 def get_num_image_tokens(size: int, patch_size: int) -> int:
@@ -127,7 +147,11 @@ class LlavaHrConfig(PreTrainedConfig):
 
     model_type = "llava_hr"
     sub_configs = {"vision_config": AutoConfig, "high_res_vision_config": TimmWrapperConfig, "text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states", "high_res_features", "mr_adapter_gates"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "cache",  # its name since transformers 5.24
+        "image_outputs",
+    ]
     _auto_class = "AutoConfig"
 
     vision_config: dict | PreTrainedConfig | None = None
@@ -143,7 +167,7 @@ class LlavaHrConfig(PreTrainedConfig):
     projector_hidden_act: str = "gelu"
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.vision_config is None:
             self.vision_config = CLIPVisionConfig(
                 hidden_size=1024,
@@ -174,7 +198,7 @@ class LlavaHrConfig(PreTrainedConfig):
         self._check_choices()
         super().__post_init__(**kwargs)
 
-    def _check_choices(self):
+    def _check_choices(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but got {getattr(self, name)!r}.")
@@ -196,13 +220,16 @@ class LlavaHrConfig(PreTrainedConfig):
                 f"`high_res_vision_config` must be a TimmWrapperConfig, but got {high_res.model_type!r}. Name a CNN "
                 'of timm, for example TimmWrapperConfig(architecture="convnext_large_mlp", do_pooling=False).'
             )
+        check_sizes("vision_config", vision)
+        check_sizes("text_config", self.text_config.get_text_config())
+        _check_timm("high_res_vision_config", high_res)
         if vision.image_size % vision.patch_size:
             raise ValueError(
                 f"`vision_config.image_size` ({vision.image_size}) must be a multiple of `vision_config.patch_size` "
                 f"({vision.patch_size}): the position embeddings form a square grid with one entry per patch."
             )
 
-        layers = list(self.mr_adapter_layers)
+        layers = list(self.mr_adapter_layers or [])
         if any(not isinstance(layer, int) or not 0 <= layer < vision.num_hidden_layers for layer in layers):
             raise ValueError(
                 f"`mr_adapter_layers` are indices of ViT layers before which an adapter stands, from 0 to "
@@ -220,18 +247,61 @@ class LlavaHrConfig(PreTrainedConfig):
                 f"{vocab_size}). Extend the vocabulary by an image token, or name a token that it has."
             )
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Like [`PreTrainedConfig.save_pretrained`], with the complete `auto_map` beside a model's code."""
         has_model_code = os.path.isfile(os.path.join(save_directory, "modeling_llava_hr.py"))
         self.auto_map = dict(AUTO_MAP) if has_model_code else {"AutoConfig": AUTO_MAP["AutoConfig"]}
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
+def check_sizes(name: str, config: PreTrainedConfig) -> None:
+    """
+    Looks at the sizes in a part's configuration before a model is made of it.
+
+    Args:
+        name (`str`): The part's name, for the message.
+        config (`PreTrainedConfig`): Its configuration.
+
+    Raises:
+        ValueError: If a size cannot be that of a model; names it.
+    """
+    values = config.to_dict()
+    values |= {alias: values.get(original) for alias, original in config.attribute_map.items()}
+    for field, largest in _LARGEST.items():
+        value = values.get(field)
+        if isinstance(value, int) and not 0 < value <= largest:
+            raise ValueError(
+                f"`{name}.{field}` must be from 1 to {largest:,}, but got {value:,}. Correct config.json."
+            )
+
+
+def _check_timm(name: str, config: TimmWrapperConfig) -> None:
+    if ":" in config.architecture:
+        raise ValueError(
+            f"`{name}.architecture` must be timm's name of a CNN, such as convnext_large_mlp, but got "
+            f"{config.architecture!r}, a place to load one from."
+        )
+    model_args = config.model_args or {}
+    if sources := sorted(set(_TIMM_SOURCES) & set(model_args)):
+        raise ValueError(
+            f"`{name}.model_args` say what timm builds, but {', '.join(sources)} would make it load something. Leave "
+            "that out: the weights come from the checkpoint."
+        )
+    for field, values in model_args.items():
+        largest = _LARGEST["num_hidden_layers" if field in ("depths", "layers") else "hidden_size"]
+        values = values if isinstance(values, (list, tuple)) else [values]
+        if any(isinstance(value, (int, float)) and value > largest for value in values):
+            raise ValueError(f"`{name}.model_args[{field!r}]` must be at most {largest:,}, but got {values}.")
+
+
 def _config_from_dict(name: str, values: dict, default_model_type: str) -> PreTrainedConfig:
     model_type = values.get("model_type", default_model_type)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"`{name}` has the model type {model_type!r}, which transformers does not know.")
-    return CONFIG_MAPPING[model_type](**values)
+    try:
+        return CONFIG_MAPPING[model_type](**values)
+    except (StrictDataclassError, ZeroDivisionError) as error:
+        raise ValueError(f"`{name}` is not that of a {model_type}: {' '.join(str(error).split())}") from error
 
 
 __all__ = ["LlavaHrConfig", "get_num_image_tokens"]

@@ -21,26 +21,34 @@ Imported by lmms-eval alone. Tasks that lmms-eval does not have are in the folde
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, GenerationConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BatchFeature,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
 
 
-try:
-    from lmms_eval.api.instance import Instance
-    from lmms_eval.api.model import lmms
-    from lmms_eval.models.registry_v2 import ModelManifest
-    from lmms_eval.protocol import ChatMessages
-    from lmms_eval.utils import Collator
-    from loguru import logger
-except ImportError as error:
-    raise ImportError('Evaluation needs lmms-eval. Install it: pip install "modeling-llava-hr[evaluation]"') from error
+if find_spec("lmms_eval") is None:
+    raise ImportError('Evaluation needs lmms-eval: pip install ".[evaluation]" in the checkout.')
+
+from lmms_eval.api.instance import Instance  # noqa: E402
+from lmms_eval.api.model import lmms  # noqa: E402
+from lmms_eval.models.registry_v2 import ModelManifest  # noqa: E402
+from lmms_eval.protocol import ChatMessages  # noqa: E402
+from lmms_eval.utils import Collator  # noqa: E402
+from loguru import logger  # noqa: E402
+
 
 # As in the evaluation of the released code, where a task does not say
 MAX_NEW_TOKENS = 128
@@ -146,8 +154,8 @@ class LlavaHrEvaluation(lmms):
                 request.args for request in requests[first : first + self.batch_size]
             ):
                 doc = self.task_dict[task][split][doc_id]
-                answer = target if isinstance(target, str) else str(target(doc))
-                answer = {"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]}
+                text = target if isinstance(target, str) else str(target(doc))
+                answer = {"role": "assistant", "content": [{"type": "text", "text": text.strip()}]}
                 chats.append([*self._get_messages(context, doc_to_visual, doc), answer])
             results += self._get_losses(chats)
             progress.update(len(chats))
@@ -194,13 +202,15 @@ class LlavaHrEvaluation(lmms):
             `list[list[str]]`: Answers of all rounds for each request.
         """
         return [
-            self._answer_rounds(*request.args)
+            self._answer_rounds(request.args)
             for request in tqdm(requests, desc="LLaVA-HR", unit="question", disable=self.rank != 0)
         ]
 
-    def _answer_rounds(self, context, generation_kwargs, doc_to_visual, doc_to_text, doc_id, task, split) -> list[str]:
+    def _answer_rounds(self, args: tuple) -> list[str]:
+        context, generation_kwargs, doc_to_visual, doc_to_text, doc_id, task, split = args
         doc = self.task_dict[task][split][doc_id]
-        chat, answers, info, rounds = self._get_messages(context, doc_to_visual, doc), [], None, 0
+        chat, info, rounds = self._get_messages(context, doc_to_visual, doc), None, 0
+        answers: list[str] = []
         while True:
             answers = [*answers, *self._generate([chat], generation_kwargs)]
             rounds += 1
@@ -209,7 +219,7 @@ class LlavaHrEvaluation(lmms):
             )
             if is_done:
                 return list(answers)
-            chat = self._get_messages(context, lambda _, images=images: images, doc)
+            chat = self._get_messages(context, lambda _, images=images: images, doc)  # type: ignore[misc]
 
     def _get_question(self, args: tuple) -> Question:
         context, generation_kwargs, doc_to_visual, doc_id, task, split = args
@@ -231,7 +241,7 @@ class LlavaHrEvaluation(lmms):
                     raise ValueError(f"LLaVA-HR takes pictures (PIL) and text, but a task gives {part}.")
         return messages
 
-    def _encode(self, chats: list[Messages], **kwargs):
+    def _encode(self, chats: list[Messages], **kwargs: Any) -> BatchFeature:
         return self.processor.apply_chat_template(
             chats,
             tokenize=True,
@@ -277,9 +287,11 @@ class LlavaHrChatEvaluation(LlavaHrEvaluation):
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise ValueError("lmms-eval asks for likelihoods in its simple form only: add `--force_simple`.")
 
-    def _answer_rounds(self, context, doc_to_messages, generation_kwargs, doc_id, task, split) -> list[str]:
+    def _answer_rounds(self, args: tuple) -> list[str]:
+        _, doc_to_messages, generation_kwargs, doc_id, task, split = args
         doc = self.task_dict[task][split][doc_id]
-        messages, answers, info, rounds = doc_to_messages(doc), [], None, 0
+        messages, info, rounds = doc_to_messages(doc), None, 0
+        answers: list[str] = []
         while True:
             answers = [*answers, *self._generate([self._convert(messages)], generation_kwargs)]
             rounds += 1

@@ -13,12 +13,13 @@
 # limitations under the License.
 """Image processor class for LLaVA-HR."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_transforms import group_images_by_shape, reorder_images
 from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.utils import TensorType
 
@@ -90,7 +91,7 @@ class LlavaHrImageProcessor(LlavaHrImageProcessorMixin, TorchvisionBackend):
         do_convert_rgb: bool | None = None,
         input_data_format: str | None = None,
         device: "str | torch.device | None" = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """A picture in memory as 8-bit RGB, `(3, height, width)`. Raises ValueError if it cannot be one."""
         if isinstance(image, Image.Image):
@@ -112,55 +113,57 @@ class LlavaHrImageProcessor(LlavaHrImageProcessorMixin, TorchvisionBackend):
         do_normalize: bool,
         image_mean: float | tuple[float, ...] | None,
         image_std: float | tuple[float, ...] | None,
-        disable_grouping: bool | None,
         return_tensors: str | TensorType | None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchFeature:
-        side = high_res_size.height
-        for index, image in enumerate(images):
-            check_picture_size(index, *image.shape[-2:], side, do_resize, image_aspect_ratio)
-        grouped, grouped_index = group_images_by_shape(images, disable_grouping=disable_grouping)
-        low_res, high_res = {}, {}
-        for shape, stacked in grouped.items():
+        side, device = high_res_size.height, images[0].device
+        scale = rescale_factor if do_rescale else 1
+        if do_normalize:
+            mean, std = (torch.tensor(x, device=device).view(-1, 1, 1) * (1 / scale) for x in (image_mean, image_std))
+        high_res = torch.empty((len(images), 3, side, side), device=device)
+        for index, (view, image) in enumerate(zip(high_res, images, strict=True)):
+            height, width = image.shape[-2:]
+            check_picture_size(index, height, width, side, do_resize, image_aspect_ratio)
             if do_resize:
-                stacked = self._fit(stacked, side, resample, image_aspect_ratio, padding_color(image_mean))
-            stacked = self.rescale_and_normalize(
-                stacked, do_rescale, rescale_factor, do_normalize, image_mean, image_std
-            ).to(torch.float32)
-            low_res[shape], high_res[shape] = low_res_view(stacked, size), stacked
+                image = self._fit(image, side, resample, image_aspect_ratio, padding_color(image_mean))
+            view.copy_(image)  # 8 bits to float32, colours last to colours first
+            if do_normalize:
+                view.sub_(mean).div_(std)
+            elif do_rescale:
+                view.mul_(scale)
+        # Each colour as a picture of its own: on one thread torch takes a fifth of the time for it
+        low_res = low_res_view(high_res.flatten(0, 1)[:, None], size).unflatten(0, (-1, 3))[:, :, 0]
         return BatchFeature(
-            data={
-                "pixel_values": reorder_images(low_res, grouped_index),
-                "high_res_pixel_values": reorder_images(high_res, grouped_index),
-            },
-            tensor_type=return_tensors,
+            data={"pixel_values": low_res, "high_res_pixel_values": high_res}, tensor_type=return_tensors
         )
 
     def _fit(
         self,
-        images: torch.Tensor,
+        image: torch.Tensor,
         side: int,
         resample: PILImageResampling | int,
         image_aspect_ratio: str,
-        color: tuple[int, int, int],
+        color: tuple[int, ...],
     ) -> torch.Tensor:
-        """`(images, 3, height, width)` -> `(images, 3, side, side)`, 8 bits"""
+        """`(3, height, width)` -> `(3, side, side)`, 8 bits"""
         square = SizeDict(height=side, width=side)
-        height, width = images.shape[-2:]
+        height, width = image.shape[-2:]
         if image_aspect_ratio == "crop":
             new_height, new_width = shortest_edge_size(height, width, side)
-            images = self.resize(images, SizeDict(height=new_height, width=new_width), resample)
-            return self.center_crop(images, square)
+            image = self.resize(image, SizeDict(height=new_height, width=new_width), resample)
+            return self.center_crop(image, square)
         longest, wide = max(height, width), width > height
         if wide:
             # Rows of padding stay as they are when rows are resized: padding afterwards is the same for less work
-            images = self.resize(images, SizeDict(height=height, width=side), resample)
+            image = self.resize(image, SizeDict(height=height, width=side), resample)
         if wide or height > width:
             top, left = (longest - height) // 2, 0 if wide else (longest - width) // 2
-            canvas = images.new_tensor(color).view(3, 1, 1).repeat(len(images), 1, longest, side if wide else longest)
-            canvas[..., top : top + height, left : left + images.shape[-1]] = images
-            images = canvas
-        return self.resize(images, square, resample)
+            # Colours last in memory, as pictures of PIL are: resizing takes a fifth of the time
+            rows = image.new_tensor(color).repeat(side if wide else longest).repeat(longest, 1)
+            canvas = rows.unflatten(1, (-1, 3)).permute(2, 0, 1)  # (3, longest, side or longest)
+            canvas[:, top : top + height, left : left + image.shape[-1]] = image
+            image = canvas
+        return self.resize(image, square, resample)
 
 
 __all__ = ["LlavaHrImageProcessor", "LlavaHrImageProcessorKwargs"]

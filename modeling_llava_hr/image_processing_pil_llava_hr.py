@@ -14,6 +14,7 @@
 """What both image processors of LLaVA-HR share, and the PIL one."""
 
 import base64
+import itertools
 import os
 import struct
 from io import BytesIO
@@ -53,7 +54,7 @@ DOWNLOAD_TIMEOUT = 60  # seconds
 ROUNDING = 1e-3
 
 
-class LlavaHrImageProcessorKwargs(ImagesKwargs, total=False):
+class LlavaHrImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict of transformers
     r"""
     high_res_size (`int` or `dict[str, int]`, *optional*, defaults to `{"height": 1024, "width": 1024}`):
         Side of the square high-resolution view in pixels, a multiple of `high_res_stride`.
@@ -99,14 +100,20 @@ class LlavaHrImageProcessorMixin:
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "auto_map": AUTO_MAP}
 
-    def _standardize_kwargs(self, high_res_size=None, **kwargs) -> dict:
+    def _standardize_kwargs(self, high_res_size: Any = None, **kwargs: Any) -> dict[str, Any]:
         kwargs = super()._standardize_kwargs(**kwargs)
         if high_res_size is not None and not isinstance(high_res_size, SizeDict):
             high_res_size = SizeDict(**get_size_dict(high_res_size, param_name="high_res_size"))
         return {**kwargs, "high_res_size": high_res_size}
 
     def _validate_preprocess_kwargs(
-        self, size, high_res_size, patch_size, high_res_stride, image_aspect_ratio, **kwargs
+        self,
+        size: SizeDict | None,
+        high_res_size: SizeDict | None,
+        patch_size: int,
+        high_res_stride: int,
+        image_aspect_ratio: str,
+        **kwargs: Any,
     ) -> None:
         super()._validate_preprocess_kwargs(size=size, **kwargs)
         _check_geometry(size, high_res_size, patch_size, high_res_stride, image_aspect_ratio)
@@ -114,7 +121,7 @@ class LlavaHrImageProcessorMixin:
             if kwargs[name]:
                 raise ValueError(f'`{name}` has no effect here. Use `image_aspect_ratio="pad"` or `"crop"`.')
 
-    def fetch_images(self, image_url_or_urls):
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
         """
         Reads whatever is not a picture in memory yet. PIL decodes for both backends, so that modes, EXIF orientation
         and the guard against decompression bombs are the same.
@@ -125,17 +132,18 @@ class LlavaHrImageProcessorMixin:
                 the bytes of a picture file. Of an animation the first frame is taken.
 
         Returns:
-            The same nesting of `PIL.Image.Image` and 3-D or 4-D arrays.
+            The same nesting of `PIL.Image.Image` and 3-D arrays.
 
         Raises:
-            ValueError: If something cannot be read; the message says which and why.
+            ValueError: If something cannot be read, or this is neither a picture, nor a list of pictures, nor a list
+                of such lists; the message says which and why.
         """
-        return _fetch(image_url_or_urls, "images")
+        images = _fetch(image_url_or_urls, "images")
+        _check_nesting(images)
+        return images
 
-    def _preprocess_image_like_inputs(self, images, **kwargs) -> BatchFeature:
+    def _preprocess_image_like_inputs(self, images: Any, **kwargs: Any) -> BatchFeature:
         images = self._prepare_images_structure(images)
-        if not images:
-            raise ValueError("`images` is empty: give at least one picture.")
         pictures = []
         for index, image in enumerate(images):
             try:
@@ -162,7 +170,11 @@ class LlavaHrImageProcessorPil(LlavaHrImageProcessorMixin, PilBackend):
     """
 
     def process_image(
-        self, image, do_convert_rgb: bool | None = None, input_data_format: str | None = None, **kwargs
+        self,
+        image: Image.Image | np.ndarray | torch.Tensor,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | None = None,
+        **kwargs: Any,
     ) -> Image.Image:
         """A picture in memory (PIL image, 3-D array or tensor) as 8-bit RGB. Raises ValueError if it cannot be one."""
         if isinstance(image, Image.Image):
@@ -184,13 +196,14 @@ class LlavaHrImageProcessorPil(LlavaHrImageProcessorMixin, PilBackend):
         image_mean: float | tuple[float, ...] | None,
         image_std: float | tuple[float, ...] | None,
         return_tensors: str | TensorType | None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchFeature:
         side = high_res_size.height
         # One row per colour, one column per 8-bit value: three table look-ups instead of arithmetic on every pixel
         table = np.tile(np.arange(256) * (rescale_factor if do_rescale else 1), (3, 1)).astype(np.float32)
         if do_normalize:
-            mean, std = (np.broadcast_to(x, 3).astype(np.float32)[:, None] for x in (image_mean, image_std))
+            given: Any = (image_mean, image_std)
+            mean, std = (np.broadcast_to(x, 3).astype(np.float32)[:, None] for x in given)
             table = (table - mean) / std
         high_res = np.empty((len(images), 3, side, side), dtype=np.float32)
         for index, image in enumerate(images):
@@ -210,7 +223,7 @@ class LlavaHrImageProcessorPil(LlavaHrImageProcessorMixin, PilBackend):
         side: int,
         resample: PILImageResampling | int,
         image_aspect_ratio: str,
-        color: tuple[int, int, int],
+        color: tuple[int, ...],
     ) -> Image.Image:
         if image_aspect_ratio == "crop":
             height, width = shortest_edge_size(image.height, image.width, side)
@@ -269,7 +282,7 @@ def _check_geometry(
     )
 
 
-def _fetch(image, name: str):
+def _fetch(image: Any, name: str) -> Any:
     """[`LlavaHrImageProcessorMixin.fetch_images`] for what is called `name` in errors."""
     if isinstance(image, (list, tuple)):
         return [_fetch(item, f"{name}[{index}]") for index, item in enumerate(image)]
@@ -287,17 +300,45 @@ def _fetch(image, name: str):
             f"`{name}` must have 2 dimensions (grayscale), 3 (a picture) or 4 (a batch), but has shape "
             f"{tuple(image.shape)}."
         )
-    if image.ndim > 2:
+    if isinstance(image, torch.Tensor) and (image.layout is not torch.strided or image.is_quantized or image.is_meta):
+        kind = "quantized" if image.is_quantized else "empty" if image.is_meta else image.layout
+        raise ValueError(f"`{name}` must be a dense tensor with values, but is {kind} ({image.device}).")
+    if image.ndim == 4:
+        return list(image)
+    if image.ndim == 3:
         return image
     # transformers knows pictures with a channel axis only
     return np.stack([image] * 3) if isinstance(image, np.ndarray) else torch.stack([image] * 3)
 
 
+def _check_nesting(images: Any) -> None:
+    """Raises ValueError unless this is a picture, a list of pictures or a list of such lists, and not empty."""
+    if not isinstance(images, list):
+        return
+    is_list = [isinstance(item, list) for item in images]
+    if any(is_list) and not all(is_list):
+        index = is_list.index(not is_list[0])
+        kinds = ["one picture", "a list of pictures"]
+        raise ValueError(
+            f"`images[{index}]` is {kinds[is_list[index]]}, but `images[0]` is {kinds[is_list[0]]}. Give either "
+            "pictures, or for each sample a list of them."
+        )
+    pictures = list(itertools.chain(*images)) if any(is_list) else images
+    if any(isinstance(item, list) for item in pictures):
+        raise ValueError("`images` is nested too deep. Give either pictures, or for each sample a list of them.")
+    if not pictures:
+        raise ValueError("`images` is empty: give at least one picture.")
+
+
 def _read_picture(source: str | bytes | bytearray | os.PathLike, name: str) -> Image.Image:
     """A path, URL, base64 string, data URI or file content as a PIL image; ValueError if it is none of them."""
+    file: BytesIO | str | os.PathLike
     try:
         if isinstance(source, (bytes, bytearray)):
             what, file = f"{len(source)} bytes", BytesIO(source)
+        elif isinstance(source, os.PathLike) and os.path.exists(source) and not os.path.isfile(source):
+            what = f"the file {os.fspath(source)!r}"
+            raise OSError("it is a folder, a device or a pipe")  # which might never end
         elif isinstance(source, os.PathLike) or os.path.isfile(source):
             what, file = f"the file {os.fspath(source)!r}", source
         elif source.startswith(("http://", "https://")):
@@ -308,10 +349,21 @@ def _read_picture(source: str | bytes | bytearray | os.PathLike, name: str) -> I
             what = f"neither a URL nor an existing file, so taken as base64: {source[:100]!r}"
             file = BytesIO(base64.decodebytes(source.split(",")[-1].encode()))
         with Image.open(file) as image:
-            image.load()
+            _load(image)
             return _upright(image)
     except Exception as error:  # the network's, the file system's, and every decoder's own
         raise ValueError(f"`{name}` cannot be read as a picture ({what}): {error}") from error
+
+
+def _load(image: Image.Image) -> None:
+    """Decodes a picture that may have been opened only. Raises whatever Pillow does."""
+    if image.format == "EPS":
+        raise ValueError("it is PostScript, a program that Ghostscript would have to run. Give it as PNG.")
+    try:
+        image.load()
+    except Exception:
+        image.close()  # the next time, Pillow would take what it has of the picture for the whole
+        raise
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -342,17 +394,20 @@ def pil_to_rgb(image: Image.Image, do_convert_rgb: bool | None = True) -> Image.
     if 0 in image.size:
         raise ValueError(f"it has no pixels (width {image.width}, height {image.height}).")
     try:
-        image.load()
+        _load(image)
         image = _upright(image)
     except Exception as error:  # every decoder has errors of its own
         raise ValueError(f"PIL cannot decode it: {error}") from error
     if image.mode == "F" or image.mode.startswith("I"):
         image = _gray_to_8bit(image)
-    if image.has_transparency_data:
-        image = image.convert("LA") if image.mode == "La" else image
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image if image.mode == "RGB" else image.convert("RGB")
+    try:
+        if image.has_transparency_data:
+            image = image.convert("LA") if image.mode == "La" else image
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except Exception as error:  # such as a transparent colour that is none
+        raise ValueError(f"PIL cannot convert it from {image.mode} to RGB: {error}") from error
 
 
 def _gray_to_8bit(image: Image.Image) -> Image.Image:
@@ -454,7 +509,7 @@ def _is_scaled(image: Image.Image | np.ndarray | torch.Tensor) -> bool:
     if isinstance(image, Image.Image):
         return False
     is_float = image.dtype.kind == "f" if isinstance(image, np.ndarray) else image.is_floating_point()
-    return is_float and image.max() <= 1 + ROUNDING
+    return bool(is_float and image.max() <= 1 + ROUNDING)
 
 
 def check_picture_size(index: int, height: int, width: int, side: int, do_resize: bool, aspect_ratio: str) -> None:
@@ -487,7 +542,7 @@ def shortest_edge_size(height: int, width: int, side: int) -> tuple[int, int]:
     return (int(side * height / width), side) if width <= height else (side, int(side * width / height))
 
 
-def padding_color(image_mean: float | tuple[float, ...] | None) -> tuple[int, int, int]:
+def padding_color(image_mean: float | tuple[float, ...] | None) -> tuple[int, ...]:
     """The mean colour in 8 bits, cut as in the released code; black without a mean."""
     return tuple(int(mean * 255) for mean in np.broadcast_to(0 if image_mean is None else image_mean, 3))
 

@@ -19,25 +19,36 @@ side of the high-resolution feature map, `D` language-model width.
 """
 
 import copy
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from timm.models.convnext import ConvNeXtBlock
 from torch import nn
-from transformers import AutoModel, BitsAndBytesConfig, TimmWrapperModel
+from transformers import (
+    AutoModel,
+    BitsAndBytesConfig,
+    CLIPVisionConfig,
+    SiglipVisionConfig,
+    TimmWrapperConfig,
+    TimmWrapperModel,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -45,7 +56,29 @@ from .configuration_llava_hr import LlavaHrConfig, get_num_image_tokens
 
 
 _VISION_LAYERS = {"clip_vision_model": CLIPEncoderLayer, "siglip_vision_model": SiglipEncoderLayer}
-_GATE_ACTS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
+_GATE_ACTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "hard_sigmoid": F.hardsigmoid,
+}
+# The keys and values of earlier tokens are `cache` in transformers 5.24 and later, `past_key_values` before
+_CACHE = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values"))
+_deprecate_old_name = (
+    deprecate_kwarg("past_key_values", version="5.40.0", new_name="cache")
+    if _CACHE == "cache"
+    else lambda forward: forward
+)
+
+# The high-resolution pathway needs by far the most memory of what sees pictures (at 1024 pixels some 240 MB each in
+# bfloat16). Without gradients, so many pixels go through it at once, however many pictures there are.
+_MAX_HIGH_RES_PIXELS = 2 * 1024**2
+
+_OUT_OF_MEMORY = (
+    "LLaVA-HR ran out of memory while generating. It needs less, the easiest first: with fewer pictures or prompts at "
+    "a time; with a smaller `high_res_size` or `size` of the processor (a smaller `size` also makes fewer tokens of a "
+    "picture); with a smaller `max_new_tokens` or fewer beams; in bfloat16 (`dtype=torch.bfloat16`) or in 4 bits "
+    "(`quantization_config=BitsAndBytesConfig(load_in_4bit=True)`)."
+)
 
 # What 4-bit and 8-bit loading leaves as it is unless the user names modules: small beside the language model, and the
 # gates and convolutions lose most. Names match from the start, so both the bare model's and the head model's are here.
@@ -80,46 +113,54 @@ class LlavaHrVisionModelOutput(BaseModelOutputWithPooling):
     mr_adapter_gates: tuple[torch.Tensor, ...] | None = None
 
 
+class LlavaHrImageOutputs:
+    """What came of the pictures, by short names; `None` without any."""
+
+    if TYPE_CHECKING:
+        image_outputs: BaseModelOutputWithPooling | None
+
+    @property
+    def image_hidden_states(self) -> torch.Tensor | None:
+        """The projected image features that were put into the prompt, `(images, g * g, D)`."""
+        return self._of_images("pooler_output")
+
+    @property
+    def high_res_features(self) -> torch.Tensor | None:
+        """The high-resolution feature map F_vh, `(images, C, k, k)`."""
+        return self._of_images("high_res_features")
+
+    @property
+    def mr_adapter_gates(self) -> tuple[torch.Tensor, ...] | None:
+        """The gate of each MR-Adapter, `(images, 1)` or `(images, d)`."""
+        return self._of_images("mr_adapter_gates")
+
+    def _of_images(self, name: str) -> Any:
+        return None if self.image_outputs is None else self.image_outputs.get(name)
+
+
 @dataclass
-class LlavaHrModelOutputWithPast(BaseModelOutputWithPast):
+class LlavaHrModelOutputWithPast(LlavaHrImageOutputs, BaseModelOutputWithPast):
     r"""
-    Output of [`LlavaHrModel`]: that of the language model, and what came of the pictures (`None` without any).
+    Output of [`LlavaHrModel`]: that of the language model, and what came of the pictures.
 
     Args:
-        image_hidden_states (`torch.Tensor` of shape `(images, g * g, D)`, *optional*):
-            The projected image features that were put into the prompt.
-        high_res_features (`torch.Tensor` of shape `(images, C, k, k)`, *optional*):
-            See [`LlavaHrVisionModelOutput`].
-        mr_adapter_gates (`tuple(torch.Tensor)`, *optional*): See [`LlavaHrVisionModelOutput`].
+        image_outputs ([`LlavaHrVisionModelOutput`], *optional*): Output of `get_image_features`. Its parts are also
+            `image_hidden_states`, `high_res_features` and `mr_adapter_gates` of this output.
     """
 
-    image_hidden_states: torch.Tensor | None = None
-    high_res_features: torch.Tensor | None = None
-    mr_adapter_gates: tuple[torch.Tensor, ...] | None = None
+    image_outputs: LlavaHrVisionModelOutput | None = None
 
 
 @dataclass
-class LlavaHrCausalLMOutputWithPast(ModelOutput):
+class LlavaHrCausalLMOutputWithPast(LlavaHrImageOutputs, CausalLMOutputWithPast):
     r"""
-    Output of [`LlavaHrForConditionalGeneration`].
+    Output of [`LlavaHrForConditionalGeneration`]: that of a language model, and what came of the pictures.
 
     Args:
-        loss (`torch.Tensor` of shape `()`, *optional*): Next-token loss, if `labels` were given.
-        logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): Scores before the softmax.
-        past_key_values (`Cache`, *optional*): The language model's keys and values.
-        hidden_states (`tuple(torch.Tensor)`, *optional*): Hidden states of the language model.
-        attentions (`tuple(torch.Tensor)`, *optional*): Attention weights of the language model.
-        image_hidden_states, high_res_features, mr_adapter_gates: See [`LlavaHrModelOutputWithPast`].
+        image_outputs ([`LlavaHrVisionModelOutput`], *optional*): See [`LlavaHrModelOutputWithPast`].
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: torch.Tensor | None = None
-    high_res_features: torch.Tensor | None = None
-    mr_adapter_gates: tuple[torch.Tensor, ...] | None = None
+    image_outputs: LlavaHrVisionModelOutput | None = None
 
 
 class LlavaHrXavierLinear(nn.Linear):
@@ -285,7 +326,7 @@ class LlavaHrFusion(nn.Module):
 class LlavaHrVisionEmbeddings(nn.Module):
     """Patch and position embeddings of CLIP or SigLIP without a class token, for any input size."""
 
-    def __init__(self, config):
+    def __init__(self, config: CLIPVisionConfig | SiglipVisionConfig):
         super().__init__()
         self.patch_size = config.patch_size
         self.num_positions = get_num_image_tokens(config.image_size, config.patch_size)
@@ -318,10 +359,10 @@ class LlavaHrPreTrainedModel(PreTrainedModel):
     config: LlavaHrConfig
     config_class = LlavaHrConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["CLIPEncoderLayer", "SiglipEncoderLayer", "LlavaHrMixtureOfResolutionAdapter"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [_CACHE]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -329,7 +370,7 @@ class LlavaHrPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, (LlavaHrXavierLinear, LlavaHrXavierConv2d)):
             init.xavier_uniform_(module.weight)
@@ -340,7 +381,13 @@ class LlavaHrPreTrainedModel(PreTrainedModel):
             init.copy_(module.weight, torch.cat([identity, identity], dim=1))
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, quantization_config=None, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        quantization_config: BitsAndBytesConfig | dict | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """
         Like [`PreTrainedModel.from_pretrained`]. With a `BitsAndBytesConfig` (or its dict) that names no modules to
         skip, the language model's layers alone are quantized; towers, adapters, projector and `lm_head` stay as they
@@ -353,7 +400,7 @@ class LlavaHrPreTrainedModel(PreTrainedModel):
             **kwargs,
         )
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """
         Like [`PreTrainedModel.save_pretrained`].
 
@@ -375,7 +422,7 @@ def _is_repacked_for_cpu(module: nn.Module) -> bool:
     return getattr(quant_state, "packing_format_for_cpu", False)
 
 
-def _with_default_skips(quantization_config):
+def _with_default_skips(quantization_config: Any) -> Any:
     quantization_config = copy.deepcopy(quantization_config)
     if isinstance(quantization_config, BitsAndBytesConfig) and quantization_config.llm_int8_skip_modules is None:
         quantization_config.llm_int8_skip_modules = list(MODULES_TO_NOT_QUANTIZE)
@@ -399,7 +446,7 @@ class LlavaHrHighResVisionModel(TimmWrapperModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, config):
+    def __init__(self, config: TimmWrapperConfig):
         super().__init__(config)
         self._gradient_checkpointing = False
         if not _is_cnn(self.timm_model):
@@ -414,7 +461,7 @@ class LlavaHrHighResVisionModel(TimmWrapperModel):
         self.stride = self.timm_model.feature_info[-1]["reduction"]
         if not any(isinstance(module, ConvNeXtBlock) for module in self.modules()):
             # the blocks of other CNNs go by many names: such a tower stays on one device as a whole
-            self._no_split_modules.add(type(self).__name__)
+            self._no_split_modules.add(type(self).__name__)  # type: ignore[attr-defined]  # by now a set
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -422,19 +469,19 @@ class LlavaHrHighResVisionModel(TimmWrapperModel):
         return self._gradient_checkpointing
 
     @gradient_checkpointing.setter
-    def gradient_checkpointing(self, enable: bool):
+    def gradient_checkpointing(self, enable: bool) -> None:
         self._gradient_checkpointing = enable and self.supports_gradient_checkpointing
         if self.supports_gradient_checkpointing:
             self.timm_model.set_grad_checkpointing(enable)
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(getattr(module, "gamma", None), nn.Parameter):
             # layer scale: 1 rather than timm's 1e-6, with which a CNN does not learn to read from nothing
             init.ones_(module.gamma)
 
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> TimmWrapperModelOutput:
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> TimmWrapperModelOutput:
         """`(images, 3, H, H)` -> an output with `last_hidden_state` `(images, C, H / stride, H / stride)`."""
         return TimmWrapperModelOutput(last_hidden_state=self.timm_model.forward_features(pixel_values.to(self.dtype)))
 
@@ -474,7 +521,7 @@ class LlavaHrVisionModel(LlavaHrPreTrainedModel):
         )
         layer_class = _VISION_LAYERS[vision_config.model_type]
         self.layers = nn.ModuleList([layer_class(vision_config) for _ in range(vision_config.num_hidden_layers)])
-        self.mr_adapter_layers = list(config.mr_adapter_layers)
+        self.mr_adapter_layers = list(config.mr_adapter_layers or [])
         self.mr_adapters = nn.ModuleList(
             [LlavaHrMixtureOfResolutionAdapter(config, high_res_channels) for _ in self.mr_adapter_layers]
         )
@@ -501,7 +548,7 @@ class LlavaHrVisionModel(LlavaHrPreTrainedModel):
             ValueError: If the views do not belong together or their grids cannot be aligned.
         """
         grid = self._check_views(pixel_values, high_res_pixel_values)
-        high_res_features = self.high_res_tower(high_res_pixel_values).last_hidden_state
+        high_res_features = self._encode_high_res(high_res_pixel_values)
         hidden_states = self.pre_layernorm(self.embeddings(pixel_values))
 
         gates = []
@@ -517,6 +564,14 @@ class LlavaHrVisionModel(LlavaHrPreTrainedModel):
             high_res_features=high_res_features,
             mr_adapter_gates=tuple(gates),
         )
+
+    def _encode_high_res(self, high_res_pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(images, 3, H, H)` -> F_vh, `(images, C, k, k)`; in several passes where that bounds memory."""
+        num_images, _, _, side = high_res_pixel_values.shape
+        chunk_size = num_images if torch.is_grad_enabled() else max(1, _MAX_HIGH_RES_PIXELS // side**2)
+        chunks = high_res_pixel_values.split(max(1, chunk_size))
+        features = [self.high_res_tower(chunk).last_hidden_state for chunk in chunks]
+        return features[0] if len(features) == 1 else torch.cat(features)
 
     def _check_views(self, pixel_values: torch.Tensor, high_res_pixel_values: torch.Tensor) -> int:
         patch_size, stride = self.embeddings.patch_size, self.high_res_tower.stride
@@ -626,12 +681,10 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
         num_images, tokens_per_image, _ = image_features.shape
         # a data-dependent check breaks the graph for torch 2.11; what was compiled was checked in its eager form
         if not torch.compiler.is_compiling() and mask.sum() != num_images * tokens_per_image:
-            raise ValueError(_token_mismatch(mask.sum(), num_images, tokens_per_image))
+            raise ValueError(_token_mismatch(int(mask.sum()), num_images, tokens_per_image))
         return mask.unsqueeze(-1)
 
-    def get_image_token_mask(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
-    ) -> torch.Tensor:
+    def get_image_token_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """`(batch_size, sequence_length)`, true where an image token stands in the ids, or else in the embeddings."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
@@ -639,6 +692,7 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
         return (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(-1)
 
     @can_return_tuple
+    @_deprecate_old_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -646,6 +700,7 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
         high_res_pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -661,7 +716,8 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
             high_res_pixel_values (`torch.Tensor` of shape `(images, 3, H, H)`, *optional*): High-resolution views.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 marks padding.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Positions.
-            past_key_values (`Cache`, *optional*): Keys and values of earlier tokens.
+            cache (`Cache`, *optional*): Keys and values of earlier tokens.
+            past_key_values (`Cache`, *optional*): Their name before transformers 5.24.
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, D)`, *optional*): See `input_ids`.
             mm_encoder_outputs (`dict`, *optional*): `{"image": outputs of get_image_features}` in place of pixels.
 
@@ -684,8 +740,8 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if has_pixels:
-            image_outputs = self.get_image_features(pixel_values, high_res_pixel_values, return_dict=True)
-        image_features = None
+            recorded = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
+            image_outputs = self.get_image_features(pixel_values, high_res_pixel_values, return_dict=True, **recorded)
         if image_outputs is not None:
             image_features = image_outputs.pooler_output
             if not isinstance(image_features, torch.Tensor):  # a list with the features of each picture
@@ -697,18 +753,16 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{_CACHE: past_key_values if cache is None else cache},
             **kwargs,
         )
         return LlavaHrModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=image_features,
-            high_res_features=image_outputs.get("high_res_features") if image_outputs is not None else None,
-            mr_adapter_gates=image_outputs.get("mr_adapter_gates") if image_outputs is not None else None,
+            **{_CACHE: outputs.get(_CACHE)},
+            image_outputs=image_outputs,
         )
 
 
@@ -743,6 +797,7 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, GenerationMixin):
         return self.model.get_image_features(pixel_values, high_res_pixel_values, **kwargs)
 
     @can_return_tuple
+    @_deprecate_old_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -750,6 +805,7 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, GenerationMixin):
         high_res_pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -759,7 +815,7 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, GenerationMixin):
     ) -> tuple | LlavaHrCausalLMOutputWithPast:
         r"""
         Args:
-            input_ids, pixel_values, high_res_pixel_values, attention_mask, position_ids, past_key_values:
+            input_ids, pixel_values, high_res_pixel_values, attention_mask, position_ids, cache, past_key_values:
                 See [`LlavaHrModel.forward`], and there `inputs_embeds` and `mm_encoder_outputs` as well.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Target ids at the same positions as `input_ids` (the loss shifts them); -100 is left out of the loss.
@@ -791,7 +847,7 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, GenerationMixin):
             high_res_pixel_values=high_res_pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{_CACHE: past_key_values if cache is None else cache},
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
@@ -807,17 +863,32 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, GenerationMixin):
         return LlavaHrCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-            high_res_features=outputs.high_res_features,
-            mr_adapter_gates=outputs.mr_adapter_gates,
+            **{_CACHE: outputs.get(_CACHE)},
+            image_outputs=outputs.image_outputs,
         )
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Like [`GenerationMixin.generate`].
+
+        Raises:
+            torch.OutOfMemoryError: If the accelerator's memory does not suffice; says what needs less.
+        """
+        try:
+            return super().generate(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(f"{_OUT_OF_MEMORY} {error}") from error
+
     def prepare_inputs_for_generation(
-        self, input_ids, inputs_embeds=None, is_first_iteration=False, mm_encoder_outputs=None, **kwargs
-    ):
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        mm_encoder_outputs: dict | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -826,12 +897,43 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, GenerationMixin):
             model_inputs["mm_encoder_outputs"] = mm_encoder_outputs
         return model_inputs
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+    def _prepare_model_inputs(
+        self, inputs: torch.Tensor | None, bos_token_id: torch.Tensor | None, model_kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, str | None, dict[str, Any]]:
+        """Refuses what cannot be answered before a picture is encoded or memory taken for the prompt."""
+        inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        # Bloom, for one, has no such limit
+        longest = getattr(self.config.text_config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and inputs.shape[1] >= longest:
+            raise ValueError(
+                f"The prompt has {inputs.shape[1]} tokens, but with an answer at most {longest} "
+                f"(`text_config.max_position_embeddings`) fit into the context. Give less text, fewer pictures, or "
+                f"pictures of fewer tokens (a smaller `size` of the processor)."
+            )
+        has_pictures = any(
+            model_kwargs.get(key) is not None
+            # earlier turns' pictures are in the cache
+            for key in ("pixel_values", "high_res_pixel_values", "mm_encoder_outputs", _CACHE)
+        )
+        if name == "input_ids" and not has_pictures and (num_tokens := sum(self._count_image_tokens(inputs, None))):
+            raise ValueError(
+                f"The prompt has {num_tokens} image tokens, but there are no pictures. Make `input_ids` and pixels in "
+                f"one call of the processor, whose `apply_chat_template` takes a tag in a part of text for text."
+            )
+        return inputs, name, model_kwargs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
         """
         Repeats each sample's pictures as a group with its prompt. transformers repeats each picture by itself
         (before 5.18), or changes the encoded pictures that the caller may want to use again.
         """
-        encoded = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
+        encoded: Any = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
         pixels = {name: kwargs.pop(name, None) for name in ("pixel_values", "high_res_pixel_values")}
         has_pixels = any(view is not None for view in pixels.values())
         if expand_size > 1 and (encoded is not None or has_pixels):

@@ -13,23 +13,35 @@
 # limitations under the License.
 """Processor class for LLaVA-HR."""
 
-from transformers.image_processing_utils import BatchFeature
+import os
+from collections.abc import Iterable
+from dataclasses import is_dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .configuration_llava_hr import get_num_image_tokens
 
 
+# Where a part of a message may have its picture
+PICTURE_KEYS = ("image", "url", "path", "base64")
+
 # Stage 2 and inference of the released models ("vicuna_v1"). Pictures come first in their message, each on a line of
-# its own, wherever they stand among the parts: so the models were trained. Tags inside a string stay where they are.
+# its own, wherever they stand among the parts: so the models were trained. If a user's message is one string, its
+# tags stay where they are; in all other text a tag is text, and a space keeps it from being tokenized as a picture.
 # The space after the first token is what the released tokenization of a text's start amounts to.
 # `image_suffix` is not set here but by vLLM's users: vLLM tokenizes the prompt itself (docs/serving.md).
 VICUNA_V1_CHAT_TEMPLATE = """\
 {%- macro text_of(content) -%}
 {%- if content is string -%}
-{{- content -}}
+{{- content | replace('<image>', '< image>') -}}
 {%- else -%}
-{{- content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\\n') -}}
+{{- (content or []) | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\\n') \
+| replace('<image>', '< image>') -}}
 {%- endif -%}
 {%- endmacro -%}
 {{- bos_token + ' ' if bos_token else '' -}}
@@ -44,15 +56,17 @@ helpful, detailed, and polite answers to the user's questions." -%}
 {%- for message in turns -%}
 {%- if message['role'] == 'user' -%}
 {{- 'USER: ' -}}
-{%- if message['content'] is not string -%}
-{%- for part in message['content'] -%}
+{%- if message['content'] is string -%}
+{{- message['content'] + ' ' -}}
+{%- else -%}
+{%- for part in message['content'] or [] -%}
 {%- if part['type'] in ('image', 'image_url') -%}{{- '<image>' + (image_suffix | default('')) + '\\n' -}}
 {%- elif part['type'] != 'text' -%}
 {{- raise_exception("A part's type must be 'text' or 'image', but got '" + part['type'] + "'.") -}}
 {%- endif -%}
 {%- endfor -%}
-{%- endif -%}
 {{- text_of(message['content']) + ' ' -}}
+{%- endif -%}
 {%- elif message['role'] == 'assistant' -%}
 {{- 'ASSISTANT:' -}}{%- generation -%}{{- ' ' + text_of(message['content']) + eos_token -}}{%- endgeneration -%}
 {%- else -%}
@@ -69,8 +83,8 @@ PLAIN_CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
 {%- set content = message['content'] -%}
-{%- set text = content if content is string else content | map(attribute='text') | join('\\n') -%}
-{%- generation -%}{{- text + '\\n' -}}{%- endgeneration -%}
+{%- set text = content if content is string else (content or []) | map(attribute='text') | join('\\n') -%}
+{%- generation -%}{{- text | replace('<image>', '< image>') + '\\n' -}}{%- endgeneration -%}
 {%- else -%}
 {{- '<image>' -}}
 {%- endif -%}
@@ -115,7 +129,14 @@ class LlavaHrProcessor(ProcessorMixin):
 
     _auto_class = "AutoProcessor"
 
-    def __init__(self, image_processor, tokenizer, chat_template=None, image_token="<image>", image_suffix=""):
+    def __init__(
+        self,
+        image_processor: BaseImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | dict[str, str] | None = None,
+        image_token: str = "<image>",
+        image_suffix: str = "",
+    ) -> None:
         self.image_token = image_token
         self.image_suffix = image_suffix
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -129,7 +150,9 @@ class LlavaHrProcessor(ProcessorMixin):
             chat_template = VICUNA_V1_CHAT_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+    def __call__(
+        self, images: Any = None, text: Any = None, videos: None = None, audio: None = None, **kwargs: Any
+    ) -> BatchFeature:
         """
         Like [`ProcessorMixin.__call__`]. A text that begins with the start token, as the chat template's do, gets no
         second one.
@@ -152,7 +175,30 @@ class LlavaHrProcessor(ProcessorMixin):
             kwargs.setdefault("add_special_tokens", False)
         return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
-    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+    def apply_chat_template(
+        self, conversation: list[dict] | list[list[dict]], chat_template: str | None = None, **kwargs: Any
+    ) -> str | list[str] | BatchFeature:
+        """
+        Like [`ProcessorMixin.apply_chat_template`]. A picture is a part of its own: an image token that somebody wrote
+        into a part of text, an answer or the system text is text, and gets a space inside.
+
+        Raises:
+            ValueError: If a conversation does not have the form of messages, or not the one that the template knows;
+                the message says where.
+        """
+        is_batched = isinstance(conversation, (list, tuple)) and isinstance(
+            next(iter(conversation), None), (list, tuple)
+        )
+        for index, messages in enumerate(conversation if is_batched else [conversation]):
+            _check_messages(messages, f"conversation[{index}]" if is_batched else "conversation")
+        try:
+            return super().apply_chat_template(conversation, chat_template, **kwargs)
+        except TemplateError as error:
+            raise ValueError(f"`conversation` does not fit the chat template: {error}") from error
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
         """Like [`ProcessorMixin.save_pretrained`], but leaves the processor as it was."""
         files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         # saving notes in these objects where their code lies; that belongs into the files alone
@@ -160,17 +206,30 @@ class LlavaHrProcessor(ProcessorMixin):
             part.__dict__.pop("auto_map", None)
         return files
 
-    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+    def validate_inputs(
+        self, images: Any = None, text: Any = None, videos: None = None, audio: None = None, **kwargs: Any
+    ) -> None:
         """
         Checks that texts and pictures belong together, sample by sample where `images` is a list per sample.
 
         Raises:
-            ValueError: If there is neither, or the number of image tags differs from that of the pictures.
+            ValueError: If there is neither, a text is no Unicode, or the number of image tags differs from that of the
+                pictures.
         """
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if text is None:
             return
-        num_tags = [sample.count(self.image_token) for sample in ([text] if isinstance(text, str) else text)]
+        samples = [text] if isinstance(text, str) else text
+        for index, sample in enumerate(samples):
+            try:
+                sample.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"Sample {index} of `text` has half a character (an unpaired surrogate) at position "
+                    f"{error.start}, as cutting a text between two bytes leaves. Take it out: "
+                    'text.encode(errors="replace").decode().'
+                ) from error
+        num_tags = [sample.count(self.image_token) for sample in samples]
         is_nested = isinstance(images, (list, tuple)) and all(isinstance(sample, (list, tuple)) for sample in images)
         if not is_nested:
             num_images = len(make_flat_list_of_images(images)) if images is not None else 0
@@ -189,13 +248,17 @@ class LlavaHrProcessor(ProcessorMixin):
                     f"pictures in `images`. Give one tag for each picture."
                 )
 
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The text that stands for picture `image_idx`: one image token for each of its features."""
         size = image_inputs["pixel_values"][image_idx].shape[-1]
         return self.image_token * get_num_image_tokens(size, kwargs.get("patch_size", self.image_processor.patch_size))
 
     def get_text_with_replacements(
-        self, text, images_replacements=(), videos_replacements=(), audio_replacements=()
+        self,
+        text: list[str],
+        images_replacements: Iterable[str] = (),
+        videos_replacements: Iterable[str] = (),
+        audio_replacements: Iterable[str] = (),
     ) -> tuple[list[str], list[list[dict]]]:
         """Like [`ProcessorMixin.get_text_with_replacements`], with `image_suffix` after pictures that text follows."""
         text, batch_offsets = super().get_text_with_replacements(
@@ -226,7 +289,9 @@ class LlavaHrProcessor(ProcessorMixin):
                 )
         return "".join([*pieces, sample[last:]]), new_offsets
 
-    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+    def _get_num_multimodal_tokens(
+        self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
         """
         Number of image tokens for pictures that are not at hand yet; vLLM plans its memory with it.
 
@@ -245,6 +310,40 @@ class LlavaHrProcessor(ProcessorMixin):
         return MultiModalData(
             num_image_tokens=[num_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )
+
+
+def _is_object(value: Any) -> bool:
+    """Whether transformers makes a dict of this message, or part of one: of dataclasses and pydantic's models."""
+    return is_dataclass(value) or hasattr(value, "model_dump")
+
+
+def _check_messages(messages: Any, name: str) -> None:
+    """Raises ValueError unless `messages` are ones of any chat template, with one picture in each part at most."""
+    if not isinstance(messages, (list, tuple)):
+        raise ValueError(f"`{name}` must be a list of messages, but is {messages!r:.80}.")
+    if not messages:
+        raise ValueError(f"`{name}` is empty: give at least one message.")
+    for index, message in enumerate(messages):
+        if _is_object(message):
+            continue
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"`{name}[{index}]` must be a dict with `role` and `content`, but is {message!r:.80}.")
+        content = message.get("content")
+        if content is not None and not isinstance(content, (str, list, tuple)):
+            raise ValueError(
+                f"The content of `{name}[{index}]` must be a string or a list of parts, but is {content!r:.80}."
+            )
+        for number, part in enumerate(content if isinstance(content, (list, tuple)) else []):
+            where = f"Part {number} of `{name}[{index}]`"
+            if _is_object(part):
+                continue
+            if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+                raise ValueError(f"{where} must be a dict with `type`, but is {part!r:.80}.")
+            if part["type"] == "text" and not isinstance(part.get("text"), str):
+                raise ValueError(f"{where} must have a string as `text`, but has {part.get('text')!r:.80}.")
+            sources = [key for key in PICTURE_KEYS if part.get(key) is not None]
+            if part["type"] == "image" and len(sources) > 1:
+                raise ValueError(f"{where} must have one picture, but has {', '.join(sources)}.")
 
 
 __all__ = ["LlavaHrProcessor", "PLAIN_CHAT_TEMPLATE", "VICUNA_V1_CHAT_TEMPLATE"]

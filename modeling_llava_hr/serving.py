@@ -14,24 +14,34 @@
 """
 The OpenAI-compatible server of transformers with LLaVA-HR: `python -m modeling_llava_hr.serving MODEL`.
 
-`transformers serve` knows the architectures of transformers alone, and answers what is wrong with a request by
-`500 Internal Server Error`. Both are added here to its app; options, endpoints and generation are its own.
+`transformers serve` knows the architectures of transformers alone, answers what is wrong with a request by
+`500 Internal Server Error`, and takes whatever a client asks for: any length, any number, any path. What is missing is
+added here to its app; options and generation are its own.
 """
 
+import asyncio
+import base64
 import functools
+import io
+import json
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import anyio
+import torch
 import typer
 from jinja2 import TemplateError
+from PIL import Image
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.cli.serve import Serve
 from transformers.cli.serving import server
-from transformers.image_utils import load_image
+from transformers.cli.serving.utils import GenerateManager
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 from transformers.utils.import_utils import is_serve_available
@@ -42,12 +52,42 @@ import modeling_llava_hr
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from fastapi.responses import JSONResponse
-    from PIL import Image
 
 logger = logging.get_logger(__name__)
 
-# Room for a picture of 48 MB in base64
-MAX_BODY_BYTES = 64 * 2**20
+# What clients reach. The app has more, with which they could load and unload models.
+ENDPOINTS = {"/health", "/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/responses"}
+# Hosts that are this machine; a page of another one, open in a browser here, names its own
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1", "[::1]")
+
+MAX_BODY_BYTES = 32 * 2**20  # room for 24 MB of pictures in base64
+MAX_BODY_SECONDS = 60
+MAX_REQUESTS = 64  # in the server, that is read, waiting or being answered
+RETRY_SECONDS = 5  # after which a client may try again if there are more
+MAX_PICTURES = 16
+MAX_PIXELS = 100 * 10**6  # of all pictures of a request
+MAX_MESSAGES = 1000
+MAX_CHARACTERS = 500_000  # of all texts of a request; how many tokens the model takes is its own affair
+# Formats that Pillow decodes itself, whatever name or type was given. (For EPS it starts another program.)
+PICTURE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+MAX_NEW_TOKENS = 4096
+MIN_TEMPERATURE = 0.01  # dividing by less leaves no finite number
+# Smallest and largest number for each option of generation
+BOUNDS = {
+    "frequency_penalty": (-0.9, 2),  # transformers' repetition penalty is 1 more
+    "max_completion_tokens": (1, MAX_NEW_TOKENS),
+    "max_new_tokens": (1, MAX_NEW_TOKENS),
+    "max_output_tokens": (1, MAX_NEW_TOKENS),
+    "max_tokens": (1, MAX_NEW_TOKENS),
+    "repetition_penalty": (0.1, 3),
+    "seed": (0, 2**63 - 1),
+    "temperature": (0, 2),
+    "top_k": (0, 1000),
+    "top_p": (0, 1),
+}
+MAX_BIASES = 1024  # tokens in `logit_bias`
+MAX_STOPS = 4  # texts in `stop`, with so many characters each
+MAX_STOP_CHARACTERS = 100
 
 
 def register() -> None:
@@ -56,7 +96,7 @@ def register() -> None:
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[model_type] = modeling_llava_hr.LlavaHrForConditionalGeneration.__name__
 
 
-def load_picture(url: Any) -> "Image.Image":
+def read_picture(url: Any) -> tuple[bytes, int]:
     """
     The picture of an `image_url`.
 
@@ -64,7 +104,7 @@ def load_picture(url: Any) -> "Image.Image":
         url (`str`): A data URL. No path and no address: clients do not read the server's disk or network.
 
     Returns:
-        `PIL.Image.Image`: The picture in RGB.
+        `tuple[bytes, int]`: The picture's file, and its pixels, of which none is decoded yet.
 
     Raises:
         fastapi.HTTPException: 400, if there is no picture.
@@ -77,64 +117,242 @@ def load_picture(url: Any) -> "Image.Image":
             f"A picture must be a data URL (data:image/png;base64,...), no address or path, but got {url!r:.60}.",
         )
     try:
-        return load_image(url)
+        data = base64.b64decode(url.partition(",")[2])
+        with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as picture:
+            return data, picture.width * picture.height
     # whatever Pillow's decoders raise
     except Exception as error:
         raise HTTPException(
-            400, f"The picture {url!r:.60} cannot be read. Send a whole file in a format that Pillow knows."
+            400, f"The picture {url!r:.60} cannot be read. Send a whole file, one of {', '.join(PICTURE_FORMATS)}."
         ) from error
+
+
+def check_messages(messages: list[dict]) -> list[dict]:
+    """
+    Puts the pictures into messages, if they are as many and as large as one request may have.
+
+    Args:
+        messages (`list[dict]`): What transformers made of OpenAI's form; a picture is `{"type": "image", "url": URL}`.
+
+    Returns:
+        `list[dict]`: The same with the bytes of each picture instead of its URL.
+
+    Raises:
+        fastapi.HTTPException: 400, if there is too much of something, or something else than text and pictures.
+    """
+    from fastapi import HTTPException
+
+    parts = [part for message in messages for part in message["content"]]
+    pictures = [part for part in parts if part["type"] == "image"]
+    if unknown := {part["type"] for part in parts} - {"image", "text"}:
+        raise HTTPException(400, f"Content must be text or pictures, but got {', '.join(sorted(unknown))}.")
+    check_number("messages", len(messages), MAX_MESSAGES)
+    check_number("pictures", len(pictures), MAX_PICTURES)
+    check_number("characters", sum(len(part["text"]) for part in parts if part["type"] == "text"), MAX_CHARACTERS)
+    num_pixels = 0
+    for part in pictures:
+        part["image"], pixels = read_picture(part.pop("url"))
+        num_pixels += pixels
+    check_number("pixels", num_pixels, MAX_PIXELS)
+    return messages
+
+
+def check_number(name: str, number: int, most: int) -> None:
+    from fastapi import HTTPException
+
+    if number > most:
+        raise HTTPException(400, f"A request may have {most} {name}, but this one has {number}. Send less.")
+
+
+def check_options(body: dict) -> None:
+    """
+    Refuses what would take the server down or too long, such as a temperature of which nothing finite is left.
+
+    Args:
+        body (`dict`): A request in OpenAI's form, or transformers' `generation_config` in it.
+
+    Raises:
+        fastapi.HTTPException: 400, with the name of the option.
+    """
+    from fastapi import HTTPException
+
+    for name, (least, most) in BOUNDS.items():
+        value = body.get(name)
+        # also refuses NaN
+        if value is not None and not (isinstance(value, int | float) and least <= value <= most):
+            raise HTTPException(400, f"`{name}` must be a number from {least} to {most}, but got {value!r:.60}.")
+    if 0 < (body.get("temperature") or 0) < MIN_TEMPERATURE:
+        raise HTTPException(400, f"`temperature` must be 0, for greedy answers, or at least {MIN_TEMPERATURE}.")
+    biases = body.get("logit_bias") or {}
+    if len(biases) > MAX_BIASES or not all(-100 <= bias <= 100 for bias in biases.values()):
+        raise HTTPException(400, f"`logit_bias` must have at most {MAX_BIASES} tokens, each from -100 to 100.")
+    if biases:  # whole numbers are what OpenAI's clients send, and transformers refuses
+        body["logit_bias"] = {token: float(bias) for token, bias in biases.items()}
+    stops = body.get("stop") or []
+    stops = [stops] if isinstance(stops, str) else stops
+    if len(stops) > MAX_STOPS or not all(0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
+        raise HTTPException(
+            400, f"`stop` must be at most {MAX_STOPS} texts of up to {MAX_STOP_CHARACTERS} characters."
+        )
+    if body.get("generation_config"):  # what `transformers chat` sends: JSON in JSON
+        config = json.loads(body["generation_config"])
+        if unknown := config.keys() - BOUNDS.keys() - {"do_sample", "transformers_version"}:
+            raise HTTPException(400, f"`generation_config` must not have {', '.join(sorted(unknown))} here.")
+        check_options(config)
+
+
+class Gate:
+    """
+    ASGI middleware that keeps clients apart: requests are answered one after the other, in the order in which they
+    came, so that they share neither memory nor random numbers. Those with too long a body, and those that come while
+    `MAX_REQUESTS` are there, get an error. Where a client leaves, its request ends, waiting or being answered.
+
+    Args:
+        app (`Callable`): The ASGI app around which it is put.
+    """
+
+    def __init__(self, app: Callable):
+        self.app = app
+        self.turn = asyncio.Lock()  # first come, first served
+        self.num_requests = 0
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+        elif self.num_requests == MAX_REQUESTS:
+            response = refuse(503, f"{MAX_REQUESTS} requests are waiting. Try again in {RETRY_SECONDS} seconds.")
+            response.headers["retry-after"] = str(RETRY_SECONDS)
+            await response(scope, receive, send)
+        else:
+            self.num_requests += 1
+            try:
+                await self._answer(scope, receive, send)
+            finally:
+                self.num_requests -= 1
+
+    async def _answer(self, scope: dict, receive: Callable, send: Callable) -> None:
+        from starlette.requests import ClientDisconnect, Request
+
+        body, num_bytes = bytearray(), 0
+        try:
+            with anyio.fail_after(MAX_BODY_SECONDS):
+                async for chunk in Request(scope, receive).stream():
+                    num_bytes += len(chunk)
+                    # the rest is read all the same: only then does a client look at the answer
+                    body += chunk if num_bytes <= MAX_BODY_BYTES else b""
+        except ClientDisconnect:
+            return
+        except TimeoutError:
+            message = f"The request did not arrive within {MAX_BODY_SECONDS} seconds. Send fewer or smaller pictures."
+            await refuse(408, message)(scope, receive, send)
+            return
+        if num_bytes > MAX_BODY_BYTES:
+            message = f"The request exceeds {MAX_BODY_BYTES} bytes. Send fewer or smaller pictures."
+            await refuse(413, message)(scope, receive, send)
+            return
+        messages = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+        async def replay() -> dict:
+            return messages.pop() if messages else await receive()
+
+        async def leave_with_client() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            group.cancel_scope.cancel()
+
+        # a client that reads slowly holds up nobody else: its answer waits here, where it is complete
+        answer: asyncio.Queue[dict | None] = asyncio.Queue()
+
+        async def deliver() -> None:
+            while (message := await answer.get()) is not None:
+                await send(message)
+            group.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(leave_with_client)
+            group.start_soon(deliver)
+            async with self.turn:
+                await self.app(scope, replay, answer.put)
+            await answer.put(None)
+
+
+class Generation(GenerateManager):
+    """transformers' generation in a thread, within the model's context and no longer than its client is there."""
+
+    def generate_streaming(
+        self, model: PreTrainedModel, processor: Any, inputs: dict, gen_config: GenerationConfig, **options: Any
+    ) -> Any:
+        check_generation(model, inputs, gen_config)
+        return super().generate_streaming(model, processor, inputs, gen_config, **options)
+
+    async def generate_non_streaming(
+        self, model: PreTrainedModel, processor: Any, inputs: dict, gen_config: GenerationConfig, **options: Any
+    ) -> Any:
+        check_generation(model, inputs, gen_config)
+        is_over = threading.Event()
+        criteria = StoppingCriteriaList([lambda ids, scores, **kwargs: is_over.is_set()])
+        inputs = {**inputs, "stopping_criteria": criteria}
+        try:
+            # the thread wants to hand over its result, also if nobody is there any more
+            return await asyncio.shield(
+                asyncio.ensure_future(super().generate_non_streaming(model, processor, inputs, gen_config, **options))
+            )
+        finally:
+            is_over.set()
+
+
+def check_generation(model: PreTrainedModel, inputs: dict, gen_config: GenerationConfig) -> None:
+    """
+    Lets an answer end where the model's context does.
+
+    Raises:
+        fastapi.HTTPException: 400, if the prompt alone is as long, or a token in `logit_bias` unknown. Generation,
+            which would find out as well, could say so only inside a stream.
+    """
+    from fastapi import HTTPException
+
+    config = model.config.get_text_config()
+    for (token,) in gen_config.sequence_bias or ():
+        if not 0 <= token < config.vocab_size:
+            raise HTTPException(400, f"`logit_bias` has token {token}, but the last one is {config.vocab_size - 1}.")
+    longest = config.max_position_embeddings
+    num_tokens = inputs["input_ids"].shape[-1]
+    if num_tokens >= longest:
+        raise HTTPException(
+            400,
+            f"The prompt has {num_tokens} tokens, but the model takes {longest} with the answer. Send fewer pictures "
+            "or less text.",
+        )
+    gen_config.max_new_tokens = min(gen_config.max_new_tokens or MAX_NEW_TOKENS, longest - num_tokens)
 
 
 def refuse(status_code: int, message: str) -> "JSONResponse":
     """An error in OpenAI's form: its clients show the sentence."""
     from fastapi.responses import JSONResponse
 
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    kind = "invalid_request_error" if status_code < 500 else "server_error"
+    error = {"message": message, "type": kind, "param": None, "code": None}
     return JSONResponse({"error": error}, status_code=status_code)
 
 
-class BodyLimit:
-    """
-    ASGI middleware that answers too large requests with 413; after their end, so that the client gets to see it.
-
-    Args:
-        app (`Callable`): The ASGI app around which it is put.
-        max_body_bytes (`int`): Length of the longest body that gets through.
-    """
-
-    def __init__(self, app: Callable, max_body_bytes: int):
-        self.app = app
-        self.max_body_bytes = max_body_bytes
-
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        messages, num_bytes, is_complete = [], 0, False
-        while not is_complete:
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            is_complete = not message.get("more_body", False)
-            if num_bytes <= self.max_body_bytes:
-                messages.append(message)
-
-        async def replay() -> dict:
-            return messages.pop(0) if messages else await receive()
-
-        if num_bytes > self.max_body_bytes:
-            response = refuse(413, f"The request exceeds {self.max_body_bytes} bytes. Send fewer or smaller pictures.")
-            await response(scope, receive, send)
-        else:
-            await self.app(scope, replay, send)
-
-
-def build_server(build: Callable, model_manager, chat_handler, *, response_handler, **kwargs) -> "FastAPI":
+def build_server(
+    build: Callable,
+    model_manager: Any,
+    chat_handler: Any,
+    *,
+    completion_handler: Any,
+    response_handler: Any,
+    generation_state: Any,
+    host: str,
+    **kwargs: Any,
+) -> "FastAPI":
     """
     The app of `transformers serve`, with what it lacks.
 
     Args:
         build (`Callable`): `transformers.cli.serving.server.build_server`.
-        model_manager, chat_handler, response_handler, kwargs: Its arguments.
+        model_manager, chat_handler, completion_handler, response_handler, generation_state, kwargs: Its arguments.
+        host (`str`): Where the server listens.
 
     Returns:
         `FastAPI`: The app. It serves the one model that was named at the start.
@@ -142,38 +360,37 @@ def build_server(build: Callable, model_manager, chat_handler, *, response_handl
     from fastapi import HTTPException, Request
     from fastapi.exceptions import RequestValidationError
     from starlette.exceptions import HTTPException as StarletteHTTPException
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    app = build(model_manager, chat_handler, response_handler=response_handler, **kwargs)
-    name, process_model_name = model_manager.force_model, model_manager.process_model_name
+    app = build(
+        model_manager,
+        chat_handler,
+        completion_handler=completion_handler,
+        response_handler=response_handler,
+        generation_state=generation_state,
+        **kwargs,
+    )
+    app.router.routes = [route for route in app.router.routes if route.path in ENDPOINTS]
+    name = model_manager.force_model
     models = [{"id": name, "object": "model", "created": int(time.time()), "owned_by": modeling_llava_hr.__name__}]
-
-    def check_model_name(model_id: str) -> str:
-        if model_id != name:
-            raise HTTPException(404, f"This server has the model {name!r} alone, but the request names {model_id!r}.")
-        return process_model_name(model_id)
-
-    # the original lists what is in the Hub's cache
+    generation = Generation()
+    # before 5.24 transformers lists what is in the Hub's cache
     model_manager.get_gen_models = lambda: models
-    model_manager.process_model_name = check_model_name
+    generation_state.get_manager = lambda model_id, use_cb=False: generation
 
-    for handler in (chat_handler, response_handler):
+    def validate(body: dict, check: Callable) -> Any:
+        if body.get("chat_template_kwargs"):  # among them are pictures by their paths on this machine
+            raise HTTPException(400, "This server takes no `chat_template_kwargs`. Leave them out.")
+        check_options(body)
+        check_number("characters", len(body.get("prompt") or ""), MAX_CHARACTERS)
+        return check(body)
 
-        def load_pictures(messages: list[dict], modality, convert=handler.get_processor_inputs_from_messages):
-            messages = convert(messages, modality)
-            for part in (part for message in messages for part in message["content"]):
-                if part["type"] == "image":
-                    part["image"] = load_picture(part.pop("url"))
-                elif part["type"] != "text":
-                    raise HTTPException(400, f"Content must be text or pictures, but got {part['type']!r}.")
-            return messages
-
-        def validate(body: dict, check=handler._validate_request):
-            if body.get("chat_template_kwargs"):  # among them are pictures by their paths on this machine
-                raise HTTPException(400, "This server takes no `chat_template_kwargs`. Leave them out.")
-            return check(body)
-
-        handler.get_processor_inputs_from_messages = load_pictures
-        handler._validate_request = validate
+    for handler in (chat_handler, response_handler, completion_handler):
+        handler._validate_request = functools.partial(validate, check=handler._validate_request)
+        convert = handler.get_processor_inputs_from_messages
+        handler.get_processor_inputs_from_messages = functools.partial(
+            lambda convert, *arguments: check_messages(convert(*arguments)), convert
+        )
 
     async def explain(request: Request, error: Exception) -> "JSONResponse":
         if isinstance(error, StarletteHTTPException):
@@ -185,18 +402,28 @@ def build_server(build: Callable, model_manager, chat_handler, *, response_handl
             return refuse(400, f"The request does not have the form of OpenAI's API: {error!r}.")
         return refuse(400, str(error))
 
+    async def explain_memory(request: Request, error: Exception) -> "JSONResponse":
+        logger.error("Out of memory", exc_info=error)
+        return refuse(
+            503,
+            "The memory does not suffice for this request. Send fewer pictures, less text or smaller `max_tokens`.",
+        )
+
+    app.add_exception_handler(torch.OutOfMemoryError, explain_memory)
     # what processor, chat template and generation raise about their arguments, and transformers' parser of requests
     for error in (StarletteHTTPException, RequestValidationError, KeyError, TemplateError, TypeError, ValueError):
         app.add_exception_handler(error, explain)
-    app.add_middleware(BodyLimit, max_body_bytes=MAX_BODY_BYTES)
+    app.add_middleware(Gate)
+    if host in LOOPBACK_HOSTS:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK_HOSTS)
     return app
 
 
 @functools.wraps(Serve, updated=())
-def serve(**options) -> None:
+def serve(**options: Any) -> None:
     model, host, port = options["force_model"], options["host"], options["port"]
     if not is_serve_available():
-        sys.exit('error: serving needs FastAPI, uvicorn and openai: pip install "modeling-llava-hr[serving]"')
+        sys.exit('error: serving needs FastAPI, uvicorn and openai: pip install ".[serving]" in the checkout')
     if model is None:
         sys.exit("error: the model is missing: give a folder or an id of the Hub before the options")
     if "@" in model and os.path.isdir(model):
@@ -208,7 +435,7 @@ def serve(**options) -> None:
         sys.exit(f"error: cannot listen on --host {host} --port {port} ({error}); choose another --port")
 
     register()
-    server.build_server = functools.partial(build_server, server.build_server)
+    server.build_server = functools.partial(build_server, server.build_server, host=host)
     # uvicorn ends its work in good order, then raises the signal again
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:

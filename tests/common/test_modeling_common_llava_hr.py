@@ -122,6 +122,8 @@ class LlavaHrModelTester:
 
 
 @require_torch
+# One test looks for this warning
+@pytest.mark.filterwarnings("default:`past_key_values` is deprecated:FutureWarning")
 class LlavaHrModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (LlavaHrModel, LlavaHrForConditionalGeneration)
     additional_model_inputs = ["pixel_values", "high_res_pixel_values"]

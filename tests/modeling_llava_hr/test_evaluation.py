@@ -356,9 +356,14 @@ def test_command_gives_the_accuracy_of_evaluate_fineprint(tmp_path):
 
 
 def test_without_lmms_eval_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lmms_eval.api.instance", None)
+    """And what fails within an installed lmms-eval is named itself."""
     monkeypatch.delitem(sys.modules, "modeling_llava_hr.evaluation")
-    with pytest.raises(ImportError, match=r"modeling-llava-hr\[evaluation\]"):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "lmms_eval", None)
+        with pytest.raises(ImportError, match=r"lmms-eval: pip install \"\.\[evaluation\]\""):
+            importlib.import_module("modeling_llava_hr.evaluation")
+    monkeypatch.setitem(sys.modules, "lmms_eval.protocol", None)
+    with pytest.raises(ImportError, match="lmms_eval.protocol"):
         importlib.import_module("modeling_llava_hr.evaluation")
 
 

@@ -189,12 +189,13 @@ def test_conversation_over_turns_with_a_kept_cache(mini, model):
     first = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True)
     question = torch.tensor([[7, 8, 9]])
     ids = torch.cat([first.sequences, question], dim=1)
+    cache = "cache" if "cache" in first else "past_key_values"  # before transformers 5.24
     second = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=first.past_key_values,
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
+        **{cache: first[cache]},
     )
     whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     assert second[:, ids.shape[1] :].tolist() == greedy_by_hand(model, whole).tolist()

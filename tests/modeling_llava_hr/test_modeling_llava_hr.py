@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from transformers import SiglipVisionConfig, TimmWrapperConfig
 
+import modeling_llava_hr.modeling_llava_hr as modeling
 from modeling_llava_hr import LlavaHrForConditionalGeneration, LlavaHrModel
 from modeling_llava_hr.modeling_llava_hr import LlavaHrMixtureOfResolutionAdapter, align_to_grid
 
@@ -180,6 +181,10 @@ def test_outputs_carry_gates_and_high_res_features(mini):
     assert [gate.shape for gate in outputs.mr_adapter_gates] == [(3, 1)] * 3
     assert outputs.image_hidden_states.shape == (3, mini.num_tokens, 64)
     torch.testing.assert_close(features.pooler_output, outputs.image_hidden_states)
+    # the whole of it, under the name that transformers' models have for it
+    assert outputs.image_outputs.hidden_states is None
+    recorded = model(**inputs, output_hidden_states=True).image_outputs.hidden_states
+    assert [state.shape for state in recorded] == [(3, mini.num_tokens, 64)] * 5
     assert features.last_hidden_state.shape == (3, mini.num_tokens, 64)
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     text["input_ids"] = text["input_ids"].clamp(max=99)
@@ -438,3 +443,20 @@ def test_loss_ignores_masked_labels(mini):
         outputs = model(**inputs, labels=labels)
     expected = F.cross_entropy(outputs.logits[0, -4:-1], inputs["input_ids"][0, -3:])
     torch.testing.assert_close(outputs.loss, expected)
+
+
+def test_many_pictures_go_through_the_high_resolution_tower_in_chunks(mini, monkeypatch):
+    """Bounded memory without gradients, the same features, and one pass where gradients are wanted."""
+    model, inputs = mini.model(), mini.inputs(2, 3)
+    views = (inputs["pixel_values"], inputs["high_res_pixel_values"])
+    sizes = []
+    model.model.vision_tower.high_res_tower.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    with torch.no_grad():
+        whole = model.get_image_features(*views)
+        monkeypatch.setattr(modeling, "_MAX_HIGH_RES_PIXELS", 2 * views[1].shape[-1] ** 2)
+        chunked = model.get_image_features(*views)
+    with_gradients = model.get_image_features(*views)
+    assert sizes == [5, 2, 2, 1, 5]
+    # convolutions may sum in another order for another batch size
+    torch.testing.assert_close(chunked.high_res_features, whole.high_res_features, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(chunked.pooler_output, with_gradients.pooler_output, rtol=1e-5, atol=1e-5)
