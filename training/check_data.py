@@ -48,7 +48,8 @@ def check_data(file: str, image_folder: str | None = None, plain: bool = False) 
     table = read_table(file, plain)
     if image_folder is None:
         image_folder = os.path.dirname(os.path.abspath(file))
-    num_broken, kinds = 0, Counter()
+    num_broken = 0
+    kinds: Counter[str] = Counter()
     for index, problems in find_broken_rows(table, image_folder, read_pictures=True):
         tqdm.write(describe(table, index, problems))
         num_broken += 1
@@ -62,7 +63,7 @@ def check_data(file: str, image_folder: str | None = None, plain: bool = False) 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        prog="python -m training.check_data", description=check_data.__doc__.split("\n")[1]
+        prog="python -m training.check_data", description=(check_data.__doc__ or "").split("\n")[1]
     )
     parser.add_argument("file", help="the data, a JSON array or JSON lines")
     parser.add_argument("--image_folder", help="where names of pictures begin; by default the folder of the file")

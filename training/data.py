@@ -34,7 +34,8 @@ from modeling_llava_hr import LlavaHrImageProcessorPil
 
 IMAGE_TAG = "<image>"
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
-PICTURE_READER = LlavaHrImageProcessorPil()
+# The smallest views: only whether they can be made matters
+PICTURE_READER = LlavaHrImageProcessorPil(size=14, high_res_size=32)
 
 TEXT_COLUMNS = {"messages", "prompt", "completion", "conversations"}
 MAX_MESSAGES = 20
@@ -64,15 +65,19 @@ def read_rows(path: str | os.PathLike, chunk_size: int = 2**24) -> Iterator[tupl
     Raises:
         ValueError: If the file is no JSON; says where.
     """
-    decoder, buffer, offset, end = json.JSONDecoder(), "", 0, False
+    decoder, buffer, offset, end, depth = json.JSONDecoder(), "", 0, False, 0
     with open(path, encoding="utf-8") as file:
         while not end:
-            chunk = file.read(chunk_size)
+            try:
+                chunk = file.read(chunk_size)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is no text in UTF-8: {error.reason} after character {offset}.") from error
             buffer, end = buffer + chunk, not chunk
             # Rows are separated by a comma in an array, by a new line otherwise
             position, length = 0, len(buffer)
             while True:
                 while position < length and buffer[position] in "[], \t\r\n\ufeff":
+                    depth += {"[": 1, "]": -1}.get(buffer[position], 0)
                     position += 1
                 if position == length:
                     break
@@ -85,12 +90,18 @@ def read_rows(path: str | os.PathLike, chunk_size: int = 2**24) -> Iterator[tupl
                             f"{offset + error.pos}."
                         ) from None
                     break
+                except (RecursionError, ValueError) as error:
+                    raise ValueError(
+                        f"{path} has a row that cannot be read at character {offset + position}: {error}."
+                    ) from error
                 yield row, buffer[position:row_end]
                 position = row_end
             buffer, offset = buffer[position:], offset + position
+    if depth:
+        raise ValueError(f"{path} is an array without its end. Was it downloaded completely?")
 
 
-def find_problems(row, plain: bool = False) -> list[str]:
+def find_problems(row: Any, plain: bool = False) -> list[str]:
     """
     What is wrong with the text of a row in the LLaVA format.
 
@@ -105,17 +116,21 @@ def find_problems(row, plain: bool = False) -> list[str]:
     if not isinstance(row, dict):
         return [f"it is no object with `conversations`, but {json.dumps(row)[:40]}"]
     turns, names = row.get("conversations"), _image_names(row)
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str) and name and is_unicode(name) for name in names):
         return [f"`image` must be a name or a list of names, but is {json.dumps(row['image'])[:80]}"]
     if not isinstance(turns, list) or not turns:
         return ["`conversations` must be a list of at least one question and one answer"]
-    problems, num_tags, speakers = [], 0, []
+    problems: list[str] = []
+    speakers: list[Any] = []
+    num_tags = 0
     for index, turn in enumerate(turns):
         speaker, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
         if speaker not in list(ROLES):
             problems.append(f"turn {index} has the unknown speaker {speaker!r} (known are {', '.join(ROLES)})")
         elif not isinstance(value, str):
             problems.append(f"turn {index} has no text in `value`")
+        elif not is_unicode(value):
+            problems.append(f"turn {index} has half a character (an unpaired surrogate)")
         else:
             num_tags += value.count(IMAGE_TAG)
             if speaker == "gpt" and not value.strip():
@@ -135,6 +150,15 @@ def find_problems(row, plain: bool = False) -> list[str]:
     if plain and not problems and (len(names) != 1 or dialogue != ["human", "gpt"]):
         problems.append("stage 1 takes rows of one picture, one question and one answer")
     return problems
+
+
+def is_unicode(text: str) -> bool:
+    """Whether there is no unpaired surrogate in a text: JSON lets them through, tokenizers and Arrow do not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _image_names(row: dict) -> list[str]:
@@ -177,10 +201,11 @@ def read_table(path: str | os.PathLike, plain: bool = False) -> Dataset:
 
 def _to_batches(rows: Iterator[tuple[Any, str]], plain: bool, batch_size: int = 1000) -> Iterator[pa.RecordBatch]:
     for start in itertools.count(step=batch_size):
-        columns = {name: [] for name in FEATURES}
+        columns: dict[str, list] = {name: [] for name in FEATURES}
         for index, (row, text) in enumerate(itertools.islice(rows, batch_size), start):
             problems = find_problems(row, plain)
-            columns["id"].append(str(row.get("id", index) if isinstance(row, dict) else index))
+            row_id = str(row.get("id", index) if isinstance(row, dict) else index)
+            columns["id"].append(row_id.encode(errors="replace").decode())
             columns["row"].append(text)
             columns["images"].append([] if problems else _image_names(row))
             columns["num_characters"].append(
@@ -211,12 +236,14 @@ def find_broken_rows(
     list_files = cache(lambda folder: frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset())
 
     def find_picture_problem(name: str) -> str | None:
+        if not is_inside(image_folder, name):
+            return f"picture {name!r} lies outside of {os.fspath(image_folder)!r}"
         folder, file = os.path.split(os.path.join(image_folder, name))
         if file not in list_files(folder):
             return f"picture {name!r} is missing in {os.fspath(image_folder)!r}"
         try:
             if read_pictures:
-                PICTURE_READER.process_image(PICTURE_READER.fetch_images(Path(folder, file)))
+                PICTURE_READER(Path(folder, file))
         except ValueError as error:
             return f"picture {name!r} is broken: {error.__cause__ or error}"
         return None
@@ -232,6 +259,24 @@ def find_broken_rows(
     with ThreadPool(os.cpu_count()) as pool:  # PIL decodes outside of Python's lock
         found = tqdm(pool.imap(find, rows, chunksize=64), "Checking rows", len(table), unit=" rows")
         yield from ((index, problems) for index, problems in enumerate(found) if problems)
+
+
+def is_inside(folder: str | os.PathLike, name: str) -> bool:
+    """
+    Whether a name stays below a folder: data of others must not climb out of it. An absolute name says openly where it
+    leads, and is as good as one below.
+    """
+    if os.path.isabs(name) or ".." not in name:
+        return True
+    folder = os.path.abspath(folder)
+    return os.path.abspath(os.path.join(folder, name)).startswith(os.path.join(folder, ""))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file so that it is there with all of its text, or as it was before."""
+    unfinished = file.with_name(f".{file.name}.incomplete")
+    unfinished.write_text(text)
+    unfinished.replace(file)
 
 
 def to_messages(conversations: list[dict]) -> list[dict]:
@@ -268,15 +313,19 @@ def to_chats(batch: dict[str, list], image_folder: str | None = None) -> dict[st
 
     Returns:
         `dict[str, list]` with `messages` and `images`. Pictures given by name are paths: the image processor reads
-        them when their batch is made.
+        them when their batch is made. With `prompt` and `completion` also `num_answers`: only so many answers, the
+        last ones, are learned; those inside the prompt are not.
     """
+    learned = {}
     if "conversations" in batch:
         chats = [to_messages(turns) for turns in batch["conversations"]]
     elif "messages" in batch:
         chats = batch["messages"]
     else:
-        pairs = zip(batch["prompt"], batch["completion"], strict=True)
-        chats = [_to_list("user", prompt) + _to_list("assistant", completion) for prompt, completion in pairs]
+        prompts = [_to_list("user", prompt) for prompt in batch["prompt"]]
+        completions = [_to_list("assistant", completion) for completion in batch["completion"]]
+        chats = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        learned["num_answers"] = [sum(m["role"] == "assistant" for m in completion) for completion in completions]
     if "images" in batch:
         images = [images or [] for images in batch["images"]]
     elif "image" in batch:
@@ -284,8 +333,11 @@ def to_chats(batch: dict[str, list], image_folder: str | None = None) -> dict[st
     else:
         images = [[] for _ in chats]
     if image_folder is not None:
+        for name in (image for row in images for image in row if isinstance(image, str)):
+            if not is_inside(image_folder, name):
+                raise ValueError(f"Picture {name!r} lies outside of `image_folder` ({image_folder}). Name another.")
         images = [[Path(image_folder, image) if isinstance(image, str) else image for image in row] for row in images]
-    return {"messages": [_with_tags_as_parts(chat) for chat in chats], "images": images}
+    return {"messages": [_with_tags_as_parts(chat) for chat in chats], "images": images, **learned}
 
 
 def _to_list(role: str, text: str | list[dict]) -> list[dict]:
@@ -334,7 +386,7 @@ def leave_out_broken_rows(
         )
     if skip_broken and not report.exists():
         report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(json.dumps(broken, indent=1))
+        write_whole(report, json.dumps(broken, indent=1))
     if not broken:
         return table
     if len(broken) == len(table):
@@ -407,7 +459,7 @@ def group_by_modality(stream: Iterable[dict], batch_size: int) -> Iterator[dict]
     The samples of a stream in another order: `batch_size` with pictures or `batch_size` without at a time, so that no
     batch mixes them. At the end, each of the two kinds is filled up with some of its last samples again.
     """
-    waiting = {True: [], False: []}
+    waiting: dict[bool, list[dict]] = {True: [], False: []}
     for sample in stream:
         group = waiting[len(sample["images"]) > 0]
         group.append(sample)

@@ -32,7 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
-import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
+from modeling_llava_hr import LlavaHrForConditionalGeneration, LlavaHrProcessor
 
 
 @dataclass
@@ -103,7 +103,14 @@ def read_image(path: Path) -> Image.Image:
 
 
 @torch.inference_mode()
-def get_answers(model, processor, rows: list[dict], images: list[Image.Image], zero_high_res: bool, sizes: dict):
+def get_answers(
+    model: LlavaHrForConditionalGeneration,
+    processor: LlavaHrProcessor,
+    rows: list[dict],
+    images: list[Image.Image],
+    zero_high_res: bool,
+    sizes: dict[str, int],
+) -> tuple[list[str], list[list[float]]]:
     """
     Answers questions in one batch, greedily.
 
@@ -166,8 +173,8 @@ def evaluate(arguments: EvaluateArguments) -> dict:
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()][: arguments.max_questions]
     model = AutoModelForImageTextToText.from_pretrained(arguments.model).to(arguments.device).eval()
     processor = AutoProcessor.from_pretrained(arguments.model)
-    sizes = {"size": arguments.size, "high_res_size": arguments.high_res_size}
-    sizes = {name: value for name, value in sizes.items() if value is not None}
+    given = {"size": arguments.size, "high_res_size": arguments.high_res_size}
+    sizes = {name: value for name, value in given.items() if value is not None}
     results, start = [], time.time()
     for first in tqdm(range(0, len(rows), arguments.batch_size), desc="evaluation", unit="batch"):
         batch = rows[first : first + arguments.batch_size]

@@ -102,7 +102,7 @@ def export(arguments: ExportFinePrintArguments) -> None:
     file = Path(arguments.data) / f"{arguments.split}.jsonl"
     if not file.exists():
         raise ValueError(f"`data`: {file} does not exist. Make it with `python -m training.fineprint`.")
-    rows = {kind: [] for kind in KINDS}
+    rows: dict[str, list[dict]] = {kind: [] for kind in KINDS}
     for line in file.read_text(encoding="utf-8").splitlines()[: arguments.max_questions]:
         row = json.loads(line)
         question, answer = (turn["value"].removeprefix("<image>\n") for turn in row["conversations"])

@@ -36,10 +36,11 @@ import io
 import json
 import multiprocessing
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -48,6 +49,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+
+T = TypeVar("T")
 
 SPLITS = ("train", "validation", "test")
 COLORS = {
@@ -123,7 +126,7 @@ class FinePrintConfig:
     min_quality: int = field(default=80, metadata={"help": "lowest JPEG quality"})
     seed: int = field(default=0, metadata={"help": "of all random choices"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.size < 64:
             raise ValueError(f"`size` must be at least 64 pixels, but got {self.size}.")
         if not 0 <= self.min_signs <= self.max_signs <= 6:
@@ -195,7 +198,7 @@ def get_rng(seed: int, split: str, index: int) -> np.random.Generator:
 
 
 @cache
-def get_font(name: str | None, size: int) -> ImageFont.FreeTypeFont:
+def get_font(name: str | None, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """
     A font that some dependency ships.
 
@@ -209,7 +212,7 @@ def get_font(name: str | None, size: int) -> ImageFont.FreeTypeFont:
     if name is None:
         return ImageFont.load_default(size)
     spec = importlib.util.find_spec("matplotlib")
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise ImportError("FinePrint draws with matplotlib's fonts. Install it: pip install matplotlib")
     return ImageFont.truetype(Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / f"{name}.ttf", size)
 
@@ -264,18 +267,18 @@ class Painter:
 
     # Random choices
 
-    def choice(self, items):
+    def choice(self, items: Sequence[T]) -> T:
         return items[int(self.rng.integers(len(items)))]
 
     def between(self, low: float, high: float) -> float:
         return float(self.rng.uniform(low, high)) if high > low else low
 
-    def muted(self, low: int, high: int) -> tuple[int, int, int]:
+    def muted(self, low: int, high: int) -> tuple[int, ...]:
         """A grey with a tint, which is none of `COLORS`."""
         grey = self.rng.integers(low, high + 1)
         return tuple(int(value) for value in np.clip(grey + self.rng.integers(-14, 15, 3), 0, 255))
 
-    def shade(self, color: str) -> tuple[int, int, int]:
+    def shade(self, color: str) -> tuple[int, ...]:
         return tuple(int(value) for value in np.clip(np.array(COLORS[color]) + self.rng.integers(-14, 15, 3), 0, 255))
 
     def get_text(self) -> str:
@@ -319,7 +322,7 @@ class Painter:
             end = (x + self.between(-40, 40), y + self.between(-40, 40))
             self.draw.line((x, y, *end), fill=self.muted(80, 220), width=int(self.rng.integers(1, 4)))
 
-    def draw_text(self, x: float, y: float, background: tuple[int, int, int], color: str) -> None:
+    def draw_text(self, x: float, y: float, background: tuple[int, ...], color: str) -> None:
         """Writes a new text centred at a point, in black or white, and notes it with the colour of what carries it."""
         text = self.get_text()
         font = get_font(
@@ -414,7 +417,7 @@ class Painter:
                 for index, turn in enumerate(turns)
                 for r in [radius * (0.42 if kind == "star" and index % 2 else 1)]
             ]
-            style = {"fill": self.shade(color), "outline": self.muted(60, 120)}
+            style: dict[str, Any] = {"fill": self.shade(color), "outline": self.muted(60, 120)}
             if kind == "circle":
                 self.draw.ellipse((left, top, left + side, top + side), **style)
             elif kind == "square":
@@ -529,7 +532,9 @@ def get_rows(split: str, index: int, scene: Scene, rng: np.random.Generator) -> 
 
     if split == "train":
         return {
-            "train": [{"id": name, **base, "conversations": talk([pair for _, *pair in questions])}],
+            "train": [
+                {"id": name, **base, "conversations": talk([(asked, answer) for _, asked, answer in questions])}
+            ],
             "captions": [{"id": name, **base, "conversations": talk([("", get_caption(scene, with_texts=True))])}],
         }
     rows = [
@@ -565,10 +570,11 @@ def get_targets(scene: Scene, characters: str) -> dict[str, torch.Tensor]:
     if scene.name == "page":  # too many for the coarse map
         objects.fill_(IGNORED)
     else:
-        for thing in (*scene.shapes, *scene.signs):  # texts last: they win where a shape's centre is the same position
-            x, y = (int(coordinate) // STRIDE for coordinate in thing.center)
-            objects[y, x] = OBJECTS.index(thing.object if thing in scene.signs else thing.shape)
-            colors[y, x] = COLOR_NAMES.index(thing.color)
+        things: list[Any] = [*scene.shapes, *scene.signs]
+        for thing in things:  # texts last: they win where a shape's centre is the same position
+            column, row = (int(coordinate) // STRIDE for coordinate in thing.center)
+            objects[row, column] = OBJECTS.index(thing.object if thing in scene.signs else thing.shape)
+            colors[row, column] = COLOR_NAMES.index(thing.color)
     for sign in scene.signs:
         x, y = sign.center
         text = torch.tensor([characters.index(character) for character in sign.text])
@@ -659,7 +665,7 @@ def generate(arguments: FinePrintArguments) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = FinePrintConfig(**{name: getattr(arguments, name) for name in FinePrintConfig.__dataclass_fields__})
     items = [(split, index) for split in SPLITS for index in range(getattr(arguments, f"num_{split}"))]
-    rows = {name: [] for name in ("captions", *SPLITS)}
+    rows: dict[str, list[dict]] = {name: [] for name in ("captions", *SPLITS)}
     # spawned, not forked: the parent may have threads
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
         samples = pool.imap(partial(make_sample, config, folder, arguments.shown_ratio), items, chunksize=32)

@@ -45,7 +45,7 @@ def get_optimizers(model: nn.Module, lr: float, weight_decay: float = 0.0) -> li
     ]
     known = {id(weight) for weight in matrices}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    optimizers = []
+    optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     if rest:

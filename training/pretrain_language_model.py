@@ -26,6 +26,7 @@ import copy
 import json
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,16 +121,16 @@ def make_scene(painter: Painter, grid: int, max_signs: int, rng: np.random.Gener
     name = str(rng.choice(list(SCENES)))
     carrier, painter.form = SCENES[name]
     places = [(STRIDE * (x + 0.5), STRIDE * (y + 0.5)) for x in range(grid) for y in range(grid)]
-    places = iter([places[index] for index in rng.permutation(len(places))])
+    free = iter([places[index] for index in rng.permutation(len(places))])
     colors, shapes = iter(rng.permutation(COLOR_NAMES).tolist()), iter(rng.permutation(SHAPES).tolist())
     num_shapes = int(rng.integers(0, min(2, grid - 1) + 1))
     num_signs = int(rng.integers(1, min(max_signs, grid**2 - 1) + 1))
     signs = []
     for _ in range(num_signs):
-        place = next(places)
+        place = next(free)
         signs.append(Sign(painter.get_text(), next(colors), carrier, place, [place] * TEXT_LENGTH))
     return Scene(
-        name, STRIDE * grid, signs, [Shape(next(shapes), next(colors), next(places)) for _ in range(num_shapes)]
+        name, STRIDE * grid, signs, [Shape(next(shapes), next(colors), next(free)) for _ in range(num_shapes)]
     )
 
 
@@ -173,7 +174,8 @@ def get_messages(scene: Scene, rng: np.random.Generator) -> list[dict]:
     A chat about a scene: one question, or all of them in random order. From the latter alone little is learned about
     what is asked for, since a text that was told needs no telling again.
     """
-    questions, messages = get_questions(scene), []
+    questions = get_questions(scene)
+    messages: list[dict] = []
     for number in rng.permutation(len(questions))[: 1 if rng.random() < 0.5 else None]:
         _, question, answer = questions[number]
         messages.append({"role": "user", "content": question if messages else f"{IMAGE_TOKEN}\n{question}"})
@@ -202,8 +204,8 @@ def encode(
     ids, is_answer = encoded["input_ids"], encoded["assistant_masks"]
     labels = [token if answer else IGNORED for token, answer in zip(ids, is_answer, strict=True)]
     image = ids.index(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-    expanded = [values[:image] + [values[image]] * num_image_tokens + values[image + 1 :] for values in (ids, labels)]
-    return tuple(expanded)
+    ids, labels = (v[:image] + [v[image]] * num_image_tokens + v[image + 1 :] for v in (ids, labels))
+    return ids, labels
 
 
 class SceneEmbedding(nn.Module):
@@ -237,7 +239,14 @@ class SceneEmbedding(nn.Module):
         return embedded.flatten(0, 2)
 
 
-def get_batch(tokenizer, painter: Painter, grid: int, max_signs: int, rng: np.random.Generator, count: int) -> dict:
+def get_batch(
+    tokenizer: PreTrainedTokenizerFast,
+    painter: Painter,
+    grid: int,
+    max_signs: int,
+    rng: np.random.Generator,
+    count: int,
+) -> dict:
     """
     Chats and captions about new scenes of one size.
 
@@ -318,8 +327,15 @@ def pretrain(arguments: PretrainLanguageModelArguments) -> dict[str, float]:
     return {"first_loss": first[0], "last_loss": last[0], "last_characters": last[1]}
 
 
-def _train(arguments, modules: nn.ModuleDict, tokenizer, painter, rng) -> list[tuple[float, float]]:
-    model, eye = modules.to(arguments.device).values()
+def _train(
+    arguments: PretrainLanguageModelArguments,
+    modules: nn.ModuleDict,
+    tokenizer: PreTrainedTokenizerFast,
+    painter: Painter,
+    rng: np.random.Generator,
+) -> list[tuple[float, float]]:
+    parts: Any = modules.to(arguments.device)
+    model, eye = parts.values()
     tokenizer = copy.deepcopy(tokenizer)  # the saved one gets `<image>` when a model is assembled
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)

@@ -28,7 +28,7 @@ import io
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -48,6 +48,7 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     HfArgumentParser,
+    PreTrainedTokenizerFast,
     get_cosine_schedule_with_warmup,
     set_seed,
 )
@@ -189,13 +190,14 @@ def draw_pictures(
         `dict`: `pixels` `(number, 3, S, S)` of uint8, the targets of [`get_targets`], and the list `captions`.
     """
     with ExitStack() as stack:
-        do = map
+        do: Callable[..., Iterable[dict]] = map
         if workers:
             # spawned, not forked: the parent has threads
             pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers))
             do = partial(pool.imap, chunksize=64)
-        drawn = do(partial(draw_one, config, split, page, side), range(number))
-        drawn = list(tqdm(drawn, total=number, desc="pages" if page else f"pictures of {config.size}", unit="picture"))
+        stream = do(partial(draw_one, config, split, page, side), range(number))
+        title = "pages" if page else f"pictures of {config.size}"
+        drawn = list(tqdm(stream, total=number, desc=title, unit="picture"))
     names = [name for name in drawn[0] if name != "caption"]
     pictures = {name: torch.from_numpy(np.stack([one[name] for one in drawn])) for name in names}
     return {**pictures, "captions": [one["caption"] for one in drawn]}
@@ -313,7 +315,7 @@ class Towers(nn.Module):
         return get_reading_loss(scores, targets) + contrastive
 
 
-def make_clip(arguments: PretrainTowersArguments, vocab_size: int, tokenizer) -> CLIPModel:
+def make_clip(arguments: PretrainTowersArguments, vocab_size: int, tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
     """A CLIP model with heads of 64 channels."""
     width = arguments.vision_width
     common = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 64}
@@ -360,7 +362,7 @@ def train(
         choose (`Callable`): From the number of a step to the pictures it takes its batch from.
         loss (`Callable`): From a batch to its loss.
     """
-    model.to(arguments.device, memory_format=torch.channels_last).train()
+    model.to(arguments.device).to(memory_format=torch.channels_last).train()
     optimizers = get_optimizers(model, learning_rate, weight_decay=0.02)
     schedulers = [get_cosine_schedule_with_warmup(optimizer, steps // 10, steps) for optimizer in optimizers]
     bar = tqdm(range(steps), desc=name, unit="step")

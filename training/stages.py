@@ -16,6 +16,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -77,7 +78,7 @@ STAGES = {
 LORA_TARGET_MODULES = r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"
 
 
-def load_config(stage: Stage, model_name_or_path: str, **kwargs) -> LlavaHrConfig:
+def load_config(stage: Stage, model_name_or_path: str, **kwargs: Any) -> LlavaHrConfig:
     """
     The configuration that a stage trains with.
 
@@ -111,7 +112,7 @@ def load_config(stage: Stage, model_name_or_path: str, **kwargs) -> LlavaHrConfi
 
 
 def load_processor(
-    stage: Stage, model_name_or_path: str, size: int | None = None, high_res_size: int | None = None, **kwargs
+    stage: Stage, model_name_or_path: str, size: int | None = None, high_res_size: int | None = None, **kwargs: Any
 ) -> LlavaHrProcessor:
     """
     The processor of a starting point, with the prompt form and the views of a stage.
@@ -160,7 +161,7 @@ def freeze(model: PreTrainedModel, stage: Stage, frozen: list[str]) -> None:
 
 def get_modules_to_save(config: LlavaHrConfig) -> list[str]:
     """Names of the modules that are trained fully beside LoRA, and saved with it."""
-    adapters = [f"mr_adapters.{index}" for index in range(len(config.mr_adapter_layers))]
+    adapters = [f"mr_adapters.{index}" for index in range(len(config.mr_adapter_layers or []))]
     return [*adapters, "vision_tower.fusion", "multi_modal_projector"]
 
 
@@ -178,4 +179,6 @@ def save_trained_part(stage: Stage, folder: Path, file: Path) -> None:
         with safe_open(weights, framework="pt") as source:
             names = [name for name in source.keys() if re.match(stage.trainable, name)]
             tensors.update({name: source.get_tensor(name) for name in names})
-    save_file(tensors, file, metadata={"format": "pt"})
+    unfinished = file.with_name(f".{file.name}.incomplete")
+    save_file(tensors, unfinished, metadata={"format": "pt"})
+    unfinished.replace(file)

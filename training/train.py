@@ -23,6 +23,7 @@ The same command started again goes on from the newest complete checkpoint. Ever
 
 import json
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config, get_quantiza
 
 from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE
 
-from .data import load_data
+from .data import load_data, write_whole
 from .stages import (
     LORA_TARGET_MODULES,
     STAGES,
@@ -117,8 +118,8 @@ def find_checkpoint(options: TrainingOptions, training_args: SFTConfig, model_ar
         if checkpoint is None:
             (output_dir / "skipped_rows.json").unlink(missing_ok=True)
             output_dir.mkdir(parents=True, exist_ok=True)
-            run_file.write_text(json.dumps(run))
-            (output_dir / "training_args.json").write_text(training_args.to_json_string())
+            write_whole(output_dir / "training_args.json", training_args.to_json_string())
+            write_whole(run_file, json.dumps(run))
     return checkpoint
 
 
@@ -187,9 +188,8 @@ def main(options: TrainingOptions, training_args: SFTConfig, model_args: ModelCo
     if training_args.bf16 or model_args.dtype == "float32":
         trainer.keep_trained_in_float32()
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_result()
-    if model_args.use_peft and training_args.should_save:
-        config.save_pretrained(output_dir)  # the base model does not know of the adapters that were inserted
+    # with LoRA the base model does not know of the adapters that were inserted
+    trainer.save_result(config if model_args.use_peft else None)
     if options.stage == "pretrain" and training_args.should_save:
         save_trained_part(stage, output_dir, output_dir / "projector.safetensors")
     if training_args.push_to_hub:
@@ -198,4 +198,7 @@ def main(options: TrainingOptions, training_args: SFTConfig, model_args: ModelCo
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    try:
+        main(*make_parser().parse_args_and_config())
+    except OSError as error:
+        sys.exit(f"error: {error}")

@@ -45,7 +45,7 @@ LOW_RES_RATIO = PATCH_SIZE / STRIDE
 HIGH_RES_TOWER = r"model\.vision_tower\.high_res_tower\."
 # What a pathway alone has no use for: the other's half of the fusion, and what MR-Adapters let in, which starts at
 # zero and stays there when it is frozen.
-UNUSED = {
+UNUSED: dict[str, dict[str, list[str]]] = {
     "both": {"pretrain": [], "finetune": []},
     "low_res": {
         "pretrain": [r"model\.vision_tower\.fusion\.high_res_proj\."],
@@ -201,7 +201,7 @@ def get_steps(arguments: TrainTinyArguments) -> Iterator[Step]:
     pictures = output if arguments.blind else parts
     alphabet = f"--alphabet={preset.alphabet}"
 
-    def module(name: str, *options) -> list[str]:
+    def module(name: str, *options: str | Path) -> list[str]:
         return [sys.executable, "-m", name, *map(str, options)]
 
     def data_folder(course: Course) -> Path:

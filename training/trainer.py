@@ -22,10 +22,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError
+from torch import nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -33,6 +35,8 @@ from trl import SFTTrainer
 from trl.data_utils import prepare_multimodal_messages
 from trl.models import unwrap_model_for_generation
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from modeling_llava_hr import LlavaHrConfig
 
 from .data import get_lengths
 
@@ -42,12 +46,16 @@ class LlavaHrDataCollator(DataCollatorForVisionLanguageModeling):
     """
     TRL's collator, with a picture that nothing sees in batches of text alone: its one token is masked and comes after
     the text. So every batch uses every parameter, as in the released code: where parameters are sharded all processes
-    must run the same modules, and none gets a gradient in one process and none in another.
+    must run the same modules, and none gets a gradient in one process and none in another. Of samples with
+    `num_answers` it leaves the last answers alone in the labels.
     """
 
     def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         """Samples -> `input_ids`, `attention_mask`, `labels`, `pixel_values`, `high_res_pixel_values`."""
         batch = super().torch_call(examples)
+        for labels, example in zip(batch["labels"], examples, strict=True):
+            if "num_answers" in example:
+                keep_last_answers(labels, example["num_answers"])
         if "pixel_values" in batch:
             return batch
         image_processor = self.processor.image_processor
@@ -65,6 +73,15 @@ class LlavaHrDataCollator(DataCollatorForVisionLanguageModeling):
         ):
             batch[name] = torch.cat([batch[name], values], dim=1)
         return batch
+
+
+def keep_last_answers(labels: torch.Tensor, num_answers: int) -> None:
+    """Masks (-100) in `labels` `(sequence_length,)` all but the last `num_answers` stretches that are learned."""
+    is_learned = labels != -100
+    starts = is_learned & ~is_learned.roll(1)
+    starts[0] = is_learned[0]
+    answer = starts.cumsum(0)  # at each position, the answers that have begun
+    labels[answer <= answer[-1] - num_answers] = -100
 
 
 class ModalityLengthGroupedSampler(Sampler[int]):
@@ -99,7 +116,8 @@ class ModalityLengthGroupedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.get_epoch())
-        groups, rest = [], []
+        groups: list[list[int]] = []
+        rest: list[list[int]] = []
         for kind in filter(None, self.kinds):
             lengths = [self.lengths[index] for index in kind]
             order = get_length_grouped_indices(lengths, self.group_size, generator=generator)
@@ -109,8 +127,8 @@ class ModalityLengthGroupedSampler(Sampler[int]):
             chunks = [order[start : start + self.group_size] for start in range(0, len(order), self.group_size)]
             for chunk in chunks:
                 (groups if len(chunk) == self.group_size else rest).append(chunk)
-        for index in torch.randperm(len(groups), generator=generator).tolist():
-            yield from groups[index]
+        for number in torch.randperm(len(groups), generator=generator).tolist():
+            yield from groups[number]
         for chunk in rest:
             yield from chunk
 
@@ -151,22 +169,22 @@ class LlavaHrTrainer(SFTTrainer):
             return SequentialSampler(eval_dataset)
         return None
 
-    def _run_epoch(self, *args, **kwargs):
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:  # a run that had ended would make one more step
             super()._run_epoch(*args, **kwargs)
 
-    def _save_checkpoint(self, model, trial):
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         with complete_or_absent(folder):
             super()._save_checkpoint(model, trial)
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
         self._log_answers()
         return metrics
 
     @torch.no_grad()
-    def _log_answers(self):
+    def _log_answers(self) -> None:
         """Writes the answers to the first questions of the evaluation data to the console and to TensorBoard."""
         if not isinstance(self.eval_dataset, Dataset):
             return
@@ -189,13 +207,20 @@ class LlavaHrTrainer(SFTTrainer):
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_text("answers", "\n\n".join(texts), self.state.global_step)
 
-    def save_result(self) -> None:
-        """Saves model and processor in `output_dir` itself. What was there is replaced once all of it is written."""
+    def save_result(self, config: LlavaHrConfig | None = None) -> None:
+        """
+        Saves model and processor in `output_dir` itself. What was there is replaced once all of it is written.
+
+        Args:
+            config ([`LlavaHrConfig`], *optional*): Saved with LoRA, which does not bring the model's.
+        """
         folder = Path(self.args.output_dir, "incomplete")
         if self.is_fsdp_enabled:  # checkpoints are saved in parts
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         with complete_or_absent(folder):
             self.save_model(str(folder), _internal_call=True)
+            if config is not None and self.args.should_save:
+                config.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             for file in folder.iterdir():

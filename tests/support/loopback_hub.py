@@ -24,6 +24,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -43,6 +44,7 @@ class Hub(ThreadingHTTPServer):
 
     Attributes that tests set:
         breaks (`str`, *optional*): Name of a route whose requests lose their connection in the middle.
+        cuts (`int`): So many downloads, the next ones, lose their connection in the middle of the file.
         large (`bool`): Whether safetensors go to the large-file storage, as on the real Hub, or into the commit.
     """
 
@@ -58,6 +60,7 @@ class Hub(ThreadingHTTPServer):
         self.unknown: list[str] = []  # repositories that were asked for and do not exist
         self.requests: list[str] = []  # names of the routes, in order
         self.breaks: str | None = None
+        self.cuts = 0
         self.large = False
 
     def read(self, repo_id: str, revision: str = "main") -> tuple[str, dict[str, bytes]]:
@@ -227,14 +230,25 @@ class HubHandler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit}
         if path in files:
             headers["ETag"] = f'"{hashlib.sha1(files[path]).hexdigest()}"'
-            self.answer(files[path], headers=headers)
+            begin = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            begin = int(begin[1]) if begin else 0
+            content, status = files[path][begin:], 206 if begin else 200
+            if begin:
+                headers["Content-Range"] = f"bytes {begin}-{len(files[path]) - 1}/{len(files[path])}"
+            headers["Content-Length"] = str(len(content))
+            if self.server.cuts and self.command == "GET":
+                self.server.cuts -= 1
+                content, self.close_connection = content[: len(content) // 2], True
+            self.answer(content, status, headers)
         else:
             self.answer({}, 404, {"X-Error-Code": "EntryNotFound", **headers})
 
 
-@pytest.fixture
-def hub():
+def run_hub() -> Iterator[Hub]:
     with Hub() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
+
+
+hub = pytest.fixture(run_hub)

@@ -13,8 +13,6 @@
 # limitations under the License.
 """A recorded checkpoint of stage 1, converted, as miniature; generated data; training in this process."""
 
-import json
-import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import transformers
 from packaging.version import Version
-from PIL import Image, ImageDraw
+from small_training import OPTIONS, VIEWS, chat, get_losses, make_data
 
 from conversion.convert_llava_hr_weights_to_hf import convert
 
@@ -32,40 +30,6 @@ if Version(transformers.__version__) < Version("5.18"):
     collect_ignore = ["test_data.py", "test_train.py", "test_trainer.py"]
 
 REFERENCE = Path(__file__).parent.parent / "fixtures" / "reference"
-COLORS = ("red", "green", "blue", "black")
-# Small views: 4 x 4 patches of 14 pixels, and as many features of the CNN
-VIEWS = ("--size", "56", "--high_res_size", "128")
-OPTIONS = (
-    *VIEWS,
-    *("--use_cpu", "--bf16", "false", "--gradient_checkpointing", "false", "--report_to", "none"),
-    *("--logging_steps", "1", "--disable_tqdm", "true", "--lr_scheduler_type", "constant"),
-)
-
-
-def make_data(folder: Path, num_rows: int = 32) -> Path:
-    """`captions.json` for stage 1, `train.jsonl` for stage 2 (each fourth row without a picture), and `images`."""
-    generator = random.Random(0)
-    (folder / "images").mkdir(parents=True)
-    captions, chats = [], []
-    for index in range(num_rows):
-        color = generator.choice(COLORS)
-        image = Image.new("RGB", (generator.randint(40, 90), generator.randint(40, 90)), color)
-        ImageDraw.Draw(image).text((5, 5), str(index), fill="white")
-        image.save(folder / "images" / f"{index}.png")
-        image = {"image": f"images/{index}.png"}
-        captions.append({"id": str(index), **image, "conversations": chat("Describe it.\n<image>", f"It is {color}.")})
-        if index % 4 == 3:
-            chats.append({"id": str(index), "conversations": chat(f"What is {index} + 1?", f"It is {index + 1}.")})
-        else:
-            turns = chat("<image>\nWhich color?", color) + chat("Are you sure?", "Quite sure.")
-            chats.append({"id": str(index), **image, "kind": "coarse", "conversations": turns})
-    (folder / "captions.json").write_text(json.dumps(captions, indent=1))
-    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, chats)))
-    return folder
-
-
-def chat(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 def train(stage: str, model: Path, data: Path, output_dir: Path, *options: str):
@@ -74,13 +38,6 @@ def train(stage: str, model: Path, data: Path, output_dir: Path, *options: str):
 
     paths = ("--model_name_or_path", str(model), "--data_path", str(data), "--output_dir", str(output_dir))
     return main(*make_parser().parse_args_and_config(["--stage", stage, *paths, *OPTIONS, *options]))
-
-
-def get_losses(output_dir: Path) -> list[float]:
-    """Losses of all steps, as the last checkpoint has them."""
-    checkpoint = max(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 @pytest.fixture(scope="session")

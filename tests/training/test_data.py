@@ -300,6 +300,21 @@ def test_any_data_set_gives_the_same_labels(miniature, tmp_path, form, place, st
         assert batch["input_ids"][0][: len(prompt)].tolist() == prompt
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_answers_inside_a_prompt_are_not_learned(miniature, tmp_path, streaming):
+    first = [{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "A cat."}]
+    again = [{"role": "user", "content": "Sure?"}]
+    rows = {"prompt": [first + again, QUESTION, again], "completion": [ANSWER, ANSWER + again + ANSWER, ANSWER]}
+    features = Features({"prompt": MESSAGE, "completion": MESSAGE, "image": Image()})
+    Dataset.from_dict({**rows, "image": IMAGES}, features=features).save_to_disk(tmp_path / "rows")
+    data = load_data(str(tmp_path / "rows"), streaming=streaming, batch_size=1)
+    processor = load_processor(STAGES["finetune"], miniature, 56, 128)
+    batch = LlavaHrDataCollator(processor, assistant_only_loss=True)(list(data))
+    answer = processor.tokenizer("Red.</s>", add_special_tokens=False)["input_ids"]
+    learned = [labels[labels != -100].tolist() for labels in batch["labels"]]
+    assert learned == [answer, answer * 2, answer]
+
+
 def test_lengths_and_kinds_are_found_without_decoding(tmp_path):
     for form, kinds in (("messages", [True, False, True, True]), ("prompt-completion", [True, False, True, True])):
         make_dataset(form).save_to_disk(tmp_path / form)

@@ -1,0 +1,73 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The OpenAI-compatible server as users run it: a process of its own on a free port of this machine."""
+
+import base64
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+from PIL import Image
+
+
+ROOT = Path(__file__).parent.parent.parent
+PATIENCE = 300  # seconds for start and end on a busy machine
+
+
+def encode(picture: Image.Image) -> str:
+    """A picture as a data URL."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return to_data_url(buffer.getvalue())
+
+
+def to_data_url(file: bytes, media_type: str = "image/png") -> str:
+    return f"data:{media_type};base64,{base64.b64encode(file).decode()}"
+
+
+@contextlib.contextmanager
+def run_server(model: Path, folder: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """
+    Starts a server with an empty cache and without network; at the end SIGTERM must end it in good order.
+
+    Args:
+        model (`Path`): Folder in the checkout. The server has it under its relative path.
+        folder (`Path`): Where its log goes.
+
+    Yields:
+        Its address, such as `http://127.0.0.1:41234`, and its process.
+    """
+    log = folder / "server.log"
+    environment = {**os.environ, "HF_HOME": str(folder / "none"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "examples.serve", os.path.relpath(model, ROOT), "--port", "0", "--device", "cpu"]
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)
+    try:
+        until = time.monotonic() + PATIENCE
+        while not (address := re.search(r"running on (http://127\.0\.0\.1:\d+)", log.read_text())):
+            assert process.poll() is None and time.monotonic() < until, log.read_text()
+            time.sleep(0.2)
+        yield address[1], psutil.Process(process.pid)
+        process.terminate()
+        assert process.wait(timeout=PATIENCE) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()

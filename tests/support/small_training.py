@@ -1,0 +1,63 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Generated training data, and the options with which a miniature is trained on it in seconds."""
+
+import json
+import random
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+
+COLORS = ("red", "green", "blue", "black")
+# Small views: 4 x 4 patches of 14 pixels, and as many features of the CNN
+VIEWS = ("--size", "56", "--high_res_size", "128")
+OPTIONS = (
+    *VIEWS,
+    *("--use_cpu", "--bf16", "false", "--gradient_checkpointing", "false", "--report_to", "none"),
+    *("--logging_steps", "1", "--disable_tqdm", "true", "--lr_scheduler_type", "constant"),
+)
+
+
+def make_data(folder: Path, num_rows: int = 32) -> Path:
+    """`captions.json` for stage 1, `train.jsonl` for stage 2 (each fourth row without a picture), and `images`."""
+    generator = random.Random(0)
+    (folder / "images").mkdir(parents=True)
+    captions, chats = [], []
+    for index in range(num_rows):
+        color = generator.choice(COLORS)
+        image = Image.new("RGB", (generator.randint(40, 90), generator.randint(40, 90)), color)
+        ImageDraw.Draw(image).text((5, 5), str(index), fill="white")
+        image.save(folder / "images" / f"{index}.png")
+        image = {"image": f"images/{index}.png"}
+        captions.append({"id": str(index), **image, "conversations": chat("Describe it.\n<image>", f"It is {color}.")})
+        if index % 4 == 3:
+            chats.append({"id": str(index), "conversations": chat(f"What is {index} + 1?", f"It is {index + 1}.")})
+        else:
+            turns = chat("<image>\nWhich color?", color) + chat("Are you sure?", "Quite sure.")
+            chats.append({"id": str(index), **image, "kind": "coarse", "conversations": turns})
+    (folder / "captions.json").write_text(json.dumps(captions, indent=1))
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    return folder
+
+
+def chat(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def get_losses(output_dir: Path) -> list[float]:
+    """Losses of all steps, as the last checkpoint has them."""
+    checkpoint = max(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]

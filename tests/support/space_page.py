@@ -1,0 +1,156 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The Space as users have it: its page, served by a process of its own, in a real browser."""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import psutil
+import pytest
+
+
+SPACE = Path(__file__).parent.parent.parent / "examples" / "space"
+MAX_NEW_TOKENS = 12
+PATIENCE = 300  # seconds for whatever a busy machine takes long for
+
+
+def import_engine() -> ModuleType:
+    """`examples/space` is a folder of its own in a Space, not a package."""
+    spec = importlib.util.spec_from_file_location("space_engine", SPACE / "engine.py")
+    sys.modules["space_engine"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def require_gradio() -> None:
+    if importlib.util.find_spec("gradio") is None:
+        pytest.skip('the page needs gradio: pip install ".[space]" in the checkout')
+
+
+def get_free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def serves(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=PATIENCE):
+            return True
+    except (urllib.error.URLError, ConnectionError):
+        return False
+
+
+@contextlib.contextmanager
+def run_page(model: Path, folder: Path, *program: str) -> Iterator[tuple[str, psutil.Process]]:
+    """
+    Serves the page as `make space` does.
+
+    Args:
+        model (`Path`): Folder of the model.
+        folder (`Path`): Where the log and, in `uploads`, what users send goes.
+        program (`str`): What Python runs in `examples/space` instead of `app.py`.
+
+    Yields:
+        The page's address, and its process.
+    """
+    require_gradio()
+    port = get_free_port()
+    options = ["--model", model, "--port", port, "--max_new_tokens", MAX_NEW_TOKENS]
+    command = [sys.executable, *(program or ["app.py"]), *options]
+    environment = {**os.environ, "GRADIO_TEMP_DIR": str(folder / "uploads"), "GRADIO_ANALYTICS_ENABLED": "False"}
+    with open(folder / "log", "w+", encoding="utf-8") as log:
+        server = subprocess.Popen(list(map(str, command)), cwd=SPACE, env=environment, stdout=log, stderr=log)
+        end = time.time() + PATIENCE
+        try:
+            while not serves(f"http://127.0.0.1:{port}"):
+                log.seek(0)
+                assert server.poll() is None and time.time() < end, log.read()
+                time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}", psutil.Process(server.pid)
+        finally:
+            server.terminate()
+            server.wait(PATIENCE)
+
+
+@contextlib.contextmanager
+def run_browser() -> Iterator:
+    """Chromium without a window."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("the page's tests need Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"], timeout=PATIENCE * 1000
+        )
+        yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def open_page(browser, address: str) -> Iterator:
+    """
+    The page in a session of its own. Whatever it asks of another machine fails the test, as do errors of its scripts.
+    """
+    context = browser.new_context(reduced_motion="reduce")
+    context.set_default_timeout(PATIENCE * 1000)
+    page, problems = context.new_page(), []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: problems.append(request.url) if is_foreign(request.url, address) else None)
+    page.goto(address, wait_until="domcontentloaded")
+    page.wait_for_selector("#ask textarea")
+    yield page
+    context.close()
+    assert problems == []
+
+
+def is_foreign(url: str, address: str) -> bool:
+    return not url.startswith((address, "data:", "blob:"))
+
+
+def send(page, text: str, picture: str | dict | None = None) -> None:
+    """Sends a question; a picture is a path, or playwright's `{"name": ..., "mimeType": ..., "buffer": ...}`."""
+    if picture:
+        page.set_input_files("#ask input[type=file]", picture)
+        page.wait_for_selector("#ask .thumbnail-item")
+    page.fill("#ask textarea", text)
+    page.press("#ask textarea", "Enter")
+
+
+def squeeze(text: str) -> str:
+    """As a page shows it: one space for any white space."""
+    return " ".join(text.split())
+
+
+def wait_for_answer(page, number: int, expected: str) -> None:
+    """Waits until the answer of that number, from 0 on, is the expected one."""
+    page.wait_for_function(
+        """([number, expected]) => {
+            const answers = document.querySelectorAll('#chat .bot.message');
+            return answers.length > number && answers[number].innerText.replace(/\\s+/g, ' ').trim() === expected;
+        }""",
+        arg=[number, squeeze(expected)],
+    )
