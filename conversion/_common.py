@@ -24,12 +24,12 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.convnext import ConvNeXt
@@ -56,6 +56,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 TIMM_PREFIX = "model.vision_tower.high_res_tower.timm_model."
 IMAGE_TOKEN = "<image>"
 MAX_LISTED = 12
+
+
+# What readers of weights raise
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError)
 
 
 class ConversionError(ValueError):
@@ -151,7 +155,7 @@ def find_source(source: str, option: str, weights: Sequence[str] = ()) -> Path:
         return folder
     except HFValidationError:
         raise ConversionError(f"--{option}: {source!r} is no folder or file here, and no valid Hub id.") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConversionError(
             f"--{option}: {source!r} is no folder or file here, and as a Hub repository it does not exist, is private "
             f"(log in with `hf auth login`) or cannot be reached ({type(error).__name__})."
@@ -229,13 +233,8 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-        # torch names what it refuses in the middle of a long text of advice, some of it to switch the check off
-        refused = re.search(r"(?:Unsupported|GLOBAL|Trying to)[^\n]*", str(error))
-        raise ConversionError(
-            f"{file} cannot be read as plain tensors: it is damaged, or a pickle that would run code, which is "
-            f"refused ({refused[0] if refused else type(error).__name__})."
-        ) from None
+    except UNREADABLE as error:
+        raise ConversionError(f"{file} cannot be read as plain tensors: {explain_unreadable(error)}.") from None
     if not isinstance(content, dict):
         raise ConversionError(f"{file} must hold dense tensors by name, but holds a {type(content).__name__}.")
     odd = [f"{name!r} is a {type(value).__name__}" for name, value in content.items() if not _is_plain(name, value)]
@@ -244,7 +243,14 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     return content
 
 
-def _is_plain(name, value) -> bool:
+def explain_unreadable(error: Exception) -> str:
+    """What it means that weights cannot be read. torch buries what it refuses in advice to switch the check off."""
+    refused = re.search(r"(?:Unsupported|GLOBAL|Trying to)[^\n]*", str(error))
+    reason = refused[0] if refused else type(error).__name__
+    return f"it is damaged, or a pickle that would run code, which is refused ({reason})"
+
+
+def _is_plain(name: Any, value: Any) -> bool:
     return isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
 
 
@@ -341,12 +347,34 @@ def check(entries: Sequence[Entry], expected: dict[str, torch.Size], faults: Seq
     _raise(faults)
 
 
+def check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    """
+    Looks through the data of all tensors.
+
+    Args:
+        tensors (`dict[str, torch.Tensor]`): Weights by name.
+
+    Raises:
+        ConversionError: If a value is infinite or no number; names the tensors.
+    """
+    broken = []
+    for name, tensor in tensors.items():
+        # needs no memory, and both are NaN where any value is
+        if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
+            broken.append(f"{name} ({str(tensor.dtype).removeprefix('torch.')})")
+    if broken:
+        raise ConversionError(
+            f"Values that are infinite or no numbers in {len(broken)} tensors: {_listed(broken)}. The checkpoint is "
+            "damaged, or its weights are too large for float16: name another --dtype then."
+        )
+
+
 def _raise(faults: list[str]) -> None:
     if faults:
         raise ConversionError(f"The weights do not fit the model, {len(faults)} faults: {_listed(faults, '; ')}.")
 
 
-def _listed(items, separator: str = ", ") -> str:
+def _listed(items: Iterable[str], separator: str = ", ") -> str:
     items = list(items)
     more = [f"and {len(items) - MAX_LISTED} more"] if len(items) > MAX_LISTED else []
     return separator.join(items[:MAX_LISTED] + more)
@@ -384,7 +412,7 @@ def infer_timm_config(architecture: str, shapes: dict[str, torch.Size]) -> TimmW
     return TimmWrapperConfig(architecture=architecture, do_pooling=False, model_args=model_args)
 
 
-def count(names, pattern: str) -> int:
+def count(names: Iterable[str], pattern: str) -> int:
     """One more than the largest number that `pattern`'s group takes among `names`; 0 if none fits."""
     return max((int(match[1]) + 1 for name in names if (match := re.fullmatch(pattern, name))), default=0)
 
@@ -513,25 +541,31 @@ def new_folder(output: Path) -> Iterator[Path]:
         output (`Path`): Where the folder will be.
 
     Raises:
-        ConversionError: If `output` is there already.
+        ConversionError: If `output` is there already or cannot be written.
     """
     output = output.resolve()
     check_output(output)
     partial = output.with_name(f".{output.name}.incomplete")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         yield partial
         for file in partial.rglob("*"):
             if file.is_file():
                 with file.open("rb+") as stream:
                     os.fsync(stream.fileno())
         partial.rename(output)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        raise ConversionError(
+            f"--output: {output} could not be written: {error}. Nothing is there. Make room, or name another place."
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def save(model: LlavaHrForConditionalGeneration, processor: LlavaHrProcessor, output: Path, notes: Sequence[str]):
+def save(
+    model: LlavaHrForConditionalGeneration, processor: LlavaHrProcessor, output: Path, notes: Sequence[str]
+) -> None:
     """Saves model and processor and prints a summary: size, `notes`, how to load."""
     with new_folder(output) as folder:
         model.save_pretrained(folder)

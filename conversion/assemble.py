@@ -27,8 +27,10 @@ import argparse
 from collections import Counter
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -44,14 +46,17 @@ from conversion._common import (
     IMAGE_TOKEN,
     POSITION_KEY,
     TIMM_PREFIX,
+    UNREADABLE,
     VIT_KEYS,
     WEIGHT_FILES,
     ConversionError,
     Key,
     adapter_layers,
     add_image_token,
+    check_finite,
     check_loading,
     check_output,
+    explain_unreadable,
     extend_embeddings,
     find_source,
     find_weight_files,
@@ -67,6 +72,7 @@ from conversion._common import (
     save,
 )
 from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration
+from modeling_llava_hr.configuration_llava_hr import check_sizes
 
 
 # transformers' model types that have a ViT which LLaVA-HR can use
@@ -90,7 +96,7 @@ NEW_WEIGHTS = ("model.multi_modal_projector.", "model.vision_tower.fusion.", "mo
 StateDict = dict[str, torch.Tensor]
 
 
-def load_part(option: str, auto_class: type, source: str, **kwargs):
+def load_part(option: str, auto_class: Any, source: str | Path, **kwargs: Any) -> Any:
     """
     `auto_class.from_pretrained(source)`.
 
@@ -100,9 +106,28 @@ def load_part(option: str, auto_class: type, source: str, **kwargs):
     try:
         return auto_class.from_pretrained(source, **kwargs)
     except (OSError, ValueError) as error:
-        raise ConversionError(
-            f"--{option}: {source!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from None
+        reason = str(error).strip().splitlines()[0]
+    except StrictDataclassError as error:  # its first line says which function found it
+        reason = str(error).strip().splitlines()[-1].strip()
+    except UNREADABLE as error:
+        reason = explain_unreadable(error)
+    raise ConversionError(f"--{option}: {source!r} cannot be loaded: {reason}")
+
+
+def load_part_config(option: str, source: str) -> PreTrainedConfig:
+    """
+    The configuration of a part, looked at before anything is made of it.
+
+    Raises:
+        ConversionError: If it cannot be loaded, or its sizes cannot be true.
+    """
+    config = load_part(option, AutoConfig, source)
+    try:
+        for part in filter(None, (config, *(getattr(config, name) for name in config.sub_configs))):
+            check_sizes(f"--{option}: {part.model_type}", part)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
+    return config
 
 
 def load_vision_tower(source: str) -> tuple[StateDict, dict[str, str], PreTrainedConfig]:
@@ -118,7 +143,7 @@ def load_vision_tower(source: str) -> tuple[StateDict, dict[str, str], PreTraine
     Raises:
         ConversionError: If it is another kind of model, or incomplete.
     """
-    config = load_part("vision_tower", AutoConfig, source)
+    config = load_part_config("vision_tower", source)
     if config.model_type not in VISION_MODEL_TYPES:
         raise ConversionError(
             f"--vision_tower: {source!r} is a {config.model_type}, but must be {' or '.join(VISION_MODEL_TYPES)}."
@@ -182,7 +207,10 @@ def load_language_model(source: str) -> tuple[StateDict, PreTrainedConfig, PreTr
     Raises:
         ConversionError: If it cannot be loaded, or has an output bias, for which LLaVA-HR has no place.
     """
-    model, info = load_part("language_model", AutoModelForCausalLM, source, dtype="auto", output_loading_info=True)
+    config = load_part_config("language_model", source)
+    model, info = load_part(
+        "language_model", AutoModelForCausalLM, source, config=config, dtype="auto", output_loading_info=True
+    )
     head = model.get_output_embeddings()
     if info["missing_keys"] or head.bias is not None:
         fault = f"lacks {', '.join(sorted(info['missing_keys']))}" if info["missing_keys"] else "has an output bias"
@@ -226,8 +254,8 @@ def assemble(
     Raises:
         ConversionError: If the parts cannot be found or do not fit; nothing is written then.
     """
-    output = Path(output).expanduser()
-    check_output(output)
+    folder = Path(output).expanduser()
+    check_output(folder)
     vision_weights, vision_dropped, vision_config = load_vision_tower(vision_tower)
     high_res_weights, high_res_dropped, high_res_config = load_high_res_tower(high_res_tower, high_res_architecture)
     text_weights, text_config, tokenizer, vocab_size = load_language_model(language_model)
@@ -248,6 +276,7 @@ def assemble(
     )
     new = {name for name in info["missing_keys"] if name.startswith(NEW_WEIGHTS)}
     check_loading(info["missing_keys"] - new, info["unexpected_keys"], info["mismatched_keys"])
+    check_finite(model.state_dict())
 
     model.generation_config = get_generation_config(tokenizer, vocab_size, text_config.vocab_size)
     stride = model.model.vision_tower.high_res_tower.stride
@@ -256,7 +285,7 @@ def assemble(
     dropped = Counter((vision_dropped | high_res_dropped).values())
     notes = [f"dropped {number} tensors: {reason}" for reason, number in dropped.items()]
     notes += [f"new: {name}" for name in sorted(new)]
-    save(model, get_processor(image_processor, tokenizer), output, notes)
+    save(model, get_processor(image_processor, tokenizer), folder, notes)
 
 
 def main() -> None:

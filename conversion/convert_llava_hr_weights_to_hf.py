@@ -44,6 +44,7 @@ from conversion._common import (
     adapter_layers,
     add_image_token,
     check,
+    check_finite,
     check_output,
     count,
     extend_embeddings,
@@ -61,7 +62,7 @@ from conversion._common import (
     run,
     save,
 )
-from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration
+from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration, LlavaHrImageProcessor, LlavaHrProcessor
 
 
 PROJECTOR_FILE = "mm_projector.bin"
@@ -218,7 +219,7 @@ def _architecture(original: dict) -> str:
     return original.get("vision_tower_slow", "").rstrip("/").split("/")[-1].split(".")[0]
 
 
-def _get_image_processor(original: dict, config: LlavaHrConfig):
+def _get_image_processor(original: dict, config: LlavaHrConfig) -> LlavaHrImageProcessor:
     high_res_size = original["input_image_size"]
     size = max(int(high_res_size / 32 * 14), 336)  # released code
     aspect_ratio = "pad" if original.get("image_aspect_ratio") == "pad" else "crop"
@@ -268,6 +269,7 @@ def load_model(
         if entry.name in EMBEDDINGS and new_size != vocab_size:
             tensor = extend_embeddings(tensor, new_size)
         state_dict[entry.name] = tensor
+    check_finite(state_dict)
     if config.tie_word_embeddings:
         state_dict["lm_head.weight"] = state_dict[EMBEDDINGS[0]]
     model.load_state_dict(state_dict, assign=True)
@@ -282,8 +284,8 @@ def convert(checkpoint: str, output: str, base: str | None = None, dtype: str = 
     Raises:
         ConversionError: If the checkpoint cannot be converted; nothing is written then.
     """
-    output = Path(output).expanduser()
-    check_output(output)
+    output_folder = Path(output).expanduser()
+    check_output(output_folder)
     source = find_source(checkpoint, "checkpoint", (*WEIGHT_FILES, PROJECTOR_FILE))
     folder = source if source.is_dir() else source.parent
     files = find_weight_files(source, (*WEIGHT_FILES, PROJECTOR_FILE))
@@ -295,7 +297,7 @@ def convert(checkpoint: str, output: str, base: str | None = None, dtype: str = 
         raise ConversionError(f"{files[0]} holds projector and fusion at most: name the rest of the model by --base.")
     if base is not None and not is_stage_1:
         raise ConversionError(f"--base is only for {PROJECTOR_FILE}, but {source} has complete weights.")
-    if is_stage_1:
+    if base is not None:
         model, processor, base_dropped = _convert_stage_1(folder, base, dtype, entries, faults)
         dropped |= base_dropped
     else:
@@ -303,10 +305,12 @@ def convert(checkpoint: str, output: str, base: str | None = None, dtype: str = 
     notes = [f"dropped {number} tensors: {reason}" for reason, number in Counter(dropped.values()).items()]
     if not is_stage_1 and (folder / PROJECTOR_FILE).is_file():
         notes.append(f"ignored {PROJECTOR_FILE}: the complete weights contain what it holds")
-    save(model, processor, output, notes)
+    save(model, processor, output_folder, notes)
 
 
-def _convert_full(folder: Path, dtype: str, entries: Sequence[Entry], faults: Sequence[str]):
+def _convert_full(
+    folder: Path, dtype: str, entries: Sequence[Entry], faults: Sequence[str]
+) -> tuple[LlavaHrForConditionalGeneration, LlavaHrProcessor]:
     original = read_original_config(folder)
     tokenizer = load_tokenizer(folder)
     old_size = original["vocab_size"]
@@ -319,7 +323,9 @@ def _convert_full(folder: Path, dtype: str, entries: Sequence[Entry], faults: Se
     return model, processor
 
 
-def _convert_stage_1(folder: Path, base: str, dtype: str, entries: Sequence[Entry], faults: Sequence[str]):
+def _convert_stage_1(
+    folder: Path, base: str, dtype: str, entries: Sequence[Entry], faults: Sequence[str]
+) -> tuple[LlavaHrForConditionalGeneration, LlavaHrProcessor, dict[str, str]]:
     base_folder = find_source(base, "base", WEIGHT_FILES)
     base_files = find_weight_files(base_folder)
     if not base_files or read_json(base_folder / "config.json").get("model_type") != LlavaHrConfig.model_type:

@@ -287,6 +287,16 @@ def test_parts_that_do_not_fit(kwargs, message, parts, tmp_path):
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.incomplete").exists()
 
 
+def test_weights_that_are_no_numbers(parts, tmp_path):
+    folder = shutil.copytree(parts["timm"], tmp_path / "timm")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["stages.1.blocks.0.gamma"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ConversionError, match=r"no numbers in 1 tensors: .*stages\.1\.blocks\.0\.gamma"):
+        run_assemble(parts, tmp_path / "out", high_res_tower=str(folder))
+    assert not (tmp_path / "out").exists()
+
+
 def test_high_res_tower_that_lacks_a_weight(parts, tmp_path):
     folder = tmp_path / "timm"
     shutil.copytree(parts["timm"], folder)
