@@ -16,7 +16,8 @@ The same question about every picture of a folder, in batches, into a file of JS
 
     python -m examples.caption_folder --folder photos --output captions.jsonl --question "Describe the picture."
 
-Started again, it goes on where it was stopped or killed. A picture that cannot be read becomes a row with an `error`.
+Started again, it goes on where it was stopped or killed. A picture that cannot be read becomes a row with an `error`;
+the next start tries it again.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 from transformers import pipeline
@@ -35,14 +37,18 @@ HERE = Path(__file__).parent
 
 
 def read_done(file: Path, question: str) -> set[str]:
-    """Names of the pictures that have a row; the half line that a kill may leave at the end is cut off."""
-    text = file.read_bytes() if file.exists() else b""
-    complete = text[: text.rfind(b"\n") + 1]
-    if complete != text:
-        with file.open("r+b") as stream:
-            stream.truncate(len(complete))
-    rows = map(json.loads, complete.splitlines())
-    return {row["picture"] for row in rows if row["question"] == question}
+    """Names of the pictures that have an answer. Errors, and the half line that a kill may leave, leave the file."""
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    try:
+        rows = [(line, json.loads(line)) for line in lines if line.endswith(b"\n")]
+        kept = [(line, row) for line, row in rows if row["question"] != question or "error" not in row]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"--output: {file} holds other things than rows of captions. Name another file.") from None
+    if len(kept) < len(lines):
+        new = file.with_name(f"{file.name}.new")
+        new.write_bytes(b"".join(line for line, _ in kept))
+        new.replace(file)  # at once: a kill leaves one of the two
+    return {row["picture"] for _, row in kept if row["question"] == question}
 
 
 def answer(pipe, paths: list[Path], question: str, max_new_tokens: int) -> list[dict[str, str]]:
@@ -90,5 +96,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
         sys.exit(f"error: {error}")

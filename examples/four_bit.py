@@ -21,6 +21,7 @@ Towers, MR-Adapters, projector and output layer stay as they are.
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -41,6 +42,8 @@ def main() -> None:
     parser.add_argument("--save", help="folder for the 4-bit model")
     parser.add_argument("--max_new_tokens", type=int, default=50, help="longest answer")
     arguments = parser.parse_args()
+    if find_spec("bitsandbytes") is None:
+        sys.exit('error: 4-bit weights need bitsandbytes: pip install ".[quantization]" in the checkout')
 
     with torch.device("meta"):  # shapes without weights
         full = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(arguments.model)).bfloat16()
@@ -75,7 +78,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ImportError:
-        sys.exit('error: 4-bit weights need bitsandbytes: pip install "modeling-llava-hr[quantization]"')
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -16,12 +16,14 @@ Where the high-resolution pathway contributed, as a picture:
 
     python -m examples.heat_map --picture photo.jpg --output heat_map.png
 
-The heat of a place is how far its visual token moves when the high-resolution view is replaced by an evenly grey one;
-beside it the gate of each MR-Adapter, 0 where it lets nothing of the high-resolution view in.
+The heat of a place is how far its feature moves when nothing of the high-resolution pathway is let through, as in the
+Space (`get_high_res_contribution` in examples/space/engine.py); beside it the gate of each MR-Adapter, 0 where it lets
+nothing of the high-resolution view in.
 """
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
+from examples.space.engine import get_high_res_contribution
 
 
 HERE = Path(__file__).parent
@@ -48,6 +51,8 @@ def main() -> None:
     parser.add_argument("--picture", default=str(HERE / "pictures" / "street.jpg"), help="file or URL")
     parser.add_argument("--output", default="heat_map.png", help="PNG file")
     arguments = parser.parse_args()
+    if find_spec("matplotlib") is None:
+        sys.exit('error: drawing needs matplotlib: pip install ".[training]" in the checkout')
     from matplotlib.figure import Figure
 
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, device_map="auto")
@@ -55,11 +60,7 @@ def main() -> None:
     image = processor.image_processor.fetch_images(arguments.picture)
     views = processor.image_processor(image, return_tensors="pt").to(model.device)
     low_res, high_res = views["pixel_values"], views["high_res_pixel_values"]
-    encoded = model.get_image_features(low_res, high_res)
-    grey = model.get_image_features(low_res, torch.zeros_like(high_res))
-    moved = (encoded.pooler_output - grey.pooler_output)[0].float().norm(dim=-1)  # (g * g,)
-    grid = int(len(moved) ** 0.5)
-    heat = moved.unflatten(0, (grid, grid)).cpu().numpy()
+    encoded, heat = get_high_res_contribution(model, low_res, high_res)
     gates = [gate.float().mean().item() for gate in encoded.mr_adapter_gates]
 
     figure = Figure(figsize=(13, 4), layout="constrained")
@@ -67,7 +68,7 @@ def main() -> None:
     for axis, view, name in ((axes[0], low_res, "low"), (axes[1], high_res, "high"), (axes[2], high_res, "high")):
         axis.imshow(to_picture(view[0], processor), extent=(0, 1, 1, 0))
         axis.set(title=f"{name}-resolution view, {view.shape[-1]} px", xticks=[], yticks=[])
-    axes[2].imshow(heat, extent=(0, 1, 1, 0), cmap="inferno", alpha=0.7, interpolation="bilinear")
+    axes[2].imshow(heat[0].cpu().numpy(), extent=(0, 1, 1, 0), cmap="inferno", alpha=0.7, interpolation="bilinear")
     axes[2].set_title("where it contributed")
     axes[3].bar([f"{layer}" for layer in model.config.mr_adapter_layers], gates, color="tab:orange")
     axes[3].axhline(0, color="black", linewidth=0.8)
@@ -79,7 +80,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ImportError:
-        sys.exit('error: drawing needs matplotlib: pip install "modeling-llava-hr[training]"')
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -22,6 +22,7 @@ to training.train, such as `--num_train_epochs 3`, `--lora_r 128`, `--dtype bflo
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -39,6 +40,8 @@ def main() -> None:
     parser.add_argument("--data", default=str(HERE / "pictures" / "questions.jsonl"), help="LLaVA format")
     parser.add_argument("--output", default="lora-model", help="folder for the merged model; LoRA's goes beside it")
     arguments, options = parser.parse_known_args()
+    if find_spec("peft") is None or find_spec("trl") is None:
+        sys.exit('error: LoRA needs PEFT and TRL: pip install ".[training]" in the checkout')
     from peft import PeftModel
 
     from training.train import main as train
@@ -71,7 +74,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ImportError:
-        sys.exit('error: LoRA needs TRL and PEFT: pip install "modeling-llava-hr[training]"')
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

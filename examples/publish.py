@@ -38,7 +38,13 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
 )
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    StrictDataclassError,
+)
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import AutoProcessor, BitsAndBytesConfig, HfArgumentParser, logging
@@ -122,7 +128,17 @@ def check_arguments(arguments: PublishArguments, card_arguments: CardArguments) 
             except HFValidationError as error:
                 raise PublishingError(f"--{option}: {name!r} is no valid Hub id: {error}") from None
     if arguments.variant_4bit and importlib.util.find_spec("bitsandbytes") is None:
-        raise PublishingError('--variant_4bit needs bitsandbytes: pip install "modeling-llava-hr[quantization]".')
+        raise PublishingError('--variant_4bit needs bitsandbytes: pip install ".[quantization]" in the checkout.')
+
+
+def check_links(folder: Path) -> None:
+    """
+    Raises:
+        PublishingError: If a symbolic link leads out of the folder: what it leads to would become public.
+    """
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise PublishingError(f"{path} is a link to something outside of the folder. Put the file itself there.")
 
 
 def load(folder: Path) -> tuple[LlavaHrConfig, LlavaHrProcessor]:
@@ -140,7 +156,7 @@ def load(folder: Path) -> tuple[LlavaHrConfig, LlavaHrProcessor]:
         raise PublishingError(f"{folder} has no processor. Save it there with `processor.save_pretrained`.")
     try:
         return LlavaHrConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, StrictDataclassError, TypeError, ValueError) as error:
         raise PublishingError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
@@ -219,7 +235,10 @@ def collect(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
             )
         model = LlavaHrForConditionalGeneration.from_pretrained(folder, dtype="auto", **config)
-        model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE)
+        try:
+            model.save_pretrained(staging, max_shard_size=MAX_SHARD_SIZE)
+        except SafetensorError as error:
+            raise PublishingError(f"{staging} could not be written: {error}. TMPDIR can name a larger disk.") from None
     processor.save_pretrained(staging)
     return files | {path.relative_to(staging).as_posix(): path for path in staging.rglob("*") if path.is_file()}
 
@@ -304,6 +323,7 @@ def publish(
         except (HTTPError, OSError) as error:
             raise explain(error, arguments.repo) from error
     folder = Path(arguments.model)
+    check_links(folder)
     config, processor = load(folder)
     if arguments.variant_4bit and is_quantized(config):
         raise PublishingError(f"--variant_4bit: {folder} is quantized already. Name the folder of the full weights.")
@@ -321,7 +341,8 @@ def publish(
             card = make_card(folder, repo, *facts, full_model=arguments.repo)
             files = collect(folder, Path(staging, "4bit"), processor, weights, quantize=True)
             releases.append(Release(repo, {**files, "README.md": card.encode()}))
-        for release in releases:
+        # the 4-bit model first: the other one's card says that it is there
+        for release in reversed(releases):
             print(release)
             if arguments.dry_run:
                 print(f"\n{release.files['README.md'].decode()}")

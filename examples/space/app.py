@@ -24,6 +24,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from engine import Engine, Look
 
 
@@ -44,6 +45,9 @@ EXAMPLES = [
 MAX_FILE_SIZE = "10mb"
 MAX_WAITING = 32  # questions; who comes then is told to try again
 KEEP_UPLOADS = 3600  # seconds
+OUT_OF_MEMORY = (
+    "The memory is full. Choose a smaller high-resolution side, or begin a new conversation with fewer pictures."
+)
 
 HEAD = """<h1>LLaVA-HR</h1>
 <p>Sees a picture twice: as a whole at low resolution, and its fine print at high resolution. The sharper view costs
@@ -137,6 +141,11 @@ def draw_gates(look: Look) -> str:
     return f"<div class='gates'><h3>Gates of the MR-Adapters</h3>{bars}{GATES_HINT}</div>"
 
 
+def to_error(error: Exception) -> gr.Error:
+    """A message in the page, which takes it for HTML (and what a validator says for text)."""
+    return gr.Error(html.escape(str(error)), print_exception=False)
+
+
 def describe_tokens(engine: Engine) -> str:
     """Such as "64 visual tokens (96, 128 px), 144 visual tokens (384 px)"."""
     sides = {}
@@ -207,7 +216,9 @@ def make_page(engine: Engine) -> gr.Blocks:
             if told is not None:  # once more, as a page that was still unfolding may have missed the first
                 yield text, *show(look, seconds, encoded)
         except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise to_error(error) from error
+        except torch.OutOfMemoryError as error:
+            raise gr.Error(OUT_OF_MEMORY) from error
 
     def look_again(history: list[dict], side: int) -> tuple:
         pictures = [part for turn in to_messages(history) for part in turn["content"] if part["type"] == "image"]
@@ -216,7 +227,9 @@ def make_page(engine: Engine) -> gr.Blocks:
         try:
             return show(engine.look(engine.read(pictures[-1]["path"]), side), None, "new")
         except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise to_error(error) from error
+        except torch.OutOfMemoryError as error:
+            raise gr.Error(OUT_OF_MEMORY) from error
 
     with gr.Blocks(title="LLaVA-HR", analytics_enabled=False, delete_cache=(KEEP_UPLOADS, KEEP_UPLOADS)) as page:
         gr.HTML(HEAD, elem_id="head")
@@ -295,6 +308,9 @@ def main() -> None:
         server_name=arguments.host,
         server_port=arguments.port,
         max_file_size=MAX_FILE_SIZE,
+        # neither counts nor contents of what others asked
+        enable_monitoring=False,
+        run_history=False,
         ssr_mode=False,
         footer_links=[],
         css=CSS,

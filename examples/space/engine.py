@@ -17,6 +17,7 @@ high-resolution pathway contributed.
 """
 
 import importlib.util
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -47,10 +48,14 @@ SIDES = (3 / 8, 1 / 2, 3 / 4, 1, 3 / 2)
 # Memory that weights alone do not tell of: activations, the cache of a long chat, CUDA itself
 HEADROOM = 1.25
 HEAT_COLOR = (255, 122, 0)
+# No tokenizer puts more into one token; the longest that are in use hold runs of blanks
+MAX_CHARACTERS_PER_TOKEN = 128
 
-# Installed, the package is the model's code; otherwise the code that was published with the weights is
-TRUST_REMOTE_CODE = importlib.util.find_spec("modeling_llava_hr") is None
-if not TRUST_REMOTE_CODE:
+# Installed, the package is the model's code. Otherwise it is the code that was published with the weights, if whoever
+# set up the page says that it may run.
+HAS_PACKAGE = importlib.util.find_spec("modeling_llava_hr") is not None
+TRUST_REMOTE_CODE = not HAS_PACKAGE and os.environ.get("TRUST_REMOTE_CODE") == "1"
+if HAS_PACKAGE:
     import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
 
 
@@ -132,6 +137,33 @@ def high_res_silenced(vision_tower: torch.nn.Module) -> Iterator[None]:
             hook.remove()
 
 
+@torch.inference_mode()
+def get_high_res_contribution(
+    model: torch.nn.Module, low_res: torch.Tensor, high_res: torch.Tensor
+) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
+    """
+    Encodes pictures, and finds out where the high-resolution pathway contributed to them. No other thread may use the
+    model's vision tower meanwhile.
+
+    Args:
+        model ([`LlavaHrForConditionalGeneration`]): The model.
+        low_res (`torch.Tensor` of shape `(images, 3, L, L)`): Low-resolution views.
+        high_res (`torch.Tensor` of shape `(images, 3, H, H)`): High-resolution views.
+
+    Returns:
+        What `get_image_features` returns, and the heat `(images, g, g)`: the length by which each fused feature
+        (equation 2 of the paper) moves if nothing of the high-resolution pathway is let through.
+    """
+    encoded = model.get_image_features(low_res, high_res, return_dict=True)
+    vision_tower = model.model.vision_tower
+    stride = vision_tower.high_res_tower.stride  # the smallest view will do: nothing of it is let through
+    with high_res_silenced(vision_tower):
+        silent = vision_tower(low_res, high_res[:, :, :stride, :stride], return_dict=True)
+    heat = (encoded.last_hidden_state - silent.last_hidden_state).float().norm(dim=-1)  # (images, g * g)
+    grid = low_res.shape[-1] // model.config.vision_config.patch_size
+    return encoded, heat.unflatten(1, (grid, grid))
+
+
 def get_sides(image_processor: BaseImageProcessor) -> dict[int, int]:
     """
     The high-resolution sides to choose from, each with the low-resolution side that goes with it, in pixels. The
@@ -186,12 +218,18 @@ class Engine:
             raise ValueError(
                 f"{Path(path).name} is no longer here: pictures are kept for an hour. Send it again."
             ) from error
+        image_processor = self.processor.image_processor
         try:
-            self.processor.image_processor.fetch_images(picture)
+            image = image_processor.fetch_images(picture)
         except ValueError as error:
             raise ValueError(
                 f"{Path(path).name} is not a picture that can be read. Give a PNG, JPEG or WebP file."
             ) from error
+        side = min(self.sides)
+        try:
+            image_processor(image, size=self.sides[side], high_res_size=side)
+        except ValueError as error:
+            raise ValueError(f"{Path(path).name} cannot be shown to the model. {error}") from error
         return picture
 
     @torch.inference_mode()
@@ -208,24 +246,18 @@ class Engine:
         image = image_processor.fetch_images(picture)
         views = image_processor(image, size=low_res_side, high_res_size=side, return_tensors="pt")
         low_res, high_res = (views[name].to(self.model.device) for name in ("pixel_values", "high_res_pixel_values"))
-        vision_tower = self.model.model.vision_tower
         with self._lock:
-            encoded = self.model.get_image_features(low_res, high_res, return_dict=True)
-            with high_res_silenced(vision_tower):
-                stride = image_processor.high_res_stride  # the smallest view will do: nothing of it is let through
-                silent = vision_tower(low_res, high_res[:, :, :stride, :stride], return_dict=True)
-        difference = (encoded.last_hidden_state - silent.last_hidden_state)[0].float().norm(dim=-1)  # (g * g,)
-        grid = low_res_side // image_processor.patch_size
+            encoded, heat = get_high_res_contribution(self.model, low_res, high_res)
         sharp = self._to_image(high_res, side)
         return Look(
             features=encoded.pooler_output,
             low_res=self._to_image(low_res, side),
             high_res=sharp,
-            heat_map=draw_heat_map(sharp, difference.unflatten(0, (grid, grid)).cpu()),
+            heat_map=draw_heat_map(sharp, heat[0].cpu()),
             low_res_side=low_res_side,
             gates=tuple(
                 (layer, gate.float().mean().item())
-                for layer, gate in zip(vision_tower.mr_adapter_layers, encoded.mr_adapter_gates, strict=True)
+                for layer, gate in zip(self.model.config.mr_adapter_layers, encoded.mr_adapter_gates, strict=True)
             ),
         )
 
@@ -252,12 +284,12 @@ class Engine:
             ValueError: If a picture cannot be read or the conversation is longer than the model can remember.
         """
         start = time.perf_counter()
+        inputs = self._get_prompt(messages, side)  # first, as it bounds the number of pictures
         paths = [part["path"] for message in messages for part in message["content"] if part["type"] == "image"]
         looks = [self.look(self.read(path), side) for path in paths]
         last = looks[-1] if looks else None
         yield "", last, None
 
-        inputs = self._get_prompt(messages, side)
         if looks:
             features = torch.cat([look.features for look in looks])
             inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
@@ -286,19 +318,20 @@ class Engine:
 
     def _get_prompt(self, messages: list[dict], side: int) -> dict[str, torch.Tensor]:
         """Ids and mask. They depend on the low-resolution side alone, so blank pictures stand for the real ones."""
-        image_token = self.processor.image_token
+        longest = self.model.config.text_config.max_position_embeddings
+        too_long = ValueError(
+            f"This conversation has become longer than the {longest} tokens that the model can remember. Begin a new "
+            f"one, with fewer pictures or a smaller high-resolution side."
+        )
+        parts = [part for message in messages for part in message["content"]]
+        num_pictures = sum(part["type"] == "image" for part in parts)
+        num_characters = sum(len(part["text"]) for part in parts if part["type"] == "text")
+        # without counting them, which takes long for very many
+        if num_pictures * self.get_num_tokens(side) + num_characters // MAX_CHARACTERS_PER_TOKEN > longest:
+            raise too_long
         blank = {"type": "image", "image": Image.new("RGB", (32, 32))}
         messages = [
-            {
-                "role": message["role"],
-                "content": [
-                    # a tag that a user typed is text
-                    {**part, "text": part["text"].replace(image_token, image_token.strip("<>"))}
-                    if part["type"] == "text"
-                    else blank
-                    for part in message["content"]
-                ],
-            }
+            {**message, "content": [part if part["type"] == "text" else blank for part in message["content"]]}
             for message in messages
         ]
         image_processor = self.processor.image_processor
@@ -310,12 +343,8 @@ class Engine:
             return_tensors="pt",
             processor_kwargs={"size": self.sides[side], "high_res_size": image_processor.high_res_stride},
         )
-        longest = self.model.config.text_config.max_position_embeddings
         if inputs["input_ids"].shape[1] + self.max_new_tokens > longest:
-            raise ValueError(
-                f"This conversation has become longer than the {longest} tokens that the model can remember. Begin a "
-                f"new one, with fewer pictures or a smaller high-resolution side."
-            )
+            raise too_long
         return {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
 

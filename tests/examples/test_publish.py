@@ -100,10 +100,10 @@ def test_published_models_load_without_the_package(hub, folder, tmp_path):
     options = ("--model", folder, "--repo", REPO, "--base_model", "a/b", "--base_model", "c/d", "--variant_4bit")
     environment = {"PYTHONPATH": str(ROOT), "HF_TOKEN": hub.token}
     shown = hub.run(PUBLISH, *options, folder=tmp_path / "publish", **environment)
-    assert list(hub.commits) == [REPO, f"{REPO}-4bit"] and shown.count("published: ") == 2
+    assert list(hub.commits) == [f"{REPO}-4bit", REPO] and shown.count("published: ") == 2
     # the empty first commit and one more
     assert [len(commits) for commits in hub.commits.values()] == [2, 2]
-    files, small_files = (hub.read(repo)[1] for repo in hub.commits)
+    small_files, files = (hub.read(repo)[1] for repo in hub.commits)
     assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     code = {path.name: path.read_bytes() for path in (ROOT / "modeling_llava_hr").glob("*_llava_hr.py")}
     for content in (files, small_files):

@@ -13,7 +13,7 @@
 # limitations under the License.
 """The server as users run it: a process of its own, asked through OpenAI's client."""
 
-import base64
+import asyncio
 import contextlib
 import http.client
 import io
@@ -23,21 +23,23 @@ import re
 import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import fastapi
+import httpx
 import openai
 import pytest
+import torch
+from loopback_server import ROOT, encode, run_server, to_data_url
 from PIL import Image, ImageDraw
-from transformers import pipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from modeling_llava_hr import serving
 
 
-ROOT = Path(__file__).parent.parent.parent
 QUESTION = "What does the red sign say?"
 NUM_TOKENS = 8
-START_SECONDS = 300
 
 
 def draw(width: int, height: int, text: str) -> Image.Image:
@@ -48,42 +50,14 @@ def draw(width: int, height: int, text: str) -> Image.Image:
     return picture
 
 
-def encode(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 PICTURES = [draw(256, 256, "4711"), draw(90, 200, "1234")]
 PARTS = [{"type": "image_url", "image_url": {"url": encode(picture)}} for picture in PICTURES]
 TEXT = {"type": "text", "text": QUESTION}
 
 
-@contextlib.contextmanager
-def run_server(model: Path, folder: Path):
-    """A server on a free port; its address, while it lives. Nothing is in its cache, and it has no network."""
-    log = folder / "server.log"
-    environment = {**os.environ, "HF_HOME": str(folder / "none"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "examples.serve", os.path.relpath(model, ROOT), "--port", "0", "--device", "cpu"]
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)
-    try:
-        until = time.monotonic() + START_SECONDS
-        while not (address := re.search(r"running on (http://127\.0\.0\.1:\d+)", log.read_text())):
-            assert process.poll() is None and time.monotonic() < until, log.read_text()
-            time.sleep(0.2)
-        yield address[1]
-        # what stops a service also stops it in good order
-        process.terminate()
-        assert process.wait(timeout=60) == 0, log.read_text()
-    finally:
-        process.kill()
-        process.wait()
-
-
 @pytest.fixture(scope="module")
 def client(tiny_model, tmp_path_factory):
-    with run_server(tiny_model, tmp_path_factory.mktemp("server")) as address:
+    with run_server(tiny_model, tmp_path_factory.mktemp("server")) as (address, _):
         with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=300) as client:
             client.model = os.path.relpath(tiny_model, ROOT)
             yield client
@@ -131,8 +105,24 @@ def test_the_model_is_listed_under_the_name_that_it_has_on_the_command_line(clie
     assert [model.id for model in client.models.list()] == [client.model]
 
 
-def image(url):
-    return {"content": [{"type": "image_url", "image_url": {"url": url}}, TEXT]}
+def image(*urls):
+    return {"content": [*({"type": "image_url", "image_url": {"url": url}} for url in urls), TEXT]}
+
+
+def option(**body):
+    """A request with an option, also one that OpenAI's client does not let through."""
+    return {"content": QUESTION, "extra_body": body}
+
+
+def make_bomb() -> bytes:
+    """A file of some kilobytes with 101 million pixels."""
+    buffer = io.BytesIO()
+    Image.new("1", (10_100, 10_000)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+# Well-formed, of a format that Pillow knows, and named an image: but Pillow starts another program to read it
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 
 
 @pytest.mark.parametrize(
@@ -152,6 +142,26 @@ def image(url):
         ({"content": [{"text": "no type"}]}, 400, "form of OpenAI's API"),
         ({"content": QUESTION, "role": "wizard"}, 400, "must be 'user' or 'assistant'"),
         ({"content": QUESTION, "model": "another/model"}, 400, "another/model"),
+        (image(to_data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>")), 400, "cannot be read"),
+        (image(to_data_url(POSTSCRIPT)), 400, "cannot be read"),
+        (image(to_data_url(make_bomb())), 400, "100000000 pixels"),
+        (image(*[encode(PICTURES[0])] * 17), 400, "16 pictures, but this one has 17"),
+        ({"content": "?" * 500_001}, 400, "500000 characters"),
+        ({"content": "why? " * 3000}, 400, "the model takes 2048 with the answer"),
+        ({"content": [TEXT], "extra_body": {"messages": [{"role": "user", "content": "?"}] * 1001}}, 400, "messages"),
+        (option(max_completion_tokens=10**9), 400, "`max_completion_tokens` must be a number from 1 to 4096"),
+        (option(max_tokens=0), 400, "`max_tokens` must"),
+        (option(max_tokens="many"), 400, "`max_tokens` must"),
+        (option(temperature=-1), 400, "`temperature` must"),
+        (option(temperature=1e-30), 400, "`temperature` must"),
+        (option(top_p=2), 400, "`top_p` must"),
+        (option(frequency_penalty=-2), 400, "`frequency_penalty` must"),
+        (option(seed=2**70), 400, "`seed` must"),
+        (option(logit_bias={"2": 1e9}), 400, "`logit_bias` must"),
+        (option(stop=["a"] * 5), 400, "`stop` must"),
+        (option(generation_config=json.dumps({"num_beams": 10**6})), 400, "must not have num_beams"),
+        (option(generation_config=json.dumps({"max_new_tokens": 10**9})), 400, "`max_new_tokens` must"),
+        (option(logit_bias={"1000000": 5}), 400, "1000000"),
     ],
 )
 def test_what_is_wrong_with_a_request_is_said_and_the_server_goes_on(client, request_, status, sentence):
@@ -163,11 +173,6 @@ def test_what_is_wrong_with_a_request_is_said_and_the_server_goes_on(client, req
     assert ask(client, [PARTS[0], TEXT]).choices[0].message.content is not None
 
 
-def test_what_generation_refuses_is_said(client):
-    with pytest.raises(openai.BadRequestError, match="strictly positive"):
-        ask(client, QUESTION, frequency_penalty=-2)
-
-
 def request(client, method: str, path: str, body=None) -> tuple[int, dict]:
     """Status and JSON of a bare request; a list as its body is sent in chunks."""
     with contextlib.closing(http.client.HTTPConnection(client.base_url.host, client.base_url.port)) as connection:
@@ -176,9 +181,85 @@ def request(client, method: str, path: str, body=None) -> tuple[int, dict]:
         return response.status, json.loads(response.read())
 
 
-def test_no_other_model_is_loaded(client):
-    status, answer = request(client, "POST", "/load_model", json.dumps({"model": "another/model"}))
-    assert status == 404 and "another/model" in answer["error"]["message"]
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/load_model"),
+        ("POST", "/reset"),  # would unload the model that all use
+        ("POST", "/v1/systemone"),
+        ("POST", "/v1/audio/transcriptions"),
+        ("GET", "/docs"),
+        ("GET", "/../../etc/passwd"),
+        ("GET", "/%2e%2e/%2e%2e/etc/passwd"),
+    ],
+)
+def test_clients_reach_what_is_meant_for_them(client, method, path):
+    assert request(client, method, path, json.dumps({"model": "another/model"}))[0] == 404
+
+
+def test_what_json_cannot_say_is_refused(client):
+    for value in ("NaN", "Infinity", "[" * 10_000):
+        body = f'{{"model": "{client.model}", "messages": [], "temperature": {value}}}'
+        assert request(client, "POST", "/v1/chat/completions", body)[0] == 400
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "example.com"},  # whose address somebody made that of this machine
+        {"content-type": "text/plain"},  # which pages of other sites may send without asking
+    ],
+)
+def test_pages_of_other_sites_are_not_answered(client, headers):
+    body = json.dumps({"model": client.model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 1})
+    assert request(client, "POST", "/v1/chat/completions", body)[0] == 200
+    with contextlib.closing(http.client.HTTPConnection(client.base_url.host, client.base_url.port)) as connection:
+        connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json", **headers})
+        response = connection.getresponse()
+        assert response.status == 400 and b"choices" not in response.read()
+
+
+def test_other_endpoints_have_the_same_limits(client):
+    path = {"role": "user", "content": [{"type": "input_image", "image_url": "/etc/passwd"}]}
+    for endpoint, body, sentence in (
+        ("responses", {"input": [path]}, "must be a data URL"),
+        ("responses", {"input": QUESTION, "max_output_tokens": 10**9}, "`max_output_tokens` must"),
+        ("completions", {"prompt": QUESTION, "max_tokens": 10**9}, "`max_tokens` must"),
+        ("completions", {"prompt": "?" * 500_001}, "500000 characters"),
+        ("completions", {"prompt": "why? " * 3000}, "the model takes 2048"),
+    ):
+        status, answer = request(client, "POST", f"/v1/{endpoint}", json.dumps({"model": client.model, **body}))
+        assert status == 400 and sentence in answer["error"]["message"], answer
+
+
+def test_answers_end_where_the_context_does(client):
+    never_end = {"logit_bias": {"2": -100}, "max_tokens": 4096}
+    usage = ask_freely(client, "7" * 1950, **never_end).usage
+    assert usage.prompt_tokens > 1950 and usage.total_tokens == 2048
+
+
+def test_options_of_transformers_chat_are_taken(client):
+    config = json.dumps({"do_sample": True, "max_new_tokens": 3, "transformers_version": "5.24.0"})
+    assert ask_freely(client, QUESTION, extra_body={"generation_config": config}).usage.completion_tokens <= 3
+
+
+def test_seeds_are_each_clients_own(client):
+    config = json.dumps({"do_sample": True, "max_new_tokens": 8, "temperature": 2.0})
+
+    def sample(seed: int) -> str:
+        options = {"seed": seed, "logit_bias": {"2": -100}, "extra_body": {"generation_config": config}}
+        answer = ask_freely(client, "?", **options)
+        return answer.choices[0].message.content
+
+    alone = [sample(seed) for seed in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(sample, range(8)))
+    assert together == alone and len(set(alone)) > 4
+
+
+def ask_freely(client, content, **options):
+    messages = [{"role": "user", "content": content}]
+    return client.chat.completions.create(model=client.model, messages=messages, **options)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -187,6 +268,111 @@ def test_too_large_requests_are_refused(client, chunked):
     status, answer = request(client, "POST", "/v1/chat/completions", blocks if chunked else b"".join(blocks))
     assert status == 413 and str(serving.MAX_BODY_BYTES) in answer["error"]["message"]
     assert request(client, "GET", "/health") == (200, {"status": "ok"})
+
+
+def enter(gate, name: str, send=None) -> tuple[asyncio.Queue, asyncio.Task]:
+    """A request at the gate; what its client says, and its progress."""
+    messages = asyncio.Queue()
+    messages.put_nowait({"type": "http.request", "body": b"{}"})
+    return messages, asyncio.ensure_future(gate({"type": "http", "method": "POST", "name": name}, messages.get, send))
+
+
+def test_clients_that_leave_give_up_their_turn():
+    entered = []
+
+    async def answer_forever(scope, receive, send):
+        await receive()
+        entered.append(scope["name"])
+        await asyncio.Event().wait()
+
+    gate = serving.Gate(answer_forever)
+
+    async def leave_in_turn() -> None:
+        requests = {name: enter(gate, name) for name in "abc"}
+        for name in "bac":
+            await asyncio.sleep(0.05)
+            messages, task = requests[name]
+            messages.put_nowait({"type": "http.disconnect"})
+            await task
+
+    asyncio.run(asyncio.wait_for(leave_in_turn(), 60))
+    assert entered == ["a", "c"] and gate.num_requests == 0
+
+
+def test_clients_that_do_not_read_hold_up_nobody():
+    async def answer(scope, receive, send):
+        await send({"type": "http.response.body", "body": scope["name"].encode()})
+
+    gate, sent = serving.Gate(answer), []
+
+    async def never_read(message):
+        await asyncio.Event().wait()
+
+    async def read(message):
+        sent.append(message["body"])
+
+    async def ask_both() -> None:
+        messages, slow = enter(gate, "slow", never_read)
+        _, fast = enter(gate, "fast", read)
+        await fast
+        messages.put_nowait({"type": "http.disconnect"})
+        await slow
+
+    asyncio.run(asyncio.wait_for(ask_both(), 60))
+    assert sent == [b"fast"] and gate.num_requests == 0
+
+
+def test_full_memory_is_said():
+    def build(*_, **__):
+        app = fastapi.FastAPI()
+
+        @app.post("/v1/completions")
+        async def fill_memory():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return app
+
+    def handle(*_):
+        raise AssertionError("nobody asks")
+
+    handler = SimpleNamespace(_validate_request=handle, get_processor_inputs_from_messages=handle)
+    handlers = {"completion_handler": handler, "response_handler": handler, "generation_state": SimpleNamespace()}
+    manager = SimpleNamespace(force_model="folder")
+    app = serving.build_server(build, manager, handler, **handlers, host="127.0.0.1")
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            return await client.post("/v1/completions", json={})
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == 503 and "Send fewer pictures" in answer.json()["error"]["message"]
+
+
+def test_generation_ends_when_its_client_leaves(tiny_model, monkeypatch):
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model)
+    processor = AutoProcessor.from_pretrained(tiny_model)
+    inputs = processor.tokenizer(QUESTION, return_tensors="pt")
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    config = model.generation_config
+    config.update(max_new_tokens=1000, suppress_tokens=[model.generation_config.eos_token_id])
+    steps = []
+    model.lm_head.register_forward_hook(lambda *_: steps.append(None))
+
+    async def leave() -> None:
+        generation = serving.Generation()
+        task = asyncio.ensure_future(
+            generation.generate_non_streaming(model, processor, inputs, config, request_id="one")
+        )
+        while len(steps) < 3:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        # the same thread takes up the next one when the first has ended
+        await generation.async_submit(int)
+
+    asyncio.run(leave())
+    assert 3 <= len(steps) < 1000
 
 
 OPTIONS = {"force_model": "folder", "host": "127.0.0.1", "port": 0}
@@ -207,7 +393,7 @@ def test_a_model_that_cannot_be_meant_is_refused(tmp_path):
 
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setattr(serving, "is_serve_available", lambda: False)
-    with pytest.raises(SystemExit, match=re.escape("modeling-llava-hr[serving]")):
+    with pytest.raises(SystemExit, match=re.escape('pip install ".[serving]"')):
         serving.serve(**OPTIONS)
 
 

@@ -13,39 +13,33 @@
 # limitations under the License.
 """The Space: what answers, without the page; and the page, in a real browser that talks with a real server."""
 
-import importlib.util
-import os
-import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from space_page import (
+    MAX_NEW_TOKENS,
+    PATIENCE,
+    SPACE,
+    import_engine,
+    open_page,
+    require_gradio,
+    run_browser,
+    run_page,
+    send,
+    wait_for_answer,
+)
 from transformers import pipeline
 
 from modeling_llava_hr import LlavaHrImageProcessorPil
 
 
-SPACE = Path(__file__).parent.parent.parent / "examples" / "space"
 STREET, SHELF = str(SPACE / "street.jpg"), str(SPACE / "shelf.jpg")
 QUESTION = "What does the green sign say?"
 ANSWER = "7778"  # training.fineprint's draw_sample(FinePrintConfig(size=256, min_signs=2), "test", 18)
-MAX_NEW_TOKENS = 12
-PATIENCE = 180  # seconds for whatever a busy machine takes long for
-
-
-def import_engine():
-    """`examples/space` is a folder of its own in a Space, not a package."""
-    spec = importlib.util.spec_from_file_location("space_engine", SPACE / "engine.py")
-    sys.modules["space_engine"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 space = import_engine()
@@ -204,7 +198,7 @@ def test_generation_ends_when_the_asker_leaves(engine, side, monkeypatch):
 
 def test_image_tag_of_a_user_is_text(engine, side):
     assert get_answer(engine, [ask("What is an <image>?", SHELF)], side) == get_answer(
-        engine, [ask("What is an image?", SHELF)], side
+        engine, [ask("What is an < image>?", SHELF)], side
     )
 
 
@@ -223,98 +217,22 @@ def test_file_that_is_no_picture_is_named(engine, tmp_path):
 # In a browser
 
 
-def get_free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def serves(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(address, timeout=PATIENCE):
-            return True
-    except (urllib.error.URLError, ConnectionError):
-        return False
-
-
 @pytest.fixture(scope="module")
 def address(tiny_model, tmp_path_factory):
-    """The page, served by a process of its own as `make space` starts it."""
-    if importlib.util.find_spec("gradio") is None:
-        pytest.skip('the page needs gradio: pip install "modeling-llava-hr[space]"')
-    port, folder = get_free_port(), tmp_path_factory.mktemp("space")
-    command = [sys.executable, "app.py", "--model", tiny_model, "--port", port, "--max_new_tokens", MAX_NEW_TOKENS]
-    # uploads stay in the test's folder
-    environment = {**os.environ, "GRADIO_TEMP_DIR": str(folder / "uploads"), "GRADIO_ANALYTICS_ENABLED": "False"}
-    with open(folder / "log", "w+", encoding="utf-8") as log:
-        server = subprocess.Popen(list(map(str, command)), cwd=SPACE, env=environment, stdout=log, stderr=log)
-        end = time.time() + PATIENCE
-        try:
-            while not serves(f"http://127.0.0.1:{port}"):
-                log.seek(0)
-                assert server.poll() is None and time.time() < end, log.read()
-                time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.terminate()
-            server.wait(PATIENCE)
+    with run_page(tiny_model, tmp_path_factory.mktemp("space")) as (address, _):
+        yield address
 
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("the page's tests need Chromium: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"], timeout=PATIENCE * 1000
-        )
+    with run_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def page(browser, address):
-    """The page, opened; whatever it asks of another machine fails the test, as do errors of its scripts."""
-    context = browser.new_context(reduced_motion="reduce")
-    context.set_default_timeout(PATIENCE * 1000)
-    page, problems = context.new_page(), []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: problems.append(request.url) if is_foreign(request.url, address) else None)
-    page.goto(address, wait_until="domcontentloaded")
-    page.wait_for_selector("#ask textarea")
-    yield page
-    context.close()
-    assert problems == []
-
-
-def is_foreign(url: str, address: str) -> bool:
-    return not url.startswith((address, "data:", "blob:"))
-
-
-def send(page, text: str, picture: str | None = None) -> None:
-    if picture:
-        page.set_input_files("#ask input[type=file]", picture)
-        page.wait_for_selector("#ask .thumbnail-item")
-    page.fill("#ask textarea", text)
-    page.press("#ask textarea", "Enter")
-
-
-def squeeze(text: str) -> str:
-    """As a page shows it: one space for any white space."""
-    return " ".join(text.split())
-
-
-def wait_for_answer(page, number: int, expected: str) -> None:
-    """Waits until the answer of that number, from 0 on, is the expected one."""
-    page.wait_for_function(
-        """([number, expected]) => {
-            const answers = document.querySelectorAll('#chat .bot.message');
-            return answers.length > number && answers[number].innerText.replace(/\\s+/g, ' ').trim() === expected;
-        }""",
-        arg=[number, squeeze(expected)],
-    )
+    with open_page(browser, address) as page:
+        yield page
 
 
 def test_conversation_with_a_change_of_resolution(page, engine):
@@ -365,8 +283,7 @@ def test_phone(page):
 
 
 def test_model_that_is_not_there_is_one_sentence(tmp_path):
-    if importlib.util.find_spec("gradio") is None:
-        pytest.skip('the page needs gradio: pip install "modeling-llava-hr[space]"')
+    require_gradio()
     command = [sys.executable, "app.py", "--model", str(tmp_path / "none")]
     result = subprocess.run(command, cwd=SPACE, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 1
