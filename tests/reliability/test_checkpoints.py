@@ -1,0 +1,356 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Checkpoints and data that somebody made to do harm: nothing of them runs, reads elsewhere, or claims all memory."""
+
+import ast
+import json
+import os
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, LlamaConfig
+
+from conversion._common import ConversionError
+from conversion.assemble import load_high_res_tower, load_language_model, load_vision_tower
+from conversion.convert_llava_hr_weights_to_hf import convert
+from examples.publish import PublishArguments, PublishingError, publish
+from modeling_llava_hr import LlavaHrForConditionalGeneration
+
+
+ROOT = Path(__file__).parents[2]
+CHECKPOINT = ROOT / "tests" / "fixtures" / "reference" / "stage2-1024" / "checkpoint"
+
+
+class RunsCode:
+    """A pickle of this would call os.mkdir when it is read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("converted") / "model"
+    convert(str(CHECKPOINT), str(folder))
+    return folder
+
+
+@pytest.fixture
+def model(converted, tmp_path) -> Path:
+    """A small model that a test may spoil."""
+    return shutil.copytree(converted, tmp_path / "model")
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A recorded checkpoint of the released code that a test may spoil."""
+    return shutil.copytree(CHECKPOINT, tmp_path / "checkpoint")
+
+
+def read_checkpoint() -> dict[str, torch.Tensor]:
+    return {
+        name: tensor
+        for file in sorted(CHECKPOINT.glob("pytorch_model-*.bin"))
+        for name, tensor in torch.load(file, weights_only=True).items()
+    }
+
+
+def replace_weights(checkpoint: Path, tensors: dict) -> None:
+    for file in checkpoint.glob("pytorch_model*"):
+        file.unlink()
+    torch.save(tensors, checkpoint / "pytorch_model.bin")
+
+
+def change_json(file: Path, *path: str, value) -> None:
+    """Puts a value where `path` leads in a JSON file."""
+    content = part = json.loads(file.read_text())
+    for name in path[:-1]:
+        part = part[name]
+    part[path[-1]] = value
+    file.write_text(json.dumps(content))
+
+
+# --- pickles ---
+
+
+def make_harmful(file: Path, weights: dict, tmp_path: Path) -> bytes:
+    torch.save({**weights, "harmless": RunsCode(tmp_path / "was here")}, file)
+    return file.read_bytes()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_from_pretrained_refuses_a_pickle_that_would_run_code(sharded, model, tmp_path):
+    weights = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    file = model / ("shard.bin" if sharded else "pytorch_model.bin")
+    before = make_harmful(file, weights, tmp_path)
+    if sharded:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, file.name)}
+        (model / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(Exception, match="Weights only load failed"):  # transformers lets torch's own error through
+        AutoModelForImageTextToText.from_pretrained(model)
+    assert not (tmp_path / "was here").exists()
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("part", ["vision_tower", "high_res_tower", "language_model"])
+def test_assemble_refuses_a_pickle_that_would_run_code(part, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    load, name, config = {
+        "vision_tower": (load_vision_tower, "pytorch_model.bin", CLIPVisionConfig(**sizes)),
+        "language_model": (load_language_model, "pytorch_model.bin", LlamaConfig(**sizes, vocab_size=64)),
+        "high_res_tower": (load_high_res_tower, "open_clip_pytorch_model.bin", None),
+    }[part]
+    if config is not None:
+        config.save_pretrained(tmp_path)
+    before = make_harmful(tmp_path / name, {"weight": torch.zeros(2)}, tmp_path)
+    arguments = ("convnext_atto",) if part == "high_res_tower" else ()
+    with pytest.raises(ConversionError, match="pickle that would run code, which is refused.*mkdir"):
+        load(str(tmp_path), *arguments)
+    assert not (tmp_path / "was here").exists()
+    assert (tmp_path / name).read_bytes() == before
+
+
+# --- weights ---
+
+
+def test_the_converter_names_tensors_with_values_that_are_no_numbers(checkpoint, tmp_path):
+    tensors = read_checkpoint()
+    tensors["model.norm.weight"][3] = float("nan")
+    tensors["lm_head.weight"][7, 5] = -float("inf")
+    replace_weights(checkpoint, tensors)
+    with pytest.raises(
+        ConversionError, match="no numbers in 2 tensors: .*language_model.norm.weight.*damaged"
+    ) as error:
+        convert(str(checkpoint), str(tmp_path / "out"))
+    assert "lm_head.weight (" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_converter_refuses_a_dtype_in_which_weights_would_be_infinite(checkpoint, tmp_path):
+    tensors = read_checkpoint()
+    tensors["model.norm.weight"][3] = 1e6  # float16 ends at 65504
+    replace_weights(checkpoint, tensors)
+    with pytest.raises(ConversionError, match=r"1 tensors: .*norm.weight \(float16\).*another --dtype"):
+        convert(str(checkpoint), str(tmp_path / "out"), dtype="float16")
+    convert(str(checkpoint), str(tmp_path / "out"), dtype="bfloat16")
+
+
+# --- sizes ---
+
+
+SIZES = [
+    (("text_config", "num_hidden_layers"), 10**6),
+    (("text_config", "hidden_size"), 10**9),
+    (("text_config", "intermediate_size"), 10**12),
+    (("text_config", "vocab_size"), 10**12),
+    (("text_config", "num_key_value_heads"), 10**9),
+    (("text_config", "num_hidden_layers"), 0),
+    (("vision_config", "num_hidden_layers"), 10**6),
+    (("vision_config", "hidden_size"), -64),
+    (("vision_config", "image_size"), 14 * 10**9),
+    (("vision_config", "patch_size"), 0),
+    (("vision_config", "num_attention_heads"), 0),
+    (("vision_config", "hidden_size"), "wide"),
+    (("high_res_vision_config", "model_args"), {"depths": [10**6, 1, 1, 1], "dims": [8, 8, 8, 8]}),
+    (("high_res_vision_config", "model_args"), {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 10**9]}),
+    (("mr_adapter_layers",), [10**9]),
+    (("mr_adapter_layers",), list(range(10**5))),
+    (("image_token_id",), 10**12),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), SIZES, ids=lambda value: ".".join(value) if value is tuple else None)
+def test_absurd_sizes_are_an_error_before_memory_is_allocated(path, value, model):
+    change_json(model / "config.json", *path, value=value)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=f"`{path[0]}"):
+        AutoModelForImageTextToText.from_pretrained(model)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("num_hidden_layers", 10**6), ("hidden_size", 10**9), ("vocab_size", 10**12)]
+)
+def test_the_converter_refuses_absurd_sizes(field, value, checkpoint, tmp_path):
+    change_json(checkpoint / "config.json", field, value=value)
+    with pytest.raises(ConversionError, match=rf"config.json: `text_config.{field}` must be from 1 to"):
+        convert(str(checkpoint), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        # a few bytes in the file: the same number again and again
+        ("vision_model.embeddings.patch_embedding.weight", (64 * 10**9, 3, 14, 14), "vision_config.hidden_size"),
+        ("vision_model.encoder.layers.0.mlp.fc1.weight", (10**12, 128), "vision_config.intermediate_size"),
+        ("vision_model.encoder.layers.999999999.mlp.fc1.bias", (2,), "vision_config.num_hidden_layers"),
+        ("stages.0.blocks.999999999.mlp.fc1.bias", (2,), "depths"),
+        ("stages.3.blocks.0.conv_dw.bias", (10**12,), "dims"),
+    ],
+)
+def test_the_converter_refuses_absurd_tensors(name, shape, message, checkpoint, tmp_path):
+    tensors = read_checkpoint()
+    prefix = "fast_vision_tower" if name.startswith("vision_model") else "slow_vision_tower"
+    name = f"model.vision_tower.{prefix}.vision_tower.{name}"
+    tensors[name] = torch.zeros(1, dtype=torch.bfloat16).expand(shape)
+    replace_weights(checkpoint, tensors)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ConversionError, match=message):
+        convert(str(checkpoint), str(tmp_path / "out"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
+
+
+@pytest.mark.parametrize("field", ["num_hidden_layers", "vocab_size"])
+def test_assemble_refuses_absurd_sizes(field, tmp_path):
+    LlamaConfig(hidden_size=64, num_attention_heads=1).save_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", field, value=10**9)
+    with pytest.raises(ConversionError, match=rf"--language_model: llama.{field}` must be from 1 to"):
+        load_language_model(str(tmp_path))
+    CLIPVisionConfig().save_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", "hidden_size", value=12 * 10**9)
+    with pytest.raises(ConversionError, match="--vision_tower: clip_vision_model.hidden_size` must be from 1 to"):
+        load_vision_tower(str(tmp_path))
+
+
+# --- other places ---
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"architecture": "hf-hub:somebody/something"},
+        {"architecture": "local-dir:/tmp"},
+        {"model_args": {"checkpoint_path": "/tmp/weights.pth"}},
+        {"model_args": {"pretrained": True}},
+        {"model_args": {"pretrained_cfg_overlay": {"url": "http://127.0.0.1/weights.pth"}}},
+    ],
+)
+def test_a_configuration_makes_timm_load_nothing(values, model):
+    for name, value in values.items():
+        change_json(model / "config.json", "high_res_vision_config", name, value=value)
+    with pytest.raises(ValueError, match=r"high_res_vision_config\.(architecture|model_args)"):
+        LlavaHrForConditionalGeneration.from_pretrained(model)
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "images/../../secret.png", "images/.."])
+def test_names_of_pictures_stay_in_their_folder(name, tmp_path):
+    training_data = pytest.importorskip("training.data")
+    folder = tmp_path / "data"
+    (folder / "images").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+    (folder / "rows.json").write_text(json.dumps([{"id": "a", "image": name, "conversations": turns}]))
+    with pytest.raises(ValueError, match=r"picture .* lies outside of|is missing|is broken"):
+        training_data.load_data(str(folder / "rows.json"), skip_broken=False)
+    if "secret" in name:
+        batch = {"messages": [[]], "images": [[name]]}
+        with pytest.raises(ValueError, match="lies outside of `image_folder`"):
+            training_data.to_chats(batch, str(folder))
+    assert training_data.is_inside(folder, str(tmp_path / "secret.png"))  # says openly where it leads
+    assert training_data.is_inside(folder, "images/a..b.png") and training_data.is_inside(folder, "images/../a.png")
+
+
+def test_links_are_read_and_replaced_but_nothing_behind_them_is_touched(checkpoint, tmp_path):
+    # as in the Hub's cache: each file is a link to a blob
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in checkpoint.iterdir():
+        (linked / file.name).symlink_to(file)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "kept").write_text("kept")
+    (tmp_path / ".out.incomplete").symlink_to(precious)
+    with pytest.raises(ConversionError, match="could not be written"):
+        convert(str(linked), str(tmp_path / "out"))
+    (tmp_path / "out").symlink_to(precious)
+    with pytest.raises(ConversionError, match="exists and is not an empty folder"):
+        convert(str(linked), str(tmp_path / "out"))
+    assert [file.name for file in precious.iterdir()] == ["kept"]
+
+    (tmp_path / ".out.incomplete").unlink()
+    (tmp_path / "out").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")  # an empty folder on another disk, say
+    convert(str(linked), str(tmp_path / "out"))
+    assert (tmp_path / "elsewhere" / "model.safetensors").is_file() and (tmp_path / "out").is_symlink()
+    assert sorted(file.name for file in checkpoint.iterdir()) == sorted(file.name for file in CHECKPOINT.iterdir())
+
+
+def test_what_links_lead_to_is_not_published(model, tmp_path):
+    (tmp_path / "secret").write_text('{"password": "1234"}')
+    (model / "generation_config.json").unlink()
+    (model / "generation_config.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(PublishingError, match="generation_config.json is a link to something outside of the folder"):
+        publish(PublishArguments(model=str(model), repo="someone/small", dry_run=True))
+    (model / "generation_config.json").unlink()
+    (model / "generation_config.json").symlink_to(model / "config.json")
+    publish(PublishArguments(model=str(model), repo="someone/small", dry_run=True))
+
+
+# --- remote code ---
+
+
+def test_no_code_of_ours_trusts_remote_code():
+    """Where a call says `trust_remote_code`, that comes from the user: an option, or a variable of the Space."""
+    told = set()
+    for folder in ("modeling_llava_hr", "conversion", "training", "examples", "benchmarks"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                pairs = zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else []
+                values = [value for key, value in pairs if getattr(key, "value", None) == "trust_remote_code"]
+                if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                    values.append(node.value)
+                told |= {(file.relative_to(ROOT).as_posix(), ast.unparse(value)) for value in values}
+    assert told == {
+        ("training/train.py", "training_args.trust_remote_code"),  # TRL's option, off by default
+        ("examples/space/engine.py", "TRUST_REMOTE_CODE"),
+    }
+
+
+def test_code_beside_the_weights_does_not_run_unless_the_user_says_so(model, tmp_path, monkeypatch):
+    marker = tmp_path / "was here"
+    (model / "harmful.py").write_text(f"import os\nos.mkdir({str(marker)!r})\n")
+    for name, path, classes in (
+        ("config.json", (), ("AutoConfig", "AutoModel", "AutoModelForImageTextToText")),
+        ("config.json", ("text_config",), ("AutoConfig", "AutoModel", "AutoModelForCausalLM")),
+        ("config.json", ("vision_config",), ("AutoConfig", "AutoModel")),
+        ("processor_config.json", (), ("AutoProcessor",)),
+        ("processor_config.json", ("image_processor",), ("AutoImageProcessor",)),
+        ("tokenizer_config.json", (), ("AutoTokenizer",)),
+    ):
+        change_json(model / name, *path, "auto_map", value=dict.fromkeys(classes, "harmful.Harmful"))
+    model_class = AutoModelForImageTextToText.from_pretrained(model)
+    assert type(model_class) is LlavaHrForConditionalGeneration
+    AutoProcessor.from_pretrained(model)
+    publish(PublishArguments(model=str(model), repo="someone/small", dry_run=True))
+    convert(str(CHECKPOINT.parents[1] / "stage2-1024" / "checkpoint"), str(tmp_path / "out"))
+    assert not marker.exists()
+
+    # a type that nobody knows: transformers asks, and here is nobody who says yes
+    change_json(model / "config.json", "model_type", value="harmful")
+    for load in (AutoConfig.from_pretrained, AutoModelForImageTextToText.from_pretrained, load_vision_tower):
+        monkeypatch.setattr(sys, "stdin", None)
+        with pytest.raises(ValueError, match="harmful|trust_remote_code|custom code"):
+            load(str(model))
+    assert not marker.exists()

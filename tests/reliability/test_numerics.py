@@ -1,0 +1,255 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Numbers that can be relied on: half precision near float32 at every resolution, nothing but finite numbers from empty
+pictures, a chat that is answered alike alone and among others, runs that repeat bit for bit, and the same results
+under every supported version of Python and transformers. `-s` prints the figures.
+"""
+
+import json
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, BatchFeature, set_seed
+
+from conversion.convert_llava_hr_weights_to_hf import convert
+
+
+ROOT = Path(__file__).parent.parent.parent
+REFERENCE = ROOT / "tests" / "fixtures" / "reference"
+STAGES = ("stage1-384", "stage2-1024")
+TINY_MODEL = ROOT / "examples" / "tiny-llava-hr"
+PICTURES = [Image.open(ROOT / "examples" / "pictures" / f"{name}.jpg") for name in ("street", "shelf", "table")]
+
+# The paper's high resolutions (table 1), each with its low-resolution side
+SIDES = [(336, 384), (336, 768), (448, 1024), (672, 1536)]
+HALF = [torch.bfloat16, torch.float16]
+# Norm of the difference from float32, relative to the norm. A rounding to 8 or 11 bits of mantissa is wrong by up to
+# 2^-9 or 2^-12; some hundred of them follow each other, and their errors add up like a random walk: times ten.
+BOUNDS = {torch.bfloat16: 10 * 2**-9, torch.float16: 10 * 2**-12}
+# Beyond it float32's sums in another order cannot get (24 bits of mantissa, the same walk, logits of size one)
+FLOAT32_BOUND = 1e-5
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> dict[str, Path]:
+    """The recorded checkpoints, converted; by stage."""
+    folders = {stage: tmp_path_factory.mktemp("converted") / stage for stage in STAGES}
+    for stage, folder in folders.items():
+        convert(str(REFERENCE / stage / "checkpoint"), str(folder))
+    return folders
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32):
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+def ask(processor, *samples: list[Image.Image], question: str = "What does the sign say?", **sizes) -> BatchFeature:
+    """A batch of one chat a sample, each with its pictures and a question longer than the one before."""
+    chats = []
+    for index, pictures in enumerate(samples):
+        content = [*({"type": "image", "image": picture} for picture in pictures)]
+        content.append({"type": "text", "text": " ".join([question, *["And why?"] * index])})
+        chats.append([{"role": "user", "content": content}])
+    return processor.apply_chat_template(
+        chats,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, **sizes},
+    )
+
+
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference relative to the norm of what is expected."""
+    return ((actual.float() - expected).norm() / expected.norm()).item()
+
+
+@torch.no_grad()
+def compute(model, inputs: BatchFeature) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image features and logits."""
+    outputs = model(**inputs.to(model.dtype))
+    return outputs.image_hidden_states, outputs.logits
+
+
+# --- half precision ---
+
+
+@pytest.mark.parametrize("sides", SIDES, ids=lambda sides: f"{sides[1]}px")
+def test_half_precision_stays_near_float32_at_every_resolution(converted, sides):
+    """The layout of the published checkpoints, whose weights are bfloat16: what differs is the arithmetic alone."""
+    model, processor = load(converted["stage2-1024"])
+    inputs = ask(processor, PICTURES[:1], size=sides[0], high_res_size=sides[1])
+    assert inputs["high_res_pixel_values"].shape[-1] == sides[1]
+    expected = compute(model, inputs)
+    for dtype in HALF:
+        actual = compute(load(converted["stage2-1024"], dtype)[0], inputs)
+        errors = [difference(*pair) for pair in zip(actual, expected, strict=True)]
+        print(f"{dtype} at {sides[1]} px: features {errors[0]:.1e}, logits {errors[1]:.1e}, bound {BOUNDS[dtype]:.1e}")
+        assert 0 < max(errors) < BOUNDS[dtype]  # zero would be float32 again
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_reads_the_same(dtype):
+    """A trained model's answers, whose margins a rounding does not turn over."""
+    answers = []
+    for precision in (torch.float32, dtype):
+        model, processor = load(TINY_MODEL, precision)
+        inputs = ask(processor, PICTURES[:1], question="What does the green sign say?").to(precision)
+        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        answers.append(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    assert answers[0] == answers[1]
+    assert answers[0][0].strip()
+
+
+# --- pictures without content ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("backend", ["torchvision", "pil"])
+def test_pictures_of_one_color_give_finite_numbers(converted, dtype, backend):
+    colors = ["black", "white", (127, 127, 127), (122, 116, 104), (255, 0, 0)]  # the fourth is CLIP's mean
+    shapes = [(64, 64), (1, 1), (300, 10)]
+    pictures = [Image.new("RGB", shape, color) for color in colors for shape in shapes]
+    for folder, sizes in ((TINY_MODEL, {}), (converted["stage2-1024"], {"size": 56, "high_res_size": 128})):
+        model, processor = load(folder, dtype)
+        if backend == "pil":
+            processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        inputs = ask(processor, *([picture] for picture in pictures), **sizes).to(dtype)
+        with torch.no_grad():
+            outputs = model(**inputs)
+        numbers = [outputs.logits, outputs.image_hidden_states, outputs.high_res_features, *outputs.mr_adapter_gates]
+        assert all(tensor.isfinite().all() for tensor in numbers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pictures_of_one_color_give_finite_gradients(dtype):
+    """Layer normalisations divide by the standard deviation, which is zero where nothing varies."""
+    model, processor = load(TINY_MODEL, dtype)
+    model.train()
+    inputs = ask(processor, *([Image.new("RGB", (50, 50), color)] for color in ("black", "white"))).to(dtype)
+    loss = model(**inputs, labels=inputs["input_ids"].clone()).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert [name for name, value in model.named_parameters() if not value.grad.isfinite().all()] == []
+
+
+# --- alone and among others ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_a_chat_is_answered_alike_alone_and_in_a_batch(dtype):
+    """One, two and no pictures, of other sizes and questions; padded to the longest."""
+    samples = [PICTURES[:1], PICTURES[1:], []]
+    model, processor = load(TINY_MODEL, dtype)
+    batch = ask(processor, *samples).to(dtype)
+    assert batch["attention_mask"].min() == 0  # something is padded
+    _, logits = compute(model, batch)
+    answers = generate(model, batch)
+    start, errors = 0, []
+    for index, pictures in enumerate(samples):
+        kept = batch["attention_mask"][index].bool()
+        single = BatchFeature({"input_ids": batch["input_ids"][index : index + 1, kept]})
+        single["attention_mask"] = torch.ones_like(single["input_ids"])
+        for name in ("pixel_values", "high_res_pixel_values") if pictures else ():
+            single[name] = batch[name][start : start + len(pictures)]
+        start += len(pictures)
+        errors.append(difference(compute(model, single)[1][0], logits[index, kept].float()))
+        assert torch.equal(generate(model, single)[0], answers[index])
+    bound = BOUNDS.get(dtype, FLOAT32_BOUND)
+    print(f"{dtype}: logits differ by {max(errors):.1e} of their norm in a batch, bound {bound:.1e}")
+    assert max(errors) < bound
+
+
+def generate(model, inputs: BatchFeature) -> torch.Tensor:
+    """Eight greedy tokens of each chat, without a stop at the end of an answer."""
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    return model.generate(**inputs.to(model.dtype), **settings)[:, inputs["input_ids"].shape[1] :]
+
+
+# --- again ---
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """The switch, which `set_seed(..., deterministic=True)` and training's `--full_determinism true` set as well."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_second_run_gives_the_same_bits(dtype, device, deterministic, monkeypatch):
+    """No operation without a deterministic form (torch would raise); answers, samples and three steps of training."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for on a GPU
+    runs = []
+    for _ in range(2):
+        set_seed(0)
+        model, processor = load(TINY_MODEL, dtype)
+        model.to(device)
+        inputs = ask(processor, PICTURES[:1], PICTURES[1:]).to(device, dtype)
+        results = [generate(model, inputs), compute(model, inputs)[1]]
+        results.append(model.generate(**inputs, max_new_tokens=8, do_sample=True, temperature=2.0))
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for _ in range(3):
+            loss = model(**inputs, labels=inputs["input_ids"].clone()).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            results.append(loss.detach())
+        runs.append([*results, *(parameter.detach() for parameter in model.parameters())])
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+    assert runs[0][3] != runs[0][5]  # the steps changed something
+
+
+# --- on other versions ---
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_recorded_tokens_and_logits(converted, stage):
+    """
+    The released code's recordings, one measure for all versions (tests/conversion compares features, labels and losses
+    as well): tokens exactly, logits within the 1e-4 of the recordings' README.
+    """
+    model, processor = load(converted[stage])
+    processor.image_processor = AutoImageProcessor.from_pretrained(converted[stage], backend="pil")
+    expected = load_file(REFERENCE / stage / "expected.safetensors")
+    case = json.loads((REFERENCE / stage / "cases.json").read_text())["cases"][0]
+    images = [Image.open(REFERENCE / stage / "images" / name) for name in case["images"]]
+    inputs = ask(processor, images, question=case["turns"][0][0].replace("<image>\n", ""))
+    logits = compute(model, inputs)[1][0, -1, : case_vocabulary(expected)]
+    error = (logits - expected["case0.logits_last"]).abs().max().item()
+    count = len(case["greedy_ids"])
+    tokens = model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)[0, -count:].tolist()
+    print(
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}: "
+        f"{stage} tokens {tokens}, logits within {error:.1e}, their sum {logits.double().sum():.5f}"
+    )
+    assert tokens == case["greedy_ids"]
+    assert error < 1e-4
+
+
+def case_vocabulary(expected: dict[str, torch.Tensor]) -> int:
+    """The recorded model has no image token."""
+    return len(expected["case0.logits_last"])

@@ -1,0 +1,92 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How the project is packaged: dependency bounds that `make test-oldest` can install, versions, audit, documents."""
+
+import configparser
+import importlib.util
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent.parent
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg")
+# What `make test` installs. `dev` and `evaluation` are tools of their own environments, with bounds in the same form
+LISTS = {"install": SETUP["options"]["install_requires"], **SETUP["options.extras_require"]}
+
+
+def requirements(name: str) -> list[str]:
+    return [line for line in LISTS[name].splitlines() if line and not line.startswith("modeling-llava-hr[")]
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_every_dependency_has_one_lower_bound_and_no_other(name):
+    """The Makefile makes `name==version` of `name>=version`; what has another form would escape `make test-oldest`."""
+    for requirement in requirements(name):
+        assert re.fullmatch(r"[A-Za-z0-9_-]+>=\d+\.\d+\.\d+", requirement), requirement
+
+
+def test_no_dependency_is_bounded_twice():
+    names = [re.split(">=", line)[0].lower() for name in LISTS for line in requirements(name)]
+    assert len(names) == len(set(names))
+
+
+def test_installed_versions_are_within_the_bounds():
+    def parts(text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in re.findall(r"\d+", text.split("+")[0])[:3])
+
+    for requirement in (line for name in ("install", "test") for line in requirements(name)):
+        package, bound = requirement.split(">=")
+        assert parts(version(package)) >= parts(bound), f"{package} {version(package)}"
+
+
+def test_version_is_semantic_and_in_the_changelog():
+    number = SETUP["metadata"]["version"]
+    assert re.fullmatch(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?", number)
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    # until it is released, what changed stands under "Unreleased"
+    assert headings[0] in ("Unreleased", number)
+
+
+@pytest.fixture(scope="module")
+def audit():
+    spec = importlib.util.spec_from_file_location("audit", ROOT / ".ci" / "audit.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+FINE = {"name": "numpy", "version": "2.1.0", "vulns": []}
+FLAWED = {"name": "pillow", "version": "11.3.0", "vulns": [{"id": "PYSEC-1", "fix_versions": ["11.3.1"]}]}
+UNKNOWN = {"name": "torch", "skip_reason": "Dependency not found on PyPI"}
+
+
+@pytest.mark.parametrize(
+    ("dependencies", "message", "is_clean", "expected"),
+    [
+        ([FINE], "", True, "1 packages looked up, no known vulnerabilities"),
+        ([FINE, UNKNOWN], "", True, "not looked up: torch"),
+        ([FINE, FLAWED], "", False, "pillow 11.3.0: PYSEC-1, mended in 11.3.1"),
+        ([FLAWED, UNKNOWN], "", False, "1 packages looked up, 1 known vulnerabilities"),
+        ([UNKNOWN], "", None, "NOT AUDITED.*knows none of 1"),
+        ([], "Traceback\nConnectionError: no way", None, "NOT AUDITED.*ConnectionError: no way"),
+    ],
+)
+def test_audit_does_not_call_clean_what_it_could_not_look_up(audit, dependencies, message, is_clean, expected):
+    text, result = audit.report(dependencies, message)
+    assert result is is_clean
+    assert re.search(expected, text)

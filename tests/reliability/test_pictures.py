@@ -1,0 +1,391 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Bad pictures: whatever is given for one, each way in gives a result or a ValueError that names it; in time, without a
+crash, and without keeping memory. The short form is tried with every `make test`, the long one with `-m slow`.
+"""
+
+import contextlib
+import faulthandler
+import gc
+import io
+import json
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import PIL
+import psutil
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from odd_pictures import Odd, draw, encode, make_files, odd_files, odd_pictures
+from PIL import EpsImagePlugin, Image
+from space_page import import_engine
+from transformers import AutoProcessor, pipeline
+
+from modeling_llava_hr import LlavaHrImageProcessor, LlavaHrImageProcessorPil
+from training.check_data import check_data
+
+
+ROOT = Path(__file__).parent.parent.parent
+TINY_MODEL = str(ROOT / "examples" / "tiny-llava-hr")
+
+# 64 x 64 and 28 x 28 pixels: 2 x 2 features and 2 x 2 patches
+SMALL = {"size": 28, "high_res_size": 64}
+GOOD = draw()
+
+MAX_SECONDS = 30  # for one picture, on a busy machine; the slowest usually needs a fraction of a second
+MAX_GROWTH = 64  # MB between warm-up and end: 10,000 pictures that each left 10 kB behind would exceed it
+# So that bombs are cheap: Pillow warns of pictures with more pixels than this, and refuses twice as many
+MAX_PIXELS = 10**6
+
+
+def forms(short: int, long: int) -> pytest.MarkDecorator:
+    """Numbers of drawn inputs with every `make test`, and with `-m slow`."""
+    values = [pytest.param(short, id="short"), pytest.param(long, id="long", marks=pytest.mark.slow)]
+    return pytest.mark.parametrize("num_examples", values)
+
+
+class TooSlow(BaseException):
+    """Not an `Exception`, which a reader of pictures might take for a broken file."""
+
+
+@contextlib.contextmanager
+def time_limit(label: str) -> Iterator[None]:
+    """Raises TooSlow in Python code after MAX_SECONDS, and ends the process where C code hangs for thrice as long."""
+
+    def stop(*_):
+        raise TooSlow(f"{label} took more than {MAX_SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+    faulthandler.dump_traceback_later(3 * MAX_SECONDS, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def only_warnings_of_pillow() -> Iterator[None]:
+    """Pillow may say that a file is broken or nearly a bomb; nobody else has anything to warn of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    folder = os.path.dirname(PIL.__file__)
+    others = [
+        str(warning)
+        for warning in caught
+        if not warning.filename.startswith(folder) and warning.category is not Image.DecompressionBombWarning
+    ]
+    assert not others, others
+
+
+class Tally:
+    """
+    Tries inputs, and counts what came of them.
+
+    Args:
+        what (`str`): What is counted.
+        names_input (`str`): A regular expression that every message must contain.
+        warm_up (`int`): Inputs after which memory is measured for the first time.
+    """
+
+    def __init__(self, what: str, names_input: str, warm_up: int):
+        self.what, self.names_input, self.warm_up = what, names_input, warm_up
+        self.num_results = self.num_errors = 0
+        self.slowest, self.memory = (0.0, "nothing"), None
+
+    @property
+    def num_inputs(self) -> int:
+        return self.num_results + self.num_errors
+
+    def __call__(self, odd: Odd, use: Callable, check: Callable | None = None) -> ValueError | None:
+        """Uses an input and checks the result; the error if there was one, which has a message of its own."""
+        start, error = time.perf_counter(), None
+        try:
+            with time_limit(odd.label), only_warnings_of_pillow():
+                result = use(odd.thing)
+        except ValueError as raised:
+            error = raised
+            assert re.search(self.names_input, str(error)), f"{odd}: the message names no input: {error}"
+            assert len(str(error)) < 1000, f"{odd}: a message of {len(str(error))} characters"
+            self.num_errors += 1
+        else:
+            if check is not None:
+                with time_limit(odd.label), only_warnings_of_pillow():
+                    check(odd, result)
+            self.num_results += 1
+        self.slowest = max(self.slowest, (time.perf_counter() - start, odd.label))
+        if self.num_inputs == self.warm_up:
+            self.memory = measure_memory()
+        return error
+
+    def report(self, capsys: pytest.CaptureFixture) -> None:
+        """Prints the figures, and fails if memory was kept or one of the two outcomes never came up."""
+        growth = measure_memory() - self.memory
+        with capsys.disabled():
+            print(
+                f"\n{self.num_inputs:,} pictures {self.what}: {self.num_results:,} results, {self.num_errors:,} clear "
+                f"errors, slowest {self.slowest[0]:.2f} s ({self.slowest[1]}), memory {growth:+.0f} MB"
+            )
+        assert self.num_results and self.num_errors
+        assert growth < MAX_GROWTH
+
+
+def measure_memory() -> float:
+    """MB of this process that are in memory."""
+    gc.collect()
+    return psutil.Process().memory_info().rss / 2**20
+
+
+def fuzz(strategy: st.SearchStrategy[Odd], num_examples: int, try_one: Callable[[Odd], None]) -> None:
+    """Tries so many inputs. Which ones is settled by their number, so that figures can be repeated."""
+
+    @settings(
+        max_examples=num_examples,
+        derandomize=True,
+        database=None,
+        deadline=None,  # the limit above can end what hangs
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def run(odd):
+        try_one(odd)
+
+    run()
+
+
+@pytest.fixture(autouse=True)
+def small_bombs(monkeypatch):
+    make_files()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", MAX_PIXELS)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    """The tiny model's, with views so small that only reading takes time."""
+    processor = AutoProcessor.from_pretrained(TINY_MODEL)
+    processor.image_processor = LlavaHrImageProcessor(size=56, high_res_size=64, patch_size=7)
+    return processor
+
+
+def check_views(odd: Odd, views: dict) -> None:
+    """Shapes, and values that a picture can have."""
+    low, high = views["pixel_values"], views["high_res_pixel_values"]
+    statistics = LlavaHrImageProcessor.image_mean, LlavaHrImageProcessor.image_std
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in statistics)
+    assert low.dtype == high.dtype == torch.float32
+    assert low.shape == (len(high), 3, 28, 28) and high.shape[1:] == (3, 64, 64), odd
+    for view in (low, high):
+        values = view * std + mean
+        assert torch.isfinite(values).all(), odd
+        assert -1e-4 < values.min() and values.max() < 1 + 1e-4, odd
+
+
+# Of 255 levels, the backends differ by two at most; in the low-resolution view, which interpolates, by no more
+TOLERANCE = 2 / 255 / min(LlavaHrImageProcessor.image_std) + 1e-4
+
+
+@forms(250, 10_000)
+def test_image_processors(num_examples, tmp_path, capsys):
+    """Both backends see the same in a picture, or both refuse it; the picture before it suffers nothing."""
+    backends = LlavaHrImageProcessor(**SMALL), LlavaHrImageProcessorPil(**SMALL)
+    alone = [backend(GOOD, return_tensors="pt") for backend in backends]
+    tally = Tally("through both image processors", r"`images\[\d|`images` is nested|Picture [1-9]\d* of `images`", 200)
+
+    def use(thing):
+        # read once: of some damaged files Pillow makes something else each time
+        pictures = backends[0].fetch_images([GOOD, thing])
+        return [backend(pictures, return_tensors="pt") for backend in backends]
+
+    def check(odd, results):
+        for views, good in zip(results, alone, strict=True):
+            check_views(odd, views)
+            for name in ("pixel_values", "high_res_pixel_values"):
+                torch.testing.assert_close(views[name][:1], good[name], atol=1e-5, rtol=0)
+        for name in ("pixel_values", "high_res_pixel_values"):
+            assert len(results[0][name]) == len(results[1][name]) > 1, odd
+            assert (results[0][name] - results[1][name]).abs().max() <= TOLERANCE, odd
+
+    def try_one(odd):
+        if tally(odd, use, check) is not None:
+            for backend in backends:  # `use` stopped at the first
+                with pytest.raises(ValueError), only_warnings_of_pillow():
+                    backend([GOOD, odd.thing], return_tensors="pt")
+
+    for name, content in make_files().items():
+        try_one(Odd(name, content))
+    fuzz(odd_pictures(tmp_path), num_examples, try_one)
+    tally.report(capsys)
+
+
+@forms(40, 1000)
+def test_processor(num_examples, processor, tmp_path, capsys):
+    tally = Tally("through the processor", r"`images|Picture \d+ of `images`|`text` has|Sample \d|tags", 20)
+
+    def use(thing):
+        return processor(images=[GOOD, thing], text="<image>\n<image>\nWhat?", return_tensors="pt")
+
+    def check(odd, inputs):
+        assert (inputs["input_ids"] == processor.image_token_id).sum() == 2 * 64, odd
+        assert inputs["pixel_values"].shape == (2, 3, 56, 56), odd
+        assert torch.isfinite(inputs["pixel_values"]).all(), odd
+
+    fuzz(odd_pictures(tmp_path), num_examples, lambda odd: tally(odd, use, check))
+    tally.report(capsys)
+
+
+@forms(40, 500)
+def test_pipeline(num_examples, processor, tmp_path, capsys):
+    pipe = pipeline("image-text-to-text", model=TINY_MODEL, processor=processor)
+    tally = Tally("through the pipeline", r"`images|Picture \d+ of `images`|`conversation|tags|tokens", 20)
+
+    def use(thing):
+        content = [{"type": "image", "image": thing}, {"type": "text", "text": "What?"}]
+        return pipe([{"role": "user", "content": content}], max_new_tokens=1, return_full_text=False)
+
+    def check(odd, outputs):
+        assert [type(output["generated_text"]) for output in outputs] == [str], odd
+
+    fuzz(odd_pictures(tmp_path), num_examples, lambda odd: tally(odd, use, check))
+    tally.report(capsys)
+
+
+@forms(250, 1000)
+def test_data_check(num_examples, tmp_path, capsys, monkeypatch):
+    """`training.check_data` names the rows, and no others, whose pictures training would stumble over."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    files, batch = {}, 250
+    for name, content in make_files().items():
+        files[f"{len(files)}.png"] = Odd(name, content)
+    fuzz(odd_files(), num_examples, lambda odd: files.setdefault(f"{len(files)}.png", odd))
+    tally = Tally("through the data check", r"\.png'", batch)
+    image_processor = LlavaHrImageProcessorPil(**SMALL)
+    num_broken = 0
+
+    def use(content, name, is_broken):
+        if is_broken:
+            raise ValueError(f"picture '{name}'")
+        return image_processor(tmp_path / name, return_tensors="pt")
+
+    for start in range(0, len(files), batch):
+        part = dict(list(files.items())[start : start + batch])
+        rows = []
+        for name, odd in part.items():
+            (tmp_path / name).write_bytes(odd.thing)
+            turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A picture."}]
+            rows.append({"id": name, "image": name, "conversations": turns})
+        data = tmp_path / f"data-{start}.json"
+        data.write_text(json.dumps(rows))
+        with only_warnings_of_pillow():
+            found = check_data(str(data))
+        lines = capsys.readouterr()
+        broken = re.findall(r"id '(\d+\.png)'\): picture '\1' is broken: ", lines.out + lines.err)
+        assert len(broken) == found
+        num_broken += found
+        for name, odd in part.items():
+            if name in broken:
+                with pytest.raises(ValueError), only_warnings_of_pillow():
+                    image_processor(tmp_path / name)
+            tally(odd, partial(use, name=name, is_broken=name in broken), check_views)
+    assert num_broken == tally.num_errors
+    tally.report(capsys)
+
+
+@forms(40, 500)
+def test_space(num_examples, tmp_path, capsys):
+    """What the page accepts it can show; everything else is refused when it is sent, by its name."""
+    engine = import_engine().Engine(TINY_MODEL, max_new_tokens=1)
+    side = min(engine.sides)
+    tally = Tally("through the Space", r"^upload\.png ", 20)
+    path = tmp_path / "upload.png"
+
+    def check(odd, content):
+        look = engine.look(content, side)
+        assert torch.isfinite(look.features).all(), odd
+        assert look.high_res.size == look.low_res.size == look.heat_map.size == (side, side), odd
+        assert np.isfinite([gate for _, gate in look.gates]).all(), odd
+
+    def try_one(odd):
+        path.write_bytes(odd.thing)
+        tally(odd, lambda content: engine.read(str(path)), check)
+
+    fuzz(odd_files(), num_examples, try_one)
+    tally.report(capsys)
+
+
+def test_bombs_by_their_headers_are_refused_at_pillows_own_limit(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1024 * 1024 * 1024 // 4 // 3)
+    before = measure_memory()
+    for name in ("PNG bomb by its header", "GIF bomb by its header", "BMP bomb by its header"):
+        with pytest.raises(ValueError, match=r"`images\[1\]` cannot be read as a picture"):
+            LlavaHrImageProcessor(**SMALL)([GOOD, make_files()[name]])
+    assert measure_memory() - before < MAX_GROWTH
+
+
+@pytest.mark.parametrize("content", ["EPS RGB", "PostScript that never ends"])
+def test_postscript_is_not_run(monkeypatch, content):
+    """Pillow hands it to Ghostscript where that is installed."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("it was run"))
+    for picture in (make_files()[content], Image.open(io.BytesIO(make_files()[content]))):
+        with pytest.raises(ValueError, match="`images.1.`.*PostScript|Picture 1 of `images`.*PostScript"):
+            LlavaHrImageProcessor(**SMALL)([GOOD, picture])
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", str(tmp_path / "pipe.png")):
+        with time_limit("a pipe"), pytest.raises(ValueError, match=r"`images\[1\]` cannot be read .*pipe\.png"):
+            LlavaHrImageProcessor(**SMALL)([GOOD, path])
+
+
+def test_a_broken_picture_is_refused_again():
+    """At a second attempt Pillow takes what it has of a picture for the whole."""
+    content = encode(draw(width=400, height=300), "GIF")
+    picture = Image.open(io.BytesIO(content[: len(content) // 2]))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="Picture 1 of `images`"):
+            LlavaHrImageProcessor(**SMALL)([GOOD, picture])
+
+
+def test_a_hang_would_be_noticed(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "MAX_SECONDS", 0.1)
+    with pytest.raises(TooSlow, match="a sleeper took more than"):
+        Tally("", "", 1)(Odd("a sleeper", 5), time.sleep)
+
+
+def test_memory_that_is_kept_would_be_noticed(capsys):
+    kept, tally = [], Tally("that are kept", "kept", 2)
+
+    def keep(number):
+        kept.append(b"x" * 2**22)
+        if number % 2:
+            raise ValueError("kept")
+
+    for number in range(40):
+        tally(Odd(str(number), number), keep)
+    with pytest.raises(AssertionError, match=f"< {MAX_GROWTH}"):
+        tally.report(capsys)

@@ -1,0 +1,322 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The Space among people who do not know each other: nobody reads the server's files or another's conversation, nothing
+that users or models write is taken for HTML, and there is an end to what one can send.
+"""
+
+import contextlib
+import io
+import json
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+from space_page import (
+    MAX_NEW_TOKENS,
+    PATIENCE,
+    SPACE,
+    import_engine,
+    open_page,
+    run_browser,
+    run_page,
+    send,
+    squeeze,
+    wait_for_answer,
+)
+
+from training.fineprint import FinePrintConfig, draw_sample, get_questions
+
+
+TINY_MODEL = SPACE.parent / "tiny-llava-hr"
+# The page with a model that says after its answer what it was asked: so users' texts are tried as answers, too
+ECHO = """
+import app
+
+class Echo(app.Engine):
+    def answer(self, messages, side):
+        for text, look, seconds in super().answer(messages, side):
+            yield text and text + " " + messages[-1]["content"][-1]["text"], look, seconds
+
+app.Engine = Echo
+app.main()
+"""
+HOSTILE = [
+    "<script>window.harmed = 1</script>",
+    "<img src=x onerror='window.harmed = 1' class=harm>",
+    "<svg onload='window.harmed = 1' class=harm></svg>",
+    "<iframe srcdoc='<script>parent.harmed = 1</script>' class=harm></iframe>",
+    "<a href='javascript:window.harmed = 1' class=harm>click</a>",
+    "![picture](http://127.0.0.1:9/leak.png)",
+    "[link](http://127.0.0.1:9/leak)",
+    "<style class=harm>body { background: url(http://127.0.0.1:9/leak) }</style>",
+    "</div></body><b class=harm>bold</b>",
+    "&lt;b&gt; &amp;amp; $x^2$ `code`",
+]
+HARM = "document.querySelectorAll('.harm, #chat script, #chat iframe, #chat a').length + (window.harmed ?? 0)"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("space")
+
+
+@pytest.fixture(scope="module")
+def served(folder):
+    with run_page(TINY_MODEL, folder, "-c", ECHO) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def address(served) -> str:
+    return served[0]
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    with httpx.Client(base_url=address, timeout=PATIENCE) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with run_browser() as browser:
+        yield browser
+
+
+def upload(client: httpx.Client, name: str, file: bytes) -> httpx.Response:
+    return client.post("/gradio_api/upload", files={"files": (name, file)})
+
+
+def draw_secret() -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 100).convert("RGB").save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def test_only_this_machine_is_listened_to(served):
+    _, process = served
+    hosts = {connection.laddr.ip for connection in process.net_connections() if connection.status == "LISTEN"}
+    assert hosts == {"127.0.0.1"}
+
+
+def test_pages_of_other_sites_are_not_answered(client):
+    for origin in ("http://example.com", "null"):
+        answer = client.post("/gradio_api/queue/join", json={"data": []}, headers={"origin": origin})
+        assert "access-control-allow-origin" not in answer.headers or answer.status_code == 403
+
+
+@pytest.mark.parametrize("form", ["/gradio_api/file={}", "/gradio_api/file/{}", "/file={}", "/file/{}", "/static/{}"])
+def test_no_file_of_the_server_is_readable(client, folder, form):
+    (folder / "secret.png").write_bytes(draw_secret())
+    path = upload(client, "own.png", draw_secret()).json()[0]
+    paths = [
+        "/etc/passwd",
+        "/proc/self/environ",
+        SPACE / "app.py",
+        "app.py",
+        "engine.py",
+        "../../setup.cfg",
+        TINY_MODEL / "config.json",
+        folder / "secret.png",
+        folder / "log",
+        Path(path).parent,
+        f"{path}/../../../secret.png",
+        f"{folder}/uploads/../secret.png",
+        f"{folder}/uploads/..%2fsecret.png",
+        f"{folder}/uploads/%2e%2e/secret.png",
+        f"{folder}/uploads/..\\secret.png",
+        "..%2f..%2f..%2f..%2f..%2fetc/passwd",
+        f"file://{folder}/secret.png",
+        f"{path}%00.png",
+    ]
+    answers = {str(path): client.get(form.format(path), follow_redirects=True) for path in paths}
+    assert {path: answer.status_code for path, answer in answers.items() if answer.status_code not in (403, 404)} == {}
+    if form == "/gradio_api/file={}":
+        assert client.get(form.format(path)).status_code == 200  # so the form is right
+
+
+def forge(path: str) -> dict:
+    return {"path": path, "url": path, "orig_name": "a.png", "size": 9, "mime_type": "image/png"} | {
+        "meta": {"_type": "gradio.FileData"}
+    }
+
+
+def join(client: httpx.Client, dependency: dict, components: dict[int, str], values: dict, session: str) -> bool:
+    """Asks for what the page asks for, with given values for components of a type; whether that succeeds."""
+    data = [values.get(components[number]) for number in dependency["inputs"]]
+    body = {"data": data, "fn_index": dependency["id"], "session_hash": session, "trigger_id": None}
+    if client.post("/gradio_api/queue/join", json=body).status_code != 200:
+        return False
+    with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as stream:
+        for line in stream.iter_lines():
+            event = json.loads(line.removeprefix("data:") or "{}")
+            if event.get("msg") == "process_completed":
+                return event["success"]
+    raise AssertionError("the answer has no end")
+
+
+def test_no_file_or_address_gets_in_as_a_picture(client, folder):
+    """By way of everything that the page can ask for."""
+    (folder / "secret.png").write_bytes(draw_secret())
+    own = upload(client, "own.png", draw_secret()).json()[0]
+    config = client.get("/config").json()
+    components = {component["id"]: component["type"] for component in config["components"]}
+    askable = [
+        dependency
+        for dependency in config["dependencies"]
+        if {"multimodaltextbox", "chatbot"} & {components[number] for number in dependency["inputs"]}
+    ]
+
+    def ask(path: str) -> list[bool]:
+        values = {
+            "multimodaltextbox": {"text": "What is shown?", "files": [forge(path)]},
+            "chatbot": [
+                {"role": "user", "content": [{"type": "file", "file": forge(path)}]},
+                {"role": "user", "content": [{"type": "text", "text": "What is shown?"}]},
+            ],
+            "radio": 256,
+            "state": [],
+        }
+        return [
+            join(client, dependency, components, values, f"{abs(hash(path))}-{dependency['id']}")
+            for dependency in askable
+        ]
+
+    visits = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def count_visits() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    visits.append(connection)
+                    connection.close()
+
+        threading.Thread(target=count_visits, daemon=True).start()
+        before = {path for path in (folder / "uploads").rglob("*") if path.is_file()}
+        for path in (
+            str(folder / "secret.png"),
+            f"{Path(own).parent}/../../secret.png",
+            str(SPACE / "shelf.jpg"),
+            "/etc/passwd",
+            f"http://127.0.0.1:{listener.getsockname()[1]}/a.png",
+        ):
+            assert not any(ask(path)), path
+        assert visits == []
+    assert {path for path in (folder / "uploads").rglob("*") if path.is_file()} == before
+    assert any(ask(own))  # so the form is right
+
+
+def test_uploads_have_an_end_and_are_not_run(client):
+    assert upload(client, "large.png", bytes(11 * 2**20)).status_code == 413
+    harmful = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
+    for name in ("a.html", "a.svg", "a.png", "../../../a.html", "<b>.html"):
+        (path,) = upload(client, name, harmful).json()
+        answer = client.get(f"/gradio_api/file={path}")
+        kind = answer.headers["content-type"].partition(";")[0]
+        assert kind == "image/png" or answer.headers["content-disposition"].startswith("attachment"), answer.headers
+        assert ".." not in path and "<" not in path
+
+
+def test_counts_and_contents_of_others_are_not_shown(client):
+    for path in ("/monitoring", "/monitoring/summary", "/gradio_api/runs", "/gradio_api/run-history/records"):
+        assert client.get(path).status_code in (403, 404), path
+
+
+def test_nothing_that_is_written_is_html(browser, address):
+    with open_page(browser, address) as page:
+        engine = import_engine().Engine(str(TINY_MODEL), MAX_NEW_TOKENS)
+        side = engine.processor.image_processor.high_res_size["height"]
+        text = "\n".join(HOSTILE)
+        messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+        *_, (said, _, _) = engine.answer(messages, side)
+        send(page, text)
+        wait_for_answer(page, 0, f"{said} {text}")
+        assert squeeze(page.inner_text("#chat .user.message")) == squeeze(text)
+        assert page.evaluate(HARM) == 0
+
+
+def test_name_of_a_file_is_not_html(browser, address):
+    with open_page(browser, address) as page:
+        name = "it's <img src=x onerror='window.harmed = 1' class=harm> & co.png"
+        send(page, "What is this?", {"name": name, "mimeType": "image/png", "buffer": b"no picture"})
+        page.wait_for_selector("text=& co.png is not a picture that can be read")
+        assert page.evaluate(HARM) == 0
+
+
+@pytest.mark.parametrize(
+    ("num_users", "num_turns"),
+    [pytest.param(3, 2, id="short"), pytest.param(12, 8, id="long", marks=pytest.mark.slow)],
+)
+def test_visitors_do_not_get_each_others_answers(browser, address, num_users, num_turns, tmp_path, capsys):
+    engine = import_engine().Engine(str(TINY_MODEL), MAX_NEW_TOKENS)
+    side = engine.processor.image_processor.high_res_size["height"]
+    pictures, chats, views = [], [[] for _ in range(num_users)], []
+    for index in range(num_users):
+        file, scene = draw_sample(FinePrintConfig(size=256, min_signs=2), "test", index)
+        pictures.append(tmp_path / f"{index}.jpg")
+        pictures[-1].write_bytes(file)
+        questions = [question for _, question, _ in get_questions(scene)]
+        for turn in range(num_turns):
+            content = [{"type": "text", "text": questions[turn % len(questions)]}]
+            if turn == 0:
+                content.insert(0, {"type": "image", "path": str(pictures[-1])})
+            chats[index].append({"role": "user", "content": content})
+            *_, (said, _, _) = engine.answer(chats[index], side)
+            answer = f"{said} {content[-1]['text']}"
+            chats[index].append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    answers = [chat[1]["content"][0]["text"] for chat in chats]
+    assert len(set(answers)) > num_users / 2  # otherwise a mix-up could go unnoticed
+    with contextlib.ExitStack() as visits:
+        pages = [visits.enter_context(open_page(browser, address)) for _ in range(num_users)]
+        for turn in range(num_turns):
+            for page, chat, picture in zip(pages, chats, pictures, strict=True):
+                send(page, chat[2 * turn]["content"][-1]["text"], None if turn else str(picture))
+            for page, chat in zip(pages, chats, strict=True):
+                wait_for_answer(page, turn, chat[2 * turn + 1]["content"][0]["text"])
+        for page in pages:
+            page.wait_for_selector("#high-res img")
+            views.append(page.locator("#high-res img").get_attribute("src"))
+            assert page.locator("#chat .bot.message").count() == num_turns
+        assert len(set(views)) == num_users
+    with capsys.disabled():
+        print(f"\n{num_users} browsers: {num_users * num_turns} questions answered, 0 mixed up")
+
+
+def test_queue_has_an_end(client, browser, address):
+    config = client.get("/config").json()
+    components = {component["id"]: component["type"] for component in config["components"]}
+    (dependency,) = [
+        dependency
+        for dependency in config["dependencies"]
+        if [components[number] for number in dependency["inputs"]][:1] == ["multimodaltextbox"]
+        and "radio" in [components[number] for number in dependency["inputs"]]
+    ][:1]
+    values = {"multimodaltextbox": {"text": "What is shown?", "files": []}, "radio": 256, "chatbot": [], "state": []}
+    data = [values.get(components[number]) for number in dependency["inputs"]]
+
+    def ask(number: int) -> int:
+        body = {"data": data, "fn_index": dependency["id"], "session_hash": f"queue{number}", "trigger_id": None}
+        return client.post("/gradio_api/queue/join", json=body).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        statuses = list(pool.map(ask, range(100)))
+    assert set(statuses) == {200, 503} and statuses.count(503) > 1
+    with open_page(browser, address) as page:  # the page goes on
+        page.wait_for_selector("#ask textarea")

@@ -1,0 +1,451 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Bad text: whatever is written, a picture's place is where a picture was given, and nowhere else; what cannot be used is
+a ValueError that says where it is, before anything large is computed.
+"""
+
+import inspect
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from space_page import import_engine
+from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin, pipeline
+
+from conversion.convert_llava_hr_weights_to_hf import convert
+from modeling_llava_hr import LlavaHrImageProcessor
+from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE
+from training.check_data import check_data
+from training.data import read_table, to_chats
+
+
+ROOT = Path(__file__).parent.parent.parent
+TINY_MODEL = str(ROOT / "examples" / "tiny-llava-hr")
+REFERENCE = ROOT / "tests" / "fixtures" / "reference"
+MODELS = ("tiny", "stage1-384", "stage2-1024")
+ASSISTANT_MASKS = pytest.mark.skipif(
+    transformers.__version__ < "5.18",
+    reason="transformers before 5.18 does not move assistant masks when image tokens are expanded",
+)
+
+PICTURE = Image.new("RGB", (9, 9), "red")
+FORMS = [pytest.param(100, id="short"), pytest.param(3000, id="long", marks=pytest.mark.slow)]
+MAX_SECONDS = 20  # on a busy machine
+
+
+@pytest.fixture(scope="module")
+def processors(tmp_path_factory):
+    """The tiny model's and those of two converted checkpoints, with views of the fewest pixels that give 4 tokens."""
+    processors = {"tiny": AutoProcessor.from_pretrained(TINY_MODEL)}
+    for stage in MODELS[1:]:
+        folder = tmp_path_factory.mktemp(stage) / "converted"
+        convert(str(REFERENCE / stage / "checkpoint"), str(folder))
+        processors[stage] = AutoProcessor.from_pretrained(folder)
+    for processor in processors.values():
+        processor.image_processor = LlavaHrImageProcessor(size=28, high_res_size=64)
+    return processors
+
+
+NUM_TOKENS = 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForImageTextToText.from_pretrained(TINY_MODEL, dtype=torch.float32).eval()
+
+
+def tokenize(processor, messages, **kwargs):
+    kwargs = {"add_generation_prompt": True, **kwargs}
+    return processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **kwargs)
+
+
+def picture(**source) -> dict:
+    return {"type": "image", **(source or {"image": PICTURE})}
+
+
+def text(value) -> dict:
+    return {"type": "text", "text": value}
+
+
+def user(*parts) -> dict:
+    return {"role": "user", "content": list(parts)}
+
+
+def get_runs(ids: torch.Tensor, image_token_id: int) -> list[int]:
+    """Lengths of the runs of image tokens."""
+    return [len(run) for run in re.findall("1+", "".join("01"[token == image_token_id] for token in ids.tolist()))]
+
+
+# Whatever is written
+
+# What has a meaning to a tokenizer, a template, a decoder or a terminal, and their pieces
+PIECES = [
+    *("<image>", "<ima", "ge>", "<", ">", "< image>", "<<image>image>", "<IMAGE>", "＜image＞", "<image/>"),
+    *("&lt;image&gt;", "<s>", "</s>", "<unk>", "<pad>", "USER: ", "ASSISTANT:", "{{ messages }}", "{% for %}"),
+    *("\\n", "\n", "\r\n", "\t", "", " ", "  ", "\0", "\x1b[2J", "\u202e", "\u200b", "\ufeff", "\ufffd"),
+    *("é", "e\u0301", "日本", "\U0001f469\u200d\U0001f467", "\U0010ffff"),
+]
+SURROGATES = ["\ud83d", "\udc00", "\udfff\ud800"]
+
+
+def texts(*more: str) -> st.SearchStrategy[str]:
+    pieces = st.sampled_from([*PIECES, *more]) | st.text(max_size=5)
+    return st.lists(pieces, max_size=8).map("".join)
+
+
+def conversations(written: st.SearchStrategy[str]) -> st.SearchStrategy[list[dict]]:
+    """Turns of user and assistant of any text, pictures anywhere in the user's, optionally after a system text."""
+    part = st.one_of(written.map(text), st.builds(picture))
+    question = st.lists(part, max_size=4).map(lambda parts: user(*parts))
+    answer = st.one_of(written, written.map(lambda value: [text(value)]))
+    turns = st.lists(st.tuples(question, answer), max_size=3)
+    system = st.lists(written, max_size=1)
+
+    def build(system, turns, last):
+        messages = [{"role": "system", "content": value} for value in system]
+        for asked, answered in turns:
+            messages += [asked, {"role": "assistant", "content": answered}]
+        return [*messages, last]
+
+    return st.builds(build, system, turns, question)
+
+
+def count_pictures(messages: list[dict]) -> int:
+    return sum(part["type"] == "image" for m in messages if m["role"] == "user" for part in m["content"])
+
+
+def fuzz(num_examples: int, strategy: st.SearchStrategy, try_one) -> None:
+    @settings(
+        max_examples=num_examples,
+        derandomize=True,
+        database=None,
+        deadline=1000 * MAX_SECONDS,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def run(value):
+        try_one(value)
+
+    run()
+
+
+@pytest.mark.parametrize("num_examples", FORMS)
+@pytest.mark.parametrize("name", MODELS)
+def test_image_tokens_are_those_of_the_pictures(processors, name, num_examples, capsys):
+    """Whatever is written in parts of text: each picture has its tokens, and nothing else has any."""
+    processor, count = processors[name], [0, 0]
+
+    def try_one(messages):
+        inputs = tokenize(processor, messages)
+        num_pictures = count_pictures(messages)
+        runs = get_runs(inputs["input_ids"][0], processor.image_token_id)
+        assert sum(runs) == num_pictures * NUM_TOKENS and all(run % NUM_TOKENS == 0 for run in runs)
+        assert ("pixel_values" in inputs) == (num_pictures > 0)
+        if num_pictures:
+            assert len(inputs["pixel_values"]) == len(inputs["high_res_pixel_values"]) == num_pictures
+        count[0] += 1
+        count[1] += "<image>" in str([part for m in messages for part in m["content"] if part != picture()])
+
+    fuzz(num_examples, conversations(texts()), try_one)
+    with capsys.disabled():
+        print(f"\n{name}: {count[0]:,} conversations, {count[1]:,} with typed image tags: none became a picture")
+    assert count[1] > count[0] / 10
+
+
+@pytest.mark.parametrize("num_examples", FORMS)
+def test_anything_for_a_conversation_is_a_result_or_names_its_place(processors, num_examples, capsys):
+    processor, count = processors["tiny"], {"results": 0, "errors": 0}
+    scalar = st.sampled_from([None, 5, True, 0.5, "", "<image>", "user", b"a", object(), float("nan")])
+    written = texts(*SURROGATES)
+    part = st.one_of(
+        *(written.map(text), st.builds(picture), scalar.map(text), scalar, written.map(lambda name: {"type": name})),
+        *(scalar.map(lambda value: picture(image=value)), st.just(picture(image=PICTURE, url="a.png")), st.just({})),
+    )
+    message = st.one_of(
+        scalar,
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "role": st.sampled_from(["user", "assistant", "system", "tool", "User", "", None, 3]),
+                "content": st.one_of(written, st.lists(part, max_size=3), scalar, part),
+            },
+        ),
+    )
+
+    def try_one(conversation):
+        try:
+            inputs = tokenize(processor, conversation)
+        except ValueError as error:
+            assert re.search(r"`conversation|`text`|`images|Picture \d|in the text|tags", str(error)), error
+            count["errors"] += 1
+        else:
+            runs = get_runs(inputs["input_ids"][0], processor.image_token_id)
+            assert sum(runs) == NUM_TOKENS * len(inputs.get("pixel_values", []))
+            count["results"] += 1
+
+    fuzz(2 * num_examples, st.one_of(st.lists(message, max_size=3), conversations(written), message), try_one)
+    results, errors = count["results"], count["errors"]
+    with capsys.disabled():
+        print(f"\n{results + errors:,} odd conversations: {results:,} results, {errors:,} clear errors")
+    assert min(count.values()) > 0
+
+
+# Image tags
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_tag_in_text_is_text(processors, name):
+    processor = processors[name]
+    for messages in (
+        [user(text("What is an <image>?"))],
+        [{"role": "system", "content": "Mind the <image>."}, user(text("Why?"))],
+        [user(text("Why?")), {"role": "assistant", "content": "An <image>."}, user(text("So?"))],
+        [user(text("Why?")), {"role": "assistant", "content": [text("An <image>.")]}, user(text("So?"))],
+    ):
+        ids = tokenize(processor, messages)["input_ids"][0]
+        assert processor.image_token_id not in ids
+        assert "< image>" in processor.tokenizer.decode(ids)
+        prompt = processor.apply_chat_template(messages)
+        assert "<image>" not in prompt
+
+
+def test_a_picture_stays_where_it_was_given(processors):
+    """One picture and one typed tag: the numbers would fit if the picture's part were lost."""
+    processor = processors["tiny"]
+    messages = [user(picture(), text("See <image>?")), {"role": "assistant", "content": "<image>"}, user(text("So?"))]
+    ids = tokenize(processor, messages)["input_ids"][0].tolist()
+    plain = [user(picture(), text("See < image>?")), {"role": "assistant", "content": "< image>"}, user(text("So?"))]
+    assert ids == tokenize(processor, plain)["input_ids"][0].tolist()
+
+
+def test_tags_in_a_string_need_their_pictures(processors):
+    processor = processors["tiny"]
+    with pytest.raises(ValueError, match="1 <image> (token|tag)"):
+        tokenize(processor, [{"role": "user", "content": "What is an <image>?"}])
+    with pytest.raises(ValueError, match="2 <image> (token|tag).*1 (image|picture)"):
+        tokenize(processor, [user(picture()), {"role": "user", "content": "What is an <image>?"}])
+
+
+def test_a_part_has_one_picture(processors):
+    """With two, a tag elsewhere would have one to stand for."""
+    messages = [user(picture(image=PICTURE, path="a.png")), {"role": "user", "content": "<image>"}]
+    with pytest.raises(ValueError, match=r"Part 0 of `conversation\[0\]` must have one picture, but has image, path"):
+        tokenize(processors["tiny"], messages)
+
+
+def test_thousands_of_tags(processors):
+    processor, start = processors["stage2-1024"], time.perf_counter()
+    ids = tokenize(processor, [user(picture(), text("<image>" * 20_000))])["input_ids"][0]
+    assert get_runs(ids, processor.image_token_id) == [NUM_TOKENS]
+    with pytest.raises(ValueError, match="20000 <image> (token|tag).*1 (image|picture)"):
+        processor(images=PICTURE, text="<image>" * 20_000)
+    assert time.perf_counter() - start < MAX_SECONDS
+
+
+@ASSISTANT_MASKS
+@pytest.mark.parametrize("name", MODELS)
+def test_an_answer_with_a_tag_is_learned_as_text(processors, name):
+    processor = processors[name]
+    messages = [user(picture(), text("Where?")), {"role": "assistant", "content": "In <image> tags."}]
+    for template in (None, PLAIN_CHAT_TEMPLATE):
+        options = {"chat_template": template, "add_generation_prompt": False, "return_assistant_tokens_mask": True}
+        inputs = tokenize(processor, messages, **options)
+        learned = inputs["input_ids"][0][torch.as_tensor(inputs["assistant_masks"])[0].bool()]
+        assert processor.tokenizer.decode(learned).strip().removesuffix("</s>") == "In < image> tags."
+        assert get_runs(inputs["input_ids"][0], processor.image_token_id) == [NUM_TOKENS]
+
+
+def test_a_started_answer_with_a_tag_is_refused(processors):
+    """transformers looks for it letter by letter in the prompt."""
+    messages = [user(text("Where?")), {"role": "assistant", "content": "In an <image>"}]
+    with pytest.raises(ValueError, match="Final message to continue: In an <image>"):
+        processors["tiny"].apply_chat_template(messages, continue_final_message=True)
+
+
+@pytest.mark.skipif(
+    "sanitize_control_tokens" not in inspect.signature(ProcessorMixin.apply_chat_template).parameters,
+    reason="a newer transformers has it",
+)
+def test_transformers_own_way_to_keep_control_tokens_out(processors):
+    """Opted for by the caller; it takes `</s>` for text as well."""
+    processor = processors["tiny"]
+    inputs = tokenize(processor, [user(picture(), text("</s> <image>"))], sanitize_control_tokens=True)
+    assert get_runs(inputs["input_ids"][0], processor.image_token_id) == [NUM_TOKENS]
+    assert processor.tokenizer.eos_token_id not in inputs["input_ids"][0]
+
+
+def test_image_tokens_without_pictures_are_not_generated_from(processors, model):
+    """Who calls the tokenizer alone gets around the processor's check."""
+    ids = processors["tiny"].tokenizer("What is an <image>?", return_tensors="pt")["input_ids"]
+    assert (ids == model.config.image_token_id).sum() == 1
+    with pytest.raises(ValueError, match="1 image tokens, but there are no pictures"):
+        model.generate(ids, max_new_tokens=1)
+
+
+# Half characters
+
+
+@pytest.mark.parametrize("half", SURROGATES)
+def test_half_characters_are_named(processors, half):
+    for processor in processors.values():
+        with pytest.raises(ValueError, match="Sample 1 of `text` has half a character .* at position 4"):
+            processor(text=["Good", f"Bad {half}"], padding=True)
+        with pytest.raises(ValueError, match="half a character"):
+            tokenize(processor, [user(picture(), text(half))])
+    assert tokenize(processors["tiny"], [user(text(f"{half}".encode(errors="replace").decode()))])
+
+
+def test_half_characters_in_pipeline_and_space():
+    pipe = pipeline("image-text-to-text", model=TINY_MODEL)
+    with pytest.raises(ValueError, match="half a character"):
+        pipe([user(text("\ud83d"))], max_new_tokens=1)
+    engine = import_engine().Engine(TINY_MODEL, max_new_tokens=1)
+    with pytest.raises(ValueError, match="half a character"):
+        list(engine.answer([user(text("\ud83d"))], min(engine.sides)))
+
+
+# Nothing, and too much
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_empty_turns(processors, name, model):
+    for content in ("", [], [text("")], [picture()], [picture(), text("")], None):
+        messages = [{"role": "user", "content": content}]
+        inputs = tokenize(processors[name], messages)
+        assert inputs["input_ids"].shape[1] > 1
+        tokenize(processors[name], [*messages, {"role": "assistant", "content": content and ""}, *messages])
+    if name == "tiny":
+        assert model.generate(**tokenize(processors[name], [user()]), max_new_tokens=1).shape[0] == 1
+    for nothing in ([], [[]], ()):
+        with pytest.raises(ValueError, match=r"`conversation(\[0\])?` is empty"):
+            tokenize(processors[name], nothing)
+
+
+def test_prompts_beyond_the_context_are_refused_before_a_picture_is_encoded(model):
+    calls, longest = [], model.config.text_config.max_position_embeddings
+    hook = model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    processor = AutoProcessor.from_pretrained(TINY_MODEL)
+    sentence = rf"The prompt has \d+ tokens, but with an answer at most {longest} "
+    try:
+        pictures = [picture()] * (longest // 64)
+        messages = [user(*pictures, text("What?"))]
+        sizes = {"processor_kwargs": {"size": 56, "high_res_size": 64}}
+        inputs = tokenize(processor, messages, **sizes)
+        for options in ({}, {"num_beams": 3}, {"use_cache": False}, {"cache_implementation": "static"}):
+            with pytest.raises(ValueError, match=sentence):
+                model.generate(**inputs, max_new_tokens=1, **options)
+        with pytest.raises(ValueError, match=sentence):
+            pipeline("image-text-to-text", model=model, processor=processor)(messages, max_new_tokens=1, **sizes)
+    finally:
+        hook.remove()
+    assert not calls
+    ids = torch.full((1, longest), 5)
+    embeddings = model.get_input_embeddings()(ids)
+    for prompt in ({"input_ids": ids}, {"inputs_embeds": embeddings}):
+        with pytest.raises(ValueError, match=rf"The prompt has {longest} tokens"):
+            model.generate(**prompt, max_new_tokens=1)
+        with pytest.raises(ValueError, match=rf"The prompt has {longest} tokens"):
+            model.generate(**prompt, max_new_tokens=1, num_beams=2)
+    assert model.generate(ids[:, 1:], max_new_tokens=1).shape == (1, longest)
+
+
+# Training data
+
+
+def check(rows: str | bytes, folder: Path, capsys) -> str:
+    """What `training.check_data` prints of a file with these rows."""
+    (folder / "data.json").write_bytes(rows if isinstance(rows, bytes) else rows.encode())
+    check_data(str(folder / "data.json"))
+    streams = capsys.readouterr()
+    return streams.out + streams.err
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    PICTURE.save(tmp_path / "a.png")
+    return tmp_path
+
+
+def row(question: str, answer: str = "Yes.", **fields) -> dict:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": "1", "image": "a.png", "conversations": turns, **fields}
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        (row("<image>\nWhat? \ud83d"), "turn 0 has half a character"),
+        (row("<image>\nWhat?", "\udc00"), "turn 1 has half a character"),
+        (row("<image>\nWhat?", "An <image>."), "turn 1 by gpt has an <image> tag"),
+        (row("<image>" * 5000), "it has 5000 <image> tags, but 1 pictures"),
+        (row("What?"), "it has 0 <image> tags, but 1 pictures"),
+        (row("<image>\n", " "), "turn 1 is an empty answer"),
+        (row("<image>", image="\ud83d.png"), "`image` must be a name"),
+    ],
+)
+def test_broken_rows_are_named(folder, capsys, fields, problem):
+    good, lines = row("<image>\nWhat?", id="good"), check(json.dumps([row("<image>\nA?"), fields]), folder, capsys)
+    assert f"row 1 (id '1'): {problem}" in lines and "2 rows, 1 broken" in lines
+    assert "1 rows, 0 broken" in check(json.dumps([good]), folder, capsys)
+
+
+def test_an_id_of_half_a_character_breaks_nothing(folder, capsys):
+    assert "1 rows, 0 broken" in check(json.dumps([row("<image>\nWhat?", id="a\ud83d")]), folder, capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b'[{"id": "\xff"}]', "is no text in UTF-8"),
+        (b"[" * 200_000, "an array without its end"),
+        (json.dumps([row("<image>\nWhat?")]).encode()[:-1], "an array without its end"),
+        (b'{"a": ' * 200_000, "cannot be read at character 0"),
+        (b'[{"id": ' + b"1" * 10_000 + b"}]", "cannot be read at character 1"),
+        (b'[{"id": "1"', "neither a JSON array nor JSON lines"),
+    ],
+)
+def test_files_that_are_no_data_are_named(folder, capsys, content, problem):
+    with pytest.raises(ValueError, match=rf"data\.json.*({problem})"):
+        check(content, folder, capsys)
+
+
+@pytest.mark.parametrize("num_examples", FORMS)
+def test_rows_without_problems_can_be_learned(processors, folder, num_examples, capsys):
+    """Whatever stands in a row: either the check finds a problem, or the processor takes what becomes of the row."""
+    processor, written = processors["stage2-1024"], texts(*SURROGATES, "<image>")
+    sample = st.builds(row, st.one_of(written, written.map(lambda value: f"<image>\n{value}")), written)
+    rows = []
+    fuzz(num_examples, sample, rows.append)
+    (folder / "data.json").write_text(json.dumps(rows))
+    table, count = read_table(folder / "data.json"), [0, 0]
+    for fields, problems in zip(rows, table["problems"], strict=True):
+        count[len(problems) > 0] += 1
+        if not problems:
+            (messages,) = to_chats({"conversations": [fields["conversations"]]})["messages"]
+            for part in (part for message in messages for part in message["content"] if part["type"] == "image"):
+                part["image"] = PICTURE
+            ids = tokenize(processor, messages, add_generation_prompt=False)["input_ids"][0]
+            assert get_runs(ids, processor.image_token_id) == [NUM_TOKENS]
+    with capsys.disabled():
+        print(f"\n{len(rows):,} rows of training data: {count[0]:,} can be learned, {count[1]:,} are named as broken")
+    assert min(count) > 0
