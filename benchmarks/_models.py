@@ -1,0 +1,272 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+What the benchmarks compare: LLaVA-HR, LLaVA-1.5 with the same ViT and language model, and two rivals for the cost of
+seeing. Weights are random and come from no file: speed does not depend on them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    DeepseekVLHybridConfig,
+    FastVlmConfig,
+    LlamaConfig,
+    LlavaConfig,
+    PreTrainedModel,
+    SamVisionConfig,
+    SiglipVisionConfig,
+    TimmWrapperConfig,
+)
+
+from modeling_llava_hr import LlavaHrConfig
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """
+    Sizes of the models of a preset, as arguments of transformers' configurations.
+
+    Args:
+        text (`dict`): Language model, `LlamaConfig`; its last token id stands for image features.
+        vision (`dict`): ViT of LLaVA-HR and LLaVA-1.5, `CLIPVisionConfig`.
+        high_res (`dict`): ConvNeXt of LLaVA-HR, `TimmWrapperConfig`.
+        siglip (`dict`): Low-resolution tower of DeepSeek-VL-hybrid, `SiglipVisionConfig`.
+        sam (`dict`): Its high-resolution tower, `SamVisionConfig`.
+        fastvit (`dict`): Tower of FastVLM, `TimmWrapperConfig`.
+    """
+
+    text: dict[str, Any]
+    vision: dict[str, Any]
+    high_res: dict[str, Any]
+    siglip: dict[str, Any]
+    sam: dict[str, Any]
+    fastvit: dict[str, Any]
+
+    @property
+    def image_token_id(self) -> int:
+        return self.text["vocab_size"] - 1
+
+
+def _vit(width: int, layers: int, heads: int, **kwargs) -> dict[str, Any]:
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return {**sizes, "intermediate_size": 4 * width, **kwargs}
+
+
+SHAPES = {
+    # Vicuna-7B, CLIP ViT-L/14-336, CLIP-ConvNeXt-L; the rivals as published (DeepSeek-VL-7B, FastVLM-7B), projected to
+    # the width of the same language model.
+    "full": Shapes(
+        text={"vocab_size": 32064, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5},
+        vision=_vit(1024, 24, 16, image_size=336, patch_size=14),
+        high_res={"architecture": "convnext_large_mlp", "do_pooling": False},
+        siglip=_vit(1024, 24, 16, image_size=384, patch_size=16, vision_use_head=False),
+        sam={"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "global_attn_indexes": [2, 5, 8, 11]},
+        fastvit={
+            "architecture": "fastvit_mci3",
+            "do_pooling": False,
+            "hidden_size": 3072,
+            "model_args": {"inference_mode": True},
+        },
+    ),
+    # Two cores, minutes. FLOPs of ViT, ConvNeXt and language model stand to each other about as in 7B at 1024 px (5, 9
+    # and 86 of 100). Language model: width x 3/16, layers / 8; vocabulary in proportion. ViTs: width x 3/16, layers /
+    # 6 (SAM / 4, so that a third of its layers still attends to the whole picture). CNNs: width / 8, layers / 3.
+    "cpu": Shapes(
+        text={
+            "vocab_size": 1024,
+            "hidden_size": 768,
+            "intermediate_size": 2064,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 6,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5,
+        },
+        vision=_vit(192, 4, 3, image_size=336, patch_size=14),
+        high_res={
+            "architecture": "convnext_large_mlp",
+            "do_pooling": False,
+            "model_args": {"depths": [1, 1, 9, 1], "dims": [24, 48, 96, 192]},
+        },
+        siglip=_vit(192, 4, 3, image_size=384, patch_size=16, vision_use_head=False),
+        sam={
+            "hidden_size": 144,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 3,
+            "global_attn_indexes": [2],
+            "output_channels": 48,
+        },
+        fastvit={
+            "architecture": "fastvit_mci3",
+            "do_pooling": False,
+            "hidden_size": 384,
+            "model_args": {"inference_mode": True, "layers": [1, 4, 8, 1, 1], "embed_dims": [12, 24, 48, 96, 192]},
+        },
+    ),
+}
+
+# Side of the high-resolution view -> side of the low-resolution view, in pixels (section 4.1 of the paper)
+LLAVA_HR_SIDES = {384: 336, 768: 336, 1024: 448, 1536: 672}
+# The sides at which LLaVA-1.5 has as many visual tokens, and the one that sees as much as LLaVA-HR at 1024 px
+LLAVA_SIDES = (336, 448, 672, 1022)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """
+    A model at a resolution.
+
+    Args:
+        model ([`PreTrainedModel`]): The model; several contenders may share it, or its language model.
+        sides (`dict[str, int]`): Side in pixels of each view, by its name among the model's inputs.
+        num_image_tokens (`int`): What a picture costs the language model.
+    """
+
+    model: PreTrainedModel
+    sides: dict[str, int]
+    num_image_tokens: int
+
+    def make_pixels(self, batch_size: int) -> dict[str, torch.Tensor]:
+        """Random views `(batch_size, 3, side, side)`, by name."""
+        shape = {"device": self.model.device, "dtype": self.model.dtype}
+        return {name: torch.randn(batch_size, 3, side, side, **shape) for name, side in self.sides.items()}
+
+    def make_inputs(self, batch_size: int, text_tokens: int) -> dict[str, torch.Tensor]:
+        """A batch of prompts, each with one picture and then `text_tokens` random tokens: arguments of `forward`."""
+        config, device = self.model.config, self.model.device
+        image = torch.full((batch_size, self.num_image_tokens), config.image_token_id, device=device)
+        text = torch.randint(1, config.image_token_id, (batch_size, text_tokens), device=device)
+        input_ids = torch.cat([image, text], dim=1)
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **self.make_pixels(batch_size)}
+
+
+def make_llava_hr(
+    shapes: Shapes, device: str, dtype: torch.dtype, mr_adapters: bool = True, sides: dict[int, int] | None = None
+) -> dict[str, Contender]:
+    """
+    LLaVA-HR, one model at several resolutions.
+
+    Args:
+        shapes ([`Shapes`]): Its sizes.
+        device (`str`): Where it is made; `"meta"` for counting alone.
+        dtype (`torch.dtype`): Of its weights.
+        mr_adapters (`bool`): Whether it has MR-Adapters (not in stage 1 of training).
+        sides (`dict[int, int]`, *optional*): Sides of high-resolution views, each with that of the low-resolution
+            view; [`LLAVA_HR_SIDES`] by default.
+
+    Returns:
+        `dict[str, Contender]`: By names like `llava-hr-1024`.
+    """
+    num_layers = shapes.vision["num_hidden_layers"]
+    config = LlavaHrConfig(
+        vision_config=CLIPVisionConfig(**shapes.vision),
+        high_res_vision_config=TimmWrapperConfig(**shapes.high_res),
+        text_config=LlamaConfig(**shapes.text),
+        image_token_id=shapes.image_token_id,
+        mr_adapter_layers=[num_layers * quarter // 4 for quarter in (1, 2, 3)] if mr_adapters else [],
+    )
+    model = _make(AutoModelForImageTextToText, config, device, dtype)
+    return {
+        f"llava-hr-{high}": Contender(
+            model, {"pixel_values": low, "high_res_pixel_values": high}, (low // shapes.vision["patch_size"]) ** 2
+        )
+        for high, low in (sides or LLAVA_HR_SIDES).items()
+    }
+
+
+def make_llava(
+    shapes: Shapes, device: str, dtype: torch.dtype, sides: tuple[int, ...] = LLAVA_SIDES
+) -> dict[str, Contender]:
+    """
+    LLaVA-1.5 with a ViT made for each resolution (its position embeddings fit) and one language model.
+
+    Args:
+        shapes ([`Shapes`]): Its sizes.
+        device (`str`): Where it is made; `"meta"` for counting alone.
+        dtype (`torch.dtype`): Of its weights.
+        sides (`tuple[int]`): Sides of the view in pixels.
+
+    Returns:
+        `dict[str, Contender]`: By names like `llava-1.5-336`.
+    """
+    contenders = {}
+    for side in sides:
+        config = LlavaConfig(
+            vision_config=CLIPVisionConfig(**{**shapes.vision, "image_size": side}),
+            text_config=LlamaConfig(**shapes.text),
+            image_token_id=shapes.image_token_id,
+        )
+        model = _make(AutoModelForImageTextToText, config, device, dtype)
+        num_tokens = (side // shapes.vision["patch_size"]) ** 2
+        contenders[f"llava-1.5-{side}"] = Contender(model, {"pixel_values": side}, num_tokens)
+        share_language_model(contenders, model)
+    return contenders
+
+
+def make_rivals(shapes: Shapes, device: str, dtype: torch.dtype) -> dict[str, Contender]:
+    """
+    What sees pictures of 1024 px in two other models of transformers: DeepSeek-VL-hybrid (SigLIP and SAM) and FastVLM.
+    Their language models are stubs of the right width: only `get_image_features` is of use.
+
+    Args:
+        shapes ([`Shapes`]): Their sizes.
+        device (`str`): Where they are made.
+        dtype (`torch.dtype`): Of their weights.
+
+    Returns:
+        `dict[str, Contender]`: By name.
+    """
+    stub = LlamaConfig(**{**shapes.text, "num_hidden_layers": 1})
+    deepseek = DeepseekVLHybridConfig(
+        vision_config=SiglipVisionConfig(**shapes.siglip),
+        high_res_vision_config=SamVisionConfig(**shapes.sam),
+        text_config=stub,
+        image_token_id=shapes.image_token_id,
+    )
+    fast_vlm = FastVlmConfig(
+        vision_config=TimmWrapperConfig(**shapes.fastvit), text_config=stub, image_token_id=shapes.image_token_id
+    )
+    low = shapes.siglip["image_size"]
+    return {
+        "deepseek-vl-hybrid-1024": Contender(
+            _make(AutoModel, deepseek, device, dtype),
+            {"pixel_values": low, "high_res_pixel_values": 1024},
+            (low // shapes.siglip["patch_size"]) ** 2,
+        ),
+        "fastvlm-1024": Contender(
+            _make(AutoModel, fast_vlm, device, dtype), {"pixel_values": 1024}, (1024 // 64) ** 2
+        ),
+    }
+
+
+def share_language_model(contenders: dict[str, Contender], source: PreTrainedModel) -> None:
+    """Gives the contenders the very language model of `source`, and lets go of theirs: it is in memory once."""
+    for contender in contenders.values():
+        contender.model.model.language_model = source.model.language_model
+        contender.model.lm_head = source.lm_head
+        contender.model.config.text_config = source.config.text_config  # one switch of its attention implementation
+
+
+def get_weight_bytes(model: PreTrainedModel) -> int:
+    """Memory that a model's parameters and buffers take, in bytes."""
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+
+
+def _make(auto_class: type, config, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.device(device):
+        return auto_class.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()

@@ -1,0 +1,192 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+How the time to the first token grows with resolution, batch size and number of pictures, and what it is made of:
+
+    python -m benchmarks.scale
+
+Each case is measured, its FLOPs are counted, and one line is fitted through all of them:
+
+    seconds = overhead + vision FLOPs / vision rate + language-model FLOPs / language-model rate
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ._common import BenchmarkArguments, Timing, compare, parse_arguments, plot_path, write_record
+from ._models import LLAVA_HR_SIDES, SHAPES, Contender, make_llava_hr
+from .plan import count_flops
+
+
+@dataclass
+class ScaleArguments(BenchmarkArguments):
+    """
+    What is varied. Each is varied by itself, the others being the first of their list, and 1024 px.
+
+    Args:
+        batch_sizes (`list[int]`): Prompts at a time.
+        pictures (`list[int]`): Pictures in a prompt.
+        text_tokens (`int`): Tokens of a prompt besides.
+    """
+
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 2, 4], metadata={"help": "prompts at a time"})
+    pictures: list[int] = field(default_factory=lambda: [1, 2, 4], metadata={"help": "pictures in a prompt"})
+    text_tokens: int = field(default=50, metadata={"help": "tokens of a prompt besides"})
+
+
+@dataclass(frozen=True)
+class Case:
+    """
+    One measurement.
+
+    Args:
+        side (`int`): Side of the high-resolution view in pixels.
+        batch_size (`int`): Prompts at a time.
+        pictures (`int`): Pictures in each prompt.
+    """
+
+    side: int
+    batch_size: int = 1
+    pictures: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.side} px, batch {self.batch_size}, {self.pictures} pictures"
+
+
+def get_cases(arguments: ScaleArguments) -> list[Case]:
+    """Resolutions, batch sizes and numbers of pictures, each varied by itself."""
+    cases = [Case(side) for side in LLAVA_HR_SIDES]
+    cases += [Case(1024, batch_size=size) for size in arguments.batch_sizes]
+    cases += [Case(1024, pictures=number) for number in arguments.pictures]
+    return list(dict.fromkeys(cases))
+
+
+def make_inputs(contender: Contender, case: Case, text_tokens: int) -> dict[str, torch.Tensor]:
+    """Arguments of `forward`: `case.pictures` pictures and then random text in each of `case.batch_size` prompts."""
+    prompt = contender.make_inputs(case.batch_size, text_tokens)["input_ids"]
+    image = prompt[:, : contender.num_image_tokens]
+    input_ids = torch.cat([image] * (case.pictures - 1) + [prompt], dim=1)
+    return {"input_ids": input_ids, **contender.make_pixels(case.batch_size * case.pictures)}
+
+
+def count_case(contender: Contender, case: Case, text_tokens: int) -> tuple[int, int]:
+    """Counted FLOPs of a case: of what sees the pictures, and of the language model with the head for all tokens."""
+    more_tokens = (case.pictures - 1) * contender.num_image_tokens
+    vision, text = count_flops(contender, text_tokens + more_tokens)
+    return case.batch_size * case.pictures * vision, case.batch_size * text
+
+
+def fit(flops: list[tuple[float, float]], seconds: list[float]) -> dict[str, float]:
+    """
+    Least squares on relative errors, so that short cases count as much as long ones.
+
+    Args:
+        flops (`list[tuple]`): Of vision and language model, for each case.
+        seconds (`list[float]`): Measured.
+
+    Returns:
+        `dict`: `overhead` in seconds, `vision` and `text` in FLOPs a second, and `worst`, the largest relative error.
+    """
+    seconds = np.array(seconds)
+    # in units of 1e12: numbers of one size for the solver
+    columns = np.column_stack([np.ones(len(seconds)), np.array(flops, dtype=float) / 1e12])
+    weights, *_ = np.linalg.lstsq(columns / seconds[:, None], np.ones(len(seconds)), rcond=None)
+    errors = columns @ weights / seconds - 1
+    rates = {name: float(1e12 / weight) for name, weight in zip(("vision", "text"), weights[1:], strict=True)}
+    return {"overhead": float(weights[0]), **rates, "worst": float(np.abs(errors).max())}
+
+
+@torch.inference_mode()
+def run(arguments: ScaleArguments) -> dict:
+    """
+    Args:
+        arguments ([`ScaleArguments`]): What is varied.
+
+    Returns:
+        `dict`: For each case its seconds and FLOPs, and the fit.
+    """
+    torch.manual_seed(0)
+    shapes = SHAPES[arguments.preset]
+    dtype = torch.bfloat16 if arguments.device.startswith("cuda") else torch.float32
+    contenders = make_llava_hr(shapes, arguments.device, dtype)
+    on_meta = make_llava_hr(shapes, "meta", dtype)
+    functions, counted = {}, {}
+    for case in get_cases(arguments):
+        contender = contenders[f"llava-hr-{case.side}"]
+        inputs = make_inputs(contender, case, arguments.text_tokens)
+        functions[case.name] = lambda model=contender.model, inputs=inputs: model(**inputs, logits_to_keep=1)
+        counted[case.name] = count_case(on_meta[f"llava-hr-{case.side}"], case, arguments.text_tokens)
+    timings: dict[str, Timing] = compare(functions, arguments, "cost of the first token")
+    rows = [
+        {
+            "side": case.side,
+            "batch_size": case.batch_size,
+            "pictures": case.pictures,
+            "seconds": timings[case.name].to_dict(),
+            "vision_flops": counted[case.name][0],
+            "text_flops": counted[case.name][1],
+        }
+        for case in get_cases(arguments)
+    ]
+    flops = [(row["vision_flops"], row["text_flops"]) for row in rows]
+    return {"cases": rows, "fit": fit(flops, [row["seconds"]["median"] for row in rows])}
+
+
+def draw(results: dict, arguments: ScaleArguments) -> None:
+    """Measured times and the fitted line, against each of what was varied."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    fitted = results["fit"]
+    panels = (("side", "high-resolution side, px"), ("batch_size", "batch size"), ("pictures", "pictures in a prompt"))
+    for axes, (name, label) in zip(figure.subplots(1, 3), panels, strict=True):
+        others = {"side": 1024, "batch_size": 1, "pictures": 1}
+        others.pop(name)
+        rows = sorted(
+            (row for row in results["cases"] if all(row[key] == value for key, value in others.items())),
+            key=lambda row: row[name],
+        )
+        x = [row[name] for row in rows]
+        line = [
+            fitted["overhead"] + row["vision_flops"] / fitted["vision"] + row["text_flops"] / fitted["text"]
+            for row in rows
+        ]
+        median, low, high = (np.array([row["seconds"][key] for row in rows]) for key in ("median", "low", "high"))
+        axes.errorbar(x, median, yerr=[median - low, high - median], fmt="o", capsize=3, label="measured")
+        axes.plot(x, line, label="fitted")
+        axes.set(xlabel=label, ylabel="seconds to the first token", ylim=(0, None))
+        axes.legend()
+    figure.savefig(plot_path("scale", arguments), dpi=150)
+
+
+def main() -> None:
+    arguments = parse_arguments(ScaleArguments)
+    results = run(arguments)
+    for row in results["cases"]:
+        case = Case(row["side"], row["batch_size"], row["pictures"])
+        print(f"{case.name}: {row['seconds']['median']:.3f} s")
+    fitted = results["fit"]
+    print(
+        f"fit: {fitted['overhead']:.4f} s, vision {fitted['vision'] / 1e9:.1f} GFLOP/s, language model "
+        f"{fitted['text'] / 1e9:.1f} GFLOP/s; worst case {fitted['worst']:.0%} off"
+    )
+    write_record("scale", arguments, results)
+    draw(results, arguments)
+
+
+if __name__ == "__main__":
+    main()

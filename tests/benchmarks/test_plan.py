@@ -1,0 +1,92 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The training planner against formulas written down here, and against the paper."""
+
+import json
+import re
+
+import pytest
+
+from benchmarks import plan
+from benchmarks.plan import GPUS, PAPER_LLAVA, PlanArguments
+
+
+@pytest.fixture(scope="module")
+def result():
+    return plan.plan(PlanArguments())
+
+
+def test_counted_flops_are_those_of_the_formulas():
+    contender = plan.get_contenders("7b")["llava-hr-1024"]
+    vision, text = plan.count_flops(contender, text_tokens=100)
+    # Llama: two FLOPs a weight and token, and scores and weighted sums of all pairs of tokens in each layer
+    tokens, width, layers, vocab = 1024 + 100, 4096, 32, 32064
+    weights = layers * (4 * width**2 + 3 * width * 11008) + vocab * width
+    assert text == 2 * weights * tokens + layers * 4 * tokens**2 * width
+    # the ViT and the ConvNeXt alone are most of the rest
+    patches, d = 1024, 1024
+    vit = 24 * (2 * patches * 12 * d**2 + 4 * patches**2 * d) + 2 * patches * d * 3 * 14**2
+    convnext = 0
+    for blocks, channels, side in zip((3, 3, 27, 3), (192, 384, 768, 1536), (256, 128, 64, 32), strict=True):
+        convnext += blocks * 2 * side**2 * (8 * channels**2 + 49 * channels)
+    assert vit + convnext < vision < 1.1 * (vit + convnext)
+
+
+def test_calibration_explains_the_training_times_of_llava():
+    """Two numbers for four times; the worst of them is 3.5 % off."""
+    utilization, overhead = plan.calibrate()
+    assert 0.2 < utilization < 0.7 and overhead > 0
+    for side, hours in PAPER_LLAVA.items():
+        flops = plan.get_training_flops("7b", f"llava-1.5-{side}")
+        assert plan.to_hours(flops, 8, GPUS["a800"], utilization, overhead) == pytest.approx(hours, rel=0.05)
+
+
+def test_the_papers_training_time_is_predicted(result):
+    """20.7 hours at 1024 px on 8 A800, which the calibration has not seen; the other sides are off by up to 17 %."""
+    assert result["hours"]["total"] == pytest.approx(20.7, rel=0.05)
+    assert all(row["ratio"] == pytest.approx(1, abs=0.2) for row in result["check"])
+    assert result["hours"]["total"] == pytest.approx(result["check"][2]["hours"])
+
+
+def test_more_and_faster_gpus_and_own_measurements_change_the_plan(result):
+    half = plan.plan(PlanArguments(gpus=16))
+    assert half["hours"]["total"] == pytest.approx(result["hours"]["total"] / 2)
+    assert half["bytes"]["weights, gradients, optimizer"] == pytest.approx(16 * result["parameters"] / 16)
+    own = plan.plan(PlanArguments(gpu="h100", utilization=0.5, overhead=0.0))
+    flops = plan.get_training_flops("7b", "llava-hr-1024")
+    assert own["hours"]["total"] == pytest.approx(flops / (989e12 * 0.5) / 8 / 3600)
+    assert not plan.plan(PlanArguments(model="13b-x", gpus=1))["fits"]
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["plan", "--output", str(tmp_path), "--gpus", "4"])
+    plan.main()
+    assert re.search(r"on 4 a800:\n  stage 1 [\d.]+ h, stage 2 [\d.]+ h", capsys.readouterr().out)
+    assert json.loads((tmp_path / "plan-cpu.json").read_text())["results"]["hours"]["total"] > 0
+    assert (tmp_path / "plan-cpu.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resolution", "512"], "--resolution must be one of 384, 768, 1024, 1536, but got 512"),
+        (["--gpu", "abacus"], "--gpu must be one of a100, a800, h100, h200, but got 'abacus'"),
+        (["--gpus", "0"], "--gpus must be at least 1, but got 0"),
+        (["--utilization", "1.5"], "--utilization must be above 0 and at most 1"),
+    ],
+)
+def test_wrong_options_are_a_sentence(options, message, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["plan", *options])
+    with pytest.raises(SystemExit, match=message):
+        plan.main()

@@ -1,0 +1,59 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The cost model of `benchmarks.scale`: its fit on made-up measurements, and a run of tiny shapes."""
+
+import dataclasses
+import json
+
+import pytest
+
+from benchmarks import scale
+from benchmarks._models import SHAPES
+from benchmarks.scale import Case, ScaleArguments
+
+
+def test_fit_finds_the_rates_that_made_the_times():
+    flops = [(1e9, 2e9), (4e9, 3e9), (9e9, 30e9), (1e9, 9e9)]
+    seconds = [0.05 + vision / 40e9 + text / 25e9 for vision, text in flops]
+    expected = {"overhead": 0.05, "vision": 40e9, "text": 25e9, "worst": 0}
+    assert scale.fit(flops, seconds) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_each_is_varied_by_itself():
+    cases = scale.get_cases(ScaleArguments(batch_sizes=[1, 3], pictures=[1, 5]))
+    assert cases == [Case(384), Case(768), Case(1024), Case(1536), Case(1024, 3), Case(1024, 1, 5)]
+
+
+def test_a_run_measures_counts_and_draws(tmp_path, monkeypatch, capsys):
+    tiny = dataclasses.replace(
+        SHAPES["cpu"],
+        text={**SHAPES["cpu"].text, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1},
+        high_res={**SHAPES["cpu"].high_res, "model_args": {"depths": [1] * 4, "dims": [4, 8, 16, 24]}},
+    )
+    monkeypatch.setitem(SHAPES, "cpu", tiny)
+    options = ["--repeats", "2", "--batch_sizes", "1", "2", "--pictures", "1", "2", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["scale", *options])
+    scale.main()
+    results = json.loads((tmp_path / "scale-cpu.json").read_text())["results"]
+    by_case = {(row["side"], row["batch_size"], row["pictures"]): row for row in results["cases"]}
+    assert by_case.keys() == {(384, 1, 1), (768, 1, 1), (1024, 1, 1), (1536, 1, 1), (1024, 2, 1), (1024, 1, 2)}
+    one, batch, pictures = by_case[1024, 1, 1], by_case[1024, 2, 1], by_case[1024, 1, 2]
+    assert batch["vision_flops"] == pictures["vision_flops"] == 2 * one["vision_flops"]
+    assert batch["text_flops"] == 2 * one["text_flops"]
+    tokens, width, vocab = 2 * 1024 + 50, 48, 1024
+    weights = 4 * width**2 + 3 * width * 64 + vocab * width
+    assert pictures["text_flops"] == 2 * weights * tokens + 4 * tokens**2 * width
+    assert all(0 < row["seconds"]["low"] <= row["seconds"]["high"] for row in results["cases"])
+    assert "worst case" in capsys.readouterr().out
+    assert (tmp_path / "scale-cpu.png").stat().st_size > 5000
