@@ -102,6 +102,15 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def time_phase(function: Callable[[], Any], device: str) -> dict[str, float]:
+    """The one phase, `seconds`, of a function that does not measure itself, for [`compare_phases`]."""
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return {"seconds": time.perf_counter() - start}
+
+
 def compare(
     functions: dict[str, Callable[[], Any]], arguments: BenchmarkArguments, description: str = "rounds"
 ) -> dict[str, Timing]:
@@ -117,15 +126,7 @@ def compare(
     Returns:
         `dict[str, Timing]`: By the same names.
     """
-
-    def timed(function: Callable[[], Any]) -> dict[str, float]:
-        synchronize(arguments.device)
-        start = time.perf_counter()
-        function()
-        synchronize(arguments.device)
-        return {"seconds": time.perf_counter() - start}
-
-    phases = {name: functools.partial(timed, function) for name, function in functions.items()}
+    phases = {name: functools.partial(time_phase, function, arguments.device) for name, function in functions.items()}
     return {name: timings["seconds"] for name, timings in compare_phases(phases, arguments, description).items()}
 
 

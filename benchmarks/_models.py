@@ -76,7 +76,12 @@ SHAPES = {
         vision=_vit(1024, 24, 16, image_size=336, patch_size=14),
         high_res={"architecture": "convnext_large_mlp", "do_pooling": False},
         siglip=_vit(1024, 24, 16, image_size=384, patch_size=16, vision_use_head=False),
-        sam={"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "global_attn_indexes": [2, 5, 8, 11]},
+        sam={
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "global_attn_indexes": [2, 5, 8, 11],
+        },
         fastvit={
             "architecture": "fastvit_mci3",
             "do_pooling": False,
@@ -216,6 +221,15 @@ def make_llava(
         contenders[f"llava-1.5-{side}"] = Contender(model, {"pixel_values": side}, num_tokens)
         share_language_model(contenders, model)
     return contenders
+
+
+def make_contender(shapes: Shapes, name: str, device: str, dtype: torch.dtype, mr_adapters: bool = True) -> Contender:
+    """One contender of [`make_llava_hr`] or [`make_llava`] by its name, with a model of its own."""
+    family, side = name.rsplit("-", 1)
+    if family == "llava-hr":
+        sides = {int(side): LLAVA_HR_SIDES[int(side)]}
+        return make_llava_hr(shapes, device, dtype, mr_adapters, sides)[name]
+    return make_llava(shapes, device, dtype, (int(side),))[name]
 
 
 def make_rivals(shapes: Shapes, device: str, dtype: torch.dtype) -> dict[str, Contender]:

@@ -1,0 +1,317 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+How close the parts of LLaVA-HR come to what the machine can do: FLOPs (counted by torch) and bytes against the rates
+of a large matrix product and of a large copy, measured in the same rounds.
+
+    python -m benchmarks.roofline                   # small model on a CPU
+    python -m benchmarks.roofline --preset full     # 7B on a GPU, decoding with a static cache, compiled
+
+Bytes are those that must be moved at least: weights, inputs and outputs of a part, and the cache. The record also says
+which operations the time to the first token goes to.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+
+from ._common import (
+    BenchmarkArguments,
+    Timing,
+    compare_phases,
+    make_target,
+    parse_arguments,
+    plot_path,
+    time_phase,
+    write_record,
+)
+from ._models import SHAPES, Contender, get_weight_bytes, make_contender
+from .inference import answer
+
+
+NAME = "llava-hr-1024"
+
+
+@dataclass
+class RooflineArguments(BenchmarkArguments):
+    """
+    Options of this benchmark beside those of every one.
+
+    Args:
+        batch_size (`int`, *optional*):
+            Pictures that the towers see at once, 2 (cpu) or 8 (full) by default; prefill and decoding: one prompt.
+        text_tokens (`int`): Length of the prompt without its picture in tokens.
+        new_tokens (`int`): Length of the answer in tokens.
+        dtype (`str`, *optional*): `"float32"` (cpu) or `"bfloat16"` (full) by default.
+        matrix_side (`int`, *optional*): Side of the square matrices that are multiplied; 2048 or 8192 by default.
+        copied_bytes (`int`, *optional*): What is copied; 256 MB or 2 GB by default.
+    """
+
+    batch_size: int | None = field(default=None, metadata={"help": "pictures that the towers see at once"})
+    text_tokens: int = field(default=50, metadata={"help": "length of the prompt without its picture in tokens"})
+    new_tokens: int = field(default=64, metadata={"help": "length of the answer in tokens"})
+    dtype: str | None = field(default=None, metadata={"help": "float32 or bfloat16"})
+    matrix_side: int | None = field(default=None, metadata={"help": "side of the matrices that are multiplied"})
+    copied_bytes: int | None = field(default=None, metadata={"help": "what is copied"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        full = self.preset == "full"
+        self.batch_size = self.batch_size or (8 if full else 2)
+        self.dtype = self.dtype or ("bfloat16" if full else "float32")
+        self.matrix_side = self.matrix_side or (8192 if full else 2048)
+        self.copied_bytes = self.copied_bytes or (2 * 1024**3 if full else 256 * 1024**2)
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"--dtype must be float32 or bfloat16, but got {self.dtype!r}.")
+        if self.new_tokens < 2:
+            raise ValueError(f"--new_tokens must be at least 2 (the first is not decoded), but got {self.new_tokens}.")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+
+
+@dataclass(frozen=True)
+class Part:
+    """
+    A part of the model.
+
+    Args:
+        run (`Callable`): Runs it once.
+        num_bytes (`int`): What has to be moved at least, in bytes.
+    """
+
+    run: Callable[[], Any]
+    num_bytes: int
+
+
+def get_cache_bytes(contender: Contender, num_tokens: int) -> int:
+    """Keys and values of `num_tokens` tokens of one prompt, in bytes."""
+    config = contender.model.config.text_config
+    width = config.num_key_value_heads * config.head_dim
+    return 2 * config.num_hidden_layers * width * num_tokens * contender.model.dtype.itemsize
+
+
+def make_parts(contender: Contender, arguments: RooflineArguments) -> dict[str, Part]:
+    """
+    The parts of a LLaVA-HR up to the first token, each with inputs of its own; they overlap where the name says so.
+
+    Args:
+        contender ([`Contender`]): The model at a resolution, on any device.
+        arguments ([`RooflineArguments`]): How many pictures and tokens.
+    """
+    model, tower = contender.model, contender.model.model.vision_tower
+    language_model = model.model.language_model
+    like = {"device": model.device, "dtype": model.dtype}
+    batch_size, num_patches = arguments.batch_size, contender.num_image_tokens
+    pixels = contender.make_pixels(batch_size)
+    low, high = pixels["pixel_values"], pixels["high_res_pixel_values"]
+    grid, side = int(num_patches**0.5), high.shape[-1] // tower.high_res_tower.stride
+    tokens = torch.randn(batch_size, num_patches, tower.fusion.low_res_proj.in_features, **like)
+    features = torch.randn(batch_size, tower.high_res_tower.num_channels, side, side, **like)
+    prompt = torch.randn(1, num_patches + arguments.text_tokens, model.lm_head.in_features, **like)
+
+    def run_vit():
+        hidden = tower.pre_layernorm(tower.embeddings(low))
+        for layer in tower.layers:
+            hidden = layer(hidden, attention_mask=None)
+
+    def run_adapters():
+        hidden = tokens
+        for adapter in tower.mr_adapters:
+            hidden, _ = adapter(hidden, features, grid)
+        tower.fusion(hidden, features, grid)
+
+    def prefill():
+        model.lm_head(language_model(inputs_embeds=prompt, use_cache=True).last_hidden_state[:, -1:])
+
+    def count(*things: torch.nn.Module | torch.Tensor) -> int:
+        return sum(get_weight_bytes(t) if isinstance(t, torch.nn.Module) else t.nbytes for t in things)
+
+    projected = batch_size * num_patches * model.lm_head.in_features * model.dtype.itemsize
+    vision = (tower, model.model.multi_modal_projector)
+    return {
+        "ConvNeXt": Part(lambda: tower.high_res_tower(high), count(tower.high_res_tower, high, features)),
+        "ViT": Part(run_vit, count(tower.embeddings, tower.layers, low, tokens)),
+        "adapters and fusion": Part(run_adapters, count(tower.mr_adapters, tower.fusion, tokens, features, tokens)),
+        "towers and projector": Part(
+            lambda: model.get_image_features(**pixels), count(*vision, low, high) + projected
+        ),
+        "prefill": Part(
+            prefill,
+            count(language_model.layers, model.lm_head, prompt) + get_cache_bytes(contender, prompt.shape[1]),
+        ),
+    }
+
+
+def get_decoding_bytes(contender: Contender, arguments: RooflineArguments) -> int:
+    """What a new token has to move on average: weights of the language model's layers and head, and the cache."""
+    length = contender.num_image_tokens + arguments.text_tokens + arguments.new_tokens // 2
+    weights = get_weight_bytes(contender.model.model.language_model.layers) + contender.model.lm_head.weight.nbytes
+    return weights + get_cache_bytes(contender, length)
+
+
+@torch.no_grad()
+def count_flops(run: Callable[[], Any]) -> int:
+    """FLOPs of a call on the meta device, counted by torch; attention counts without its causal mask."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def count_decoding_flops(contender: Contender, arguments: RooflineArguments) -> int:
+    """FLOPs of a new token in the middle of the answer, counted on the meta device."""
+    model, length = contender.model, contender.num_image_tokens + arguments.text_tokens + arguments.new_tokens // 2
+    cache = DynamicCache(config=model.config.text_config)
+    with torch.no_grad():
+        model(input_ids=torch.ones(1, length - 1, dtype=torch.long, device="meta"), cache=cache)
+    token = torch.ones(1, 1, dtype=torch.long, device="meta")
+    return count_flops(lambda: model(input_ids=token, cache=cache))
+
+
+def decode(contender: Contender, inputs: dict[str, torch.Tensor], arguments: RooflineArguments) -> dict[str, float]:
+    """Seconds for each token after the first; compiled where there is a GPU."""
+    variant = "static" if arguments.device.startswith("cuda") else "sdpa"
+    moments = answer(contender, inputs, arguments.new_tokens, variant)
+    return {"seconds": (moments[-1] - moments[0]) / (arguments.new_tokens - 1)}
+
+
+def find_top_operations(contender: Contender, arguments: RooflineArguments, number: int = 12) -> list[dict[str, Any]]:
+    """The operations that take most of the time to the first token (torch's profiler), with their share of it."""
+    inputs = contender.make_inputs(1, arguments.text_tokens)
+    on_gpu = arguments.device.startswith("cuda")
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiler:
+        answer(contender, inputs, 1)
+    name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = [(event.key, getattr(event, name), event.count) for event in profiler.key_averages()]
+    total = sum(duration for _, duration, _ in events)
+    events.sort(key=lambda event: event[1], reverse=True)
+    return [{"operation": key, "share": duration / total, "calls": calls} for key, duration, calls in events[:number]]
+
+
+def describe(
+    timings: dict[str, Timing], flops: dict[str, int], num_bytes: dict[str, int], arguments: RooflineArguments
+) -> dict[str, Any]:
+    """
+    The record's entries: for each part its FLOPs, bytes and time, and the shares of the two measured limits.
+
+    Args:
+        timings (`dict[str, Timing]`): Of all parts, of `"matrix product"` and `"copy"`.
+        flops, num_bytes (`dict[str, int]`): Of all parts.
+        arguments ([`RooflineArguments`]): Options.
+    """
+    most_flops, most_bytes = 2 * arguments.matrix_side**3, 2 * arguments.copied_bytes
+    product, copy = timings["matrix product"], timings["copy"]
+    parts = {}
+    for name in flops:
+        timing = timings[name]
+        of_rate = {key: value * flops[name] / most_flops for key, value in product.ratio(timing).items()}
+        of_bandwidth = {key: value * num_bytes[name] / most_bytes for key, value in copy.ratio(timing).items()}
+        parts[name] = {
+            "flops": flops[name],
+            "bytes": num_bytes[name],
+            "seconds": timing.to_dict(),
+            "share_of_matrix_rate": of_rate,
+            "share_of_copy_bandwidth": of_bandwidth,
+            # the limit is the one that allows less
+            "limit": "matrix rate" if of_rate["median"] > of_bandwidth["median"] else "copy bandwidth",
+        }
+    return {
+        "matrix_flops_per_second": most_flops / product.median,
+        "copied_bytes_per_second": most_bytes / copy.median,
+        "parts": parts,
+    }
+
+
+@torch.no_grad()
+def run(arguments: RooflineArguments) -> dict[str, Any]:
+    """Measures and counts; see [`describe`] for what comes out."""
+    shapes = SHAPES[arguments.preset]
+    contender = make_contender(shapes, NAME, arguments.device, arguments.torch_dtype)
+    on_meta = make_contender(shapes, NAME, "meta", arguments.torch_dtype)
+    parts = make_parts(contender, arguments)
+    flops = {name: count_flops(part.run) for name, part in make_parts(on_meta, arguments).items()}
+    flops["decoding"] = count_decoding_flops(on_meta, arguments)
+    num_bytes = {name: part.num_bytes for name, part in parts.items()}
+    num_bytes["decoding"] = get_decoding_bytes(contender, arguments)
+
+    like = {"device": arguments.device, "dtype": arguments.torch_dtype}
+    left, right = (torch.randn(arguments.matrix_side, arguments.matrix_side, **like) for _ in range(2))
+    source = torch.ones(arguments.copied_bytes, dtype=torch.uint8, device=arguments.device)
+    target = torch.empty_like(source)
+    limits = {"matrix product": lambda: left @ right, "copy": lambda: target.copy_(source)}
+    functions = {
+        name: functools.partial(time_phase, function, arguments.device)
+        for name, function in (*limits.items(), *((name, part.run) for name, part in parts.items()))
+    }
+    inputs = contender.make_inputs(1, arguments.text_tokens)
+    functions["decoding"] = functools.partial(decode, contender, inputs, arguments)
+    timings = {name: phases["seconds"] for name, phases in compare_phases(functions, arguments).items()}
+
+    results = describe(timings, flops, num_bytes, arguments)
+    on_gpu = arguments.preset == "full"
+    towers, decoding = results["parts"]["towers and projector"], results["parts"]["decoding"]
+    results["targets"] = [
+        make_target(
+            f"share of the matrix rate that the towers reach, {arguments.batch_size} pictures",
+            *(towers["share_of_matrix_rate"], 0.45, True, on_gpu and arguments.batch_size == 8),
+        ),
+        make_target(
+            "share of the copy bandwidth that decoding reaches",
+            *(decoding["share_of_copy_bandwidth"], 0.75, True, on_gpu),
+        ),
+    ]
+    results["first_token_operations"] = find_top_operations(contender, arguments)
+    return results
+
+
+def draw(results: dict[str, Any], arguments: RooflineArguments) -> None:
+    """The roofline: FLOPs a second over FLOPs a byte, double logarithmic."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    rate, bandwidth = results["matrix_flops_per_second"], results["copied_bytes_per_second"]
+    places = []
+    for number, (name, part) in enumerate(results["parts"].items()):
+        place = part["flops"] / part["bytes"]
+        places.append(place)
+        speed = part["flops"] / part["seconds"]["median"] / 1e9
+        axes.plot(place, speed, "o", color=f"C{number}", label=name)
+    edges = [min(places) / 2, rate / bandwidth, max(*places, rate / bandwidth) * 2]
+    axes.plot(edges, [min(rate, edge * bandwidth) / 1e9 for edge in edges], color="black", label="measured limits")
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="GFLOPs a second")
+    axes.set_title(f"LLaVA-HR at 1024 px, {arguments.dtype}, {arguments.preset} preset")
+    axes.legend(fontsize="small")
+    figure.savefig(plot_path("roofline", arguments), dpi=120)
+
+
+def main() -> None:
+    arguments = parse_arguments(RooflineArguments)
+    results = run(arguments)
+    write_record("roofline", arguments, results)
+    draw(results, arguments)
+    for name, part in results["parts"].items():
+        shares = (part[f"share_of_{limit}"]["median"] for limit in ("matrix_rate", "copy_bandwidth"))
+        print("{}: {:.0%} of the matrix rate, {:.0%} of the copy bandwidth".format(name, *shares))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Shapes with which a benchmark takes seconds: few patches, few channels, one layer."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks._models import SHAPES
+
+
+# With patches of 112 pixels LLaVA-HR has 9, 9, 16 and 36 image tokens and LLaVA-1.5 has 9, 16, 36 and 81
+VIT = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+TINY = dataclasses.replace(
+    SHAPES["cpu"],
+    text={
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 512,
+    },
+    vision={**VIT, "num_hidden_layers": 4, "image_size": 336, "patch_size": 112},
+    high_res={**SHAPES["cpu"].high_res, "model_args": {"depths": [1] * 4, "dims": [4, 8, 16, 24]}},
+    siglip={**VIT, "num_hidden_layers": 1, "image_size": 384, "patch_size": 96, "vision_use_head": False},
+    sam={**VIT, "num_hidden_layers": 1, "global_attn_indexes": [0], "output_channels": 8, "patch_size": 64},
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The CPU preset has tiny shapes."""
+    monkeypatch.setitem(SHAPES, "cpu", TINY)
+    return TINY
+
+
+@pytest.fixture
+def run_benchmark(tiny, tmp_path, monkeypatch):
+    """Runs a benchmark's `main` with options of its command line; returns its record, after looking at its plot."""
+
+    def run(module, *options: str) -> dict:
+        name = Path(module.__file__).stem
+        monkeypatch.setattr(sys, "argv", [name, "--output", str(tmp_path), *options])
+        module.main()
+        assert (tmp_path / f"{name}-cpu.png").stat().st_size > 5000
+        record = json.loads((tmp_path / f"{name}-cpu.json").read_text())
+        assert record["command"].startswith(f"python -m benchmarks.{name} ") and record["machine"]["cores"] > 0
+        return record["results"]
+
+    return run

@@ -1,0 +1,113 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A run of tiny shapes, and the figures that are derived from what was measured."""
+
+import pytest
+import torch
+
+from benchmarks import inference
+from benchmarks._common import Timing
+from benchmarks._models import make_contender, make_llava, make_llava_hr, share_language_model
+from benchmarks.inference import InferenceArguments
+
+
+def test_a_run_compares_all_resolutions_and_draws(run_benchmark, capsys):
+    options = ("--repeats", "2", "--warmup", "0", "--new_tokens", "12", "--batch_sizes", "1", "2")
+    results = run_benchmark(inference, *options, "--variants", "eager", "static")
+    tokens = {name: entry["image_tokens"] for name, entry in results["resolutions"]["1"].items()}
+    assert tokens == {
+        **{"llava-hr-384": 9, "llava-hr-768": 9, "llava-hr-1024": 16, "llava-hr-1536": 36},
+        **{"llava-1.5-336": 9, "llava-1.5-448": 16, "llava-1.5-672": 36, "llava-1.5-1022": 81},
+        **{"deepseek-vl-hybrid-1024": 16, "fastvlm-1024": 256},
+    }
+    for batch_size, entries in results["resolutions"].items():
+        assert entries.keys() == tokens.keys()
+        for entry in list(entries.values())[:8]:
+            first, ten, last = (entry["seconds"][n]["median"] for n in ("first_token", "ten_tokens", "all_tokens"))
+            assert 0 < first < ten < last
+            assert entry["tokens_per_second"] == pytest.approx(int(batch_size) * 10 / ten)
+            assert entry["decoded_tokens_per_second"] == pytest.approx(int(batch_size) * 11 / (last - first))
+            # at least the picture itself
+            assert entry["peak_bytes"] > 4 * 3 * max(entry["sides"].values()) ** 2 * int(batch_size)
+    assert len(results["variants"]) == 6 and "llava-1.5-1022, static" in results["variants"]
+    assert [target["met"] for target in results["targets"][:3]] == [None] * 3  # they are about 7B on a GPU
+    assert results["targets"][3]["met"] in (True, False)
+    assert "(target: at least 6)" in capsys.readouterr().out
+
+
+def test_targets_compare_round_by_round():
+    def phases(towers, first, ten):
+        return {"towers": Timing(towers), "first_token": Timing(first), "ten_tokens": Timing(ten)}
+
+    timings = {
+        "llava-hr-384": phases([1, 1], [8, 2], [10, 5]),
+        "llava-hr-1024": phases([2, 1], [10, 5], [12.5, 6.25]),
+        "llava-1.5-1022": phases([30, 10], [80, 40], [100, 50]),
+    }
+    targets = inference.find_targets(timings, InferenceArguments())
+    # tokens/s at 1024: 0.8 of those at 384; towers: 2 of 10 and 1 of 5 seconds; LLaVA-1.5: 8 times as long
+    assert [target["measured"]["median"] for target in targets] == pytest.approx([0.2, 0.2, 8, 8])
+    assert [target["met"] for target in targets] == [None, None, None, True]
+    del timings["llava-1.5-1022"]  # as if memory had not sufficed
+    assert len(inference.find_targets(timings, InferenceArguments())) == 2
+
+
+def test_the_language_model_is_in_memory_once(tiny):
+    hr = make_llava_hr(tiny, "cpu", torch.float32)
+    llava = make_llava(tiny, "cpu", torch.float32)
+    share_language_model(llava, hr["llava-hr-384"].model)
+    models = [contender.model for contender in (*hr.values(), *llava.values())]
+    assert (
+        len({id(model.lm_head) for model in models}) == len({id(model.model.language_model) for model in models}) == 1
+    )
+    # position embeddings of each side: a class token and the patches
+    sizes = [model.model.vision_tower.embeddings.position_embedding.num_embeddings for model in models[4:]]
+    assert sizes == [10, 17, 37, 82]
+
+
+def test_attention_is_switched(tiny):
+    contender = make_contender(tiny, "llava-hr-1024", "cpu", torch.float32)
+    inputs = contender.make_inputs(1, 5)
+    for variant, expected in (("eager", "eager"), ("sdpa", "sdpa"), ("static", "sdpa")):
+        assert len(inference.answer(contender, inputs, 3, variant)) == 3
+        model = contender.model.model
+        assert model.language_model.config._attn_implementation == expected
+        assert model.vision_tower.config._attn_implementation == expected
+
+
+def test_four_bit_language_model_answers(tiny):
+    contender = make_contender(tiny, "llava-hr-1024", "cpu", torch.float32)
+    inputs = contender.make_inputs(1, 5)
+    with torch.no_grad():
+        expected = contender.model(**inputs).logits
+        inference.quantize(contender)
+        layer = contender.model.model.language_model.layers[0]
+        assert layer.mlp.up_proj.weight.dtype == torch.uint8
+        logits = contender.model(**inputs).logits
+    assert torch.isfinite(logits).all() and not torch.equal(logits, expected)
+    # four bits of random weights: the same direction, more or less
+    assert torch.cosine_similarity(logits.flatten(), expected.flatten(), dim=0) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float16"}, "--dtype must be float32 or bfloat16"),
+        ({"variants": ["fast"]}, "--variants are eager, static, 4bit, but got fast"),
+        ({"new_tokens": 9}, "--new_tokens must be at least 10"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        InferenceArguments(**options)
