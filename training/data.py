@@ -273,10 +273,19 @@ def is_inside(folder: str | os.PathLike, name: str) -> bool:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Writes a file so that it is there with all of its text, or as it was before."""
+    """
+    Writes a file so that it is there with all of its text, or as it was before.
+
+    Raises:
+        OSError: If it cannot be written; names it.
+    """
     unfinished = file.with_name(f".{file.name}.incomplete")
-    unfinished.write_text(text)
-    unfinished.replace(file)
+    try:
+        unfinished.write_text(text)
+        unfinished.replace(file)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{file} could not be written: {error}. Make room, or name another folder.") from error
 
 
 def to_messages(conversations: list[dict]) -> list[dict]:

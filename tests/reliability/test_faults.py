@@ -76,7 +76,9 @@ def read_only(tmp_path_factory) -> Path:
 def commands(hub, small_disk, read_only, tmp_path_factory) -> Iterator[Commands]:
     if not can_mount():
         pytest.skip("mounting needs Linux with user namespaces, or root")
+    # the latter are imported at first use, when a command may be somebody who must not read them
     modules = [CONVERT, CAPTION, "examples.publish", "timm"]
+    modules += ["sentencepiece", "google.protobuf.descriptor_pb2", "transformers.tokenization_utils_sentencepiece"]
     if Version(transformers.__version__) >= Version("5.18"):
         modules.append("training.train")
     folder = tmp_path_factory.mktemp("commands")
