@@ -339,8 +339,8 @@ def draw(results: dict[str, Any], arguments: InferenceArguments) -> None:
     seen = {name: entry for name, entry in entries.items() if "seconds" in entry}
     bars = right.barh(list(seen), [entry["seconds"]["towers"]["median"] for entry in seen.values()])
     right.bar_label(bars, [f"{entry['image_tokens']} tokens" for entry in seen.values()], padding=3, fontsize="small")
-    right.set(title="seconds to see a picture (towers, projector)")
-    right.margins(x=0.25)
+    right.set(title="seconds to see a picture")
+    right.margins(x=0.35)
     figure.suptitle(f"Batch of {batch_size}, {arguments.dtype}, {arguments.preset} preset")
     figure.savefig(plot_path("inference", arguments), dpi=120)
 
