@@ -16,18 +16,21 @@ How the time to the first token grows with resolution, batch size and number of 
 
     python -m benchmarks.scale
 
-Each case is measured, its FLOPs are counted, and one line is fitted through all of them:
+Towers and language model are measured in each case, their FLOPs are counted, and for each of the two a line is fitted
+through all cases:
 
-    seconds = overhead + vision FLOPs / vision rate + language-model FLOPs / language-model rate
+    seconds = overhead + FLOPs / rate
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 
-from ._common import BenchmarkArguments, Timing, compare, parse_arguments, plot_path, write_record
+from ._common import BenchmarkArguments, compare_phases, parse_arguments, plot_path, time_phase, write_record
 from ._models import LLAVA_HR_SIDES, SHAPES, Contender, make_llava_hr
+from .inference import see
 from .plan import count_flops
 
 
@@ -90,24 +93,29 @@ def count_case(contender: Contender, case: Case, text_tokens: int) -> tuple[int,
     return case.batch_size * case.pictures * vision, case.batch_size * text
 
 
-def fit(flops: list[tuple[float, float]], seconds: list[float]) -> dict[str, float]:
+def fit(flops: list[float], seconds: list[float]) -> dict[str, float]:
     """
-    Least squares on relative errors, so that short cases count as much as long ones.
+    A line by least squares on relative errors, so that short cases count as much as long ones.
 
     Args:
-        flops (`list[tuple]`): Of vision and language model, for each case.
+        flops (`list[float]`): Of each case.
         seconds (`list[float]`): Measured.
 
     Returns:
-        `dict`: `overhead` in seconds, `vision` and `text` in FLOPs a second, and `worst`, the largest relative error.
+        `dict`: `overhead` in seconds, `rate` in FLOPs a second, and `worst`, the largest relative error.
     """
-    seconds = np.array(seconds)
-    # in units of 1e12: numbers of one size for the solver
-    columns = np.column_stack([np.ones(len(seconds)), np.array(flops, dtype=float) / 1e12])
-    weights, *_ = np.linalg.lstsq(columns / seconds[:, None], np.ones(len(seconds)), rcond=None)
-    errors = columns @ weights / seconds - 1
-    rates = {name: float(1e12 / weight) for name, weight in zip(("vision", "text"), weights[1:], strict=True)}
-    return {"overhead": float(weights[0]), **rates, "worst": float(np.abs(errors).max())}
+    flops, seconds = np.array(flops, dtype=float), np.array(seconds)
+    per_flop, overhead = np.polyfit(flops, seconds, deg=1, w=1 / seconds)
+    errors = (overhead + per_flop * flops) / seconds - 1
+    return {"overhead": float(overhead), "rate": float(1 / per_flop), "worst": float(np.abs(errors).max())}
+
+
+def measure(contender: Contender, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Seconds from the call to the first token, `first_token`, and their parts, `vision` and `text`."""
+    model, device = contender.model, str(contender.model.device)
+    vision = see(contender, {name: inputs[name] for name in contender.sides})["towers"]
+    whole = time_phase(lambda: model(**inputs, logits_to_keep=1), device)["seconds"]
+    return {"first_token": whole, "vision": vision, "text": whole - vision}
 
 
 @torch.inference_mode()
@@ -117,7 +125,7 @@ def run(arguments: ScaleArguments) -> dict:
         arguments ([`ScaleArguments`]): What is varied.
 
     Returns:
-        `dict`: For each case its seconds and FLOPs, and the fit.
+        `dict`: For each case its seconds and FLOPs, and the fits of `vision` and `text`.
     """
     torch.manual_seed(0)
     shapes = SHAPES[arguments.preset]
@@ -126,24 +134,26 @@ def run(arguments: ScaleArguments) -> dict:
     on_meta = make_llava_hr(shapes, "meta", dtype)
     functions, counted = {}, {}
     for case in get_cases(arguments):
-        contender = contenders[f"llava-hr-{case.side}"]
-        inputs = make_inputs(contender, case, arguments.text_tokens)
-        functions[case.name] = lambda model=contender.model, inputs=inputs: model(**inputs, logits_to_keep=1)
-        counted[case.name] = count_case(on_meta[f"llava-hr-{case.side}"], case, arguments.text_tokens)
-    timings: dict[str, Timing] = compare(functions, arguments, "cost of the first token")
+        name = f"llava-hr-{case.side}"
+        inputs = make_inputs(contenders[name], case, arguments.text_tokens)
+        functions[case.name] = partial(measure, contenders[name], inputs)
+        counted[case.name] = count_case(on_meta[name], case, arguments.text_tokens)
+    timings = compare_phases(functions, arguments, "cost of the first token")
     rows = [
         {
             "side": case.side,
             "batch_size": case.batch_size,
             "pictures": case.pictures,
-            "seconds": timings[case.name].to_dict(),
-            "vision_flops": counted[case.name][0],
-            "text_flops": counted[case.name][1],
+            "seconds": {phase: timing.to_dict() for phase, timing in timings[case.name].items()},
+            "flops": dict(zip(("vision", "text"), counted[case.name], strict=True)),
         }
         for case in get_cases(arguments)
     ]
-    flops = [(row["vision_flops"], row["text_flops"]) for row in rows]
-    return {"cases": rows, "fit": fit(flops, [row["seconds"]["median"] for row in rows])}
+    fits = {
+        part: fit([row["flops"][part] for row in rows], [row["seconds"][part]["median"] for row in rows])
+        for part in ("vision", "text")
+    }
+    return {"cases": rows, "fit": fits}
 
 
 def draw(results: dict, arguments: ScaleArguments) -> None:
@@ -162,10 +172,11 @@ def draw(results: dict, arguments: ScaleArguments) -> None:
         )
         x = [row[name] for row in rows]
         line = [
-            fitted["overhead"] + row["vision_flops"] / fitted["vision"] + row["text_flops"] / fitted["text"]
+            sum(fitted[part]["overhead"] + row["flops"][part] / fitted[part]["rate"] for part in fitted)
             for row in rows
         ]
-        median, low, high = (np.array([row["seconds"][key] for row in rows]) for key in ("median", "low", "high"))
+        seconds = [row["seconds"]["first_token"] for row in rows]
+        median, low, high = (np.array([entry[key] for entry in seconds]) for key in ("median", "low", "high"))
         axes.errorbar(x, median, yerr=[median - low, high - median], fmt="o", capsize=3, label="measured")
         axes.plot(x, line, label="fitted")
         axes.set(xlabel=label, ylabel="seconds to the first token", ylim=(0, None))
@@ -178,12 +189,10 @@ def main() -> None:
     results = run(arguments)
     for row in results["cases"]:
         case = Case(row["side"], row["batch_size"], row["pictures"])
-        print(f"{case.name}: {row['seconds']['median']:.3f} s")
-    fitted = results["fit"]
-    print(
-        f"fit: {fitted['overhead']:.4f} s, vision {fitted['vision'] / 1e9:.1f} GFLOP/s, language model "
-        f"{fitted['text'] / 1e9:.1f} GFLOP/s; worst case {fitted['worst']:.0%} off"
-    )
+        print(f"{case.name}: {row['seconds']['first_token']['median']:.3f} s")
+    for part, fitted in results["fit"].items():
+        rate, worst = fitted["rate"] / 1e9, fitted["worst"]
+        print(f"{part}: {fitted['overhead']:.4f} s and {rate:.1f} GFLOP/s, at most {worst:.0%} off")
     write_record("scale", arguments, results)
     draw(results, arguments)
 

@@ -23,11 +23,10 @@ from benchmarks._models import SHAPES
 from benchmarks.scale import Case, ScaleArguments
 
 
-def test_fit_finds_the_rates_that_made_the_times():
-    flops = [(1e9, 2e9), (4e9, 3e9), (9e9, 30e9), (1e9, 9e9)]
-    seconds = [0.05 + vision / 40e9 + text / 25e9 for vision, text in flops]
-    expected = {"overhead": 0.05, "vision": 40e9, "text": 25e9, "worst": 0}
-    assert scale.fit(flops, seconds) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+def test_fit_finds_the_rate_that_made_the_times():
+    flops = [1e9, 4e9, 30e9, 9e9]
+    seconds = [0.05 + count / 40e9 for count in flops]
+    assert scale.fit(flops, seconds) == pytest.approx({"overhead": 0.05, "rate": 40e9, "worst": 0}, rel=1e-6, abs=1e-6)
 
 
 def test_each_is_varied_by_itself():
@@ -49,11 +48,15 @@ def test_a_run_measures_counts_and_draws(tmp_path, monkeypatch, capsys):
     by_case = {(row["side"], row["batch_size"], row["pictures"]): row for row in results["cases"]}
     assert by_case.keys() == {(384, 1, 1), (768, 1, 1), (1024, 1, 1), (1536, 1, 1), (1024, 2, 1), (1024, 1, 2)}
     one, batch, pictures = by_case[1024, 1, 1], by_case[1024, 2, 1], by_case[1024, 1, 2]
-    assert batch["vision_flops"] == pictures["vision_flops"] == 2 * one["vision_flops"]
-    assert batch["text_flops"] == 2 * one["text_flops"]
+    batch, pictures, one = (row["flops"] for row in (batch, pictures, one))
+    assert batch["vision"] == pictures["vision"] == 2 * one["vision"]
+    assert batch["text"] == 2 * one["text"]
     tokens, width, vocab = 2 * 1024 + 50, 48, 1024
     weights = 4 * width**2 + 3 * width * 64 + vocab * width
-    assert pictures["text_flops"] == pytest.approx(2 * weights * tokens + 4 * tokens**2 * width, rel=1e-4)
-    assert all(0 < row["seconds"]["low"] <= row["seconds"]["high"] for row in results["cases"])
-    assert "worst case" in capsys.readouterr().out
+    assert pictures["text"] == pytest.approx(2 * weights * tokens + 4 * tokens**2 * width, rel=1e-4)
+    for row in results["cases"]:
+        assert 0 < row["seconds"]["vision"]["low"] <= row["seconds"]["vision"]["high"]
+        assert row["seconds"]["first_token"]["median"] > 0
+    assert results["fit"].keys() == {"vision", "text"}
+    assert "GFLOP/s, at most" in capsys.readouterr().out
     assert (tmp_path / "scale-cpu.png").stat().st_size > 5000
