@@ -199,7 +199,7 @@ def find_top_operations(contender: Contender, arguments: RooflineArguments, numb
     inputs = contender.make_inputs(1, arguments.text_tokens)
     on_gpu = arguments.device.startswith("cuda")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         answer(contender, inputs, 1)
     name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     events = [(event.key, getattr(event, name), event.count) for event in profiler.key_averages()]

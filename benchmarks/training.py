@@ -260,7 +260,7 @@ def draw(results: dict[str, Any], arguments: TrainingArguments) -> None:
     for axes, title in ((left, "seconds a step"), (right, "peak memory in GB")):
         axes.set(title=title, xlabel="side of the picture in pixels", ylim=(0, None))
     left.legend()
-    figure.suptitle(f"Batch of {arguments.batch_size}, {arguments.method}, {arguments.preset} preset")
+    figure.suptitle(f"Batch of {arguments.batch_size}, method {arguments.method}, {arguments.preset} preset")
     figure.savefig(plot_path("training", arguments), dpi=120)
 
 
