@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent.parent
 REFERENCE = ROOT / "tests" / "fixtures" / "reference"
 STAGES = ("stage1-384", "stage2-1024")
 TINY_MODEL = ROOT / "examples" / "tiny-llava-hr"
-PICTURES = [Image.open(ROOT / "examples" / "pictures" / f"{name}.jpg") for name in ("street", "shelf", "table")]
+PICTURES = [str(ROOT / "examples" / "pictures" / f"{name}.jpg") for name in ("street", "shelf", "table")]
 
 # The paper's high resolutions (table 1), each with its low-resolution side
 SIDES = [(336, 384), (336, 768), (448, 1024), (672, 1536)]
@@ -62,7 +62,9 @@ def load(folder: Path, dtype: torch.dtype = torch.float32):
     return model, AutoProcessor.from_pretrained(folder)
 
 
-def ask(processor, *samples: list[Image.Image], question: str = "What does the sign say?", **sizes) -> BatchFeature:
+def ask(
+    processor, *samples: list[Image.Image | str], question: str = "What does the sign say?", **sizes
+) -> BatchFeature:
     """A batch of one chat a sample, each with its pictures and a question longer than the one before."""
     chats = []
     for index, pictures in enumerate(samples):
