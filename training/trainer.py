@@ -173,10 +173,10 @@ class LlavaHrTrainer(SFTTrainer):
         if self.state.global_step < self.state.max_steps:  # a run that had ended would make one more step
             super()._run_epoch(*args, **kwargs)
 
-    def save_model(self, *args, **kwargs) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         # how the last batch was padded is no part of the tokenizer, and differs after an interruption
         self.processing_class.tokenizer.backend_tokenizer.no_padding()
-        super().save_model(*args, **kwargs)
+        super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
