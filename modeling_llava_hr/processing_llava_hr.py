@@ -34,7 +34,8 @@ PICTURE_KEYS = ("image", "url", "path", "base64")
 # its own, wherever they stand among the parts: so the models were trained. If a user's message is one string, its
 # tags stay where they are; in all other text a tag is text, and a space keeps it from being tokenized as a picture.
 # The space after the first token is what the released tokenization of a text's start amounts to.
-# `image_suffix` is not set here but by vLLM's users: vLLM tokenizes the prompt itself (docs/serving.md).
+# `image_suffix` is not set here but by vLLM's users: vLLM tokenizes the prompt itself (docs/serving.md). That contents
+# are lists of parts, it finds by the loop over `message['content']`, which must stand as it is.
 VICUNA_V1_CHAT_TEMPLATE = """\
 {%- macro text_of(content) -%}
 {%- if content is string -%}
@@ -59,12 +60,14 @@ helpful, detailed, and polite answers to the user's questions." -%}
 {%- if message['content'] is string -%}
 {{- message['content'] + ' ' -}}
 {%- else -%}
-{%- for part in message['content'] or [] -%}
+{%- if message['content'] -%}
+{%- for part in message['content'] -%}
 {%- if part['type'] in ('image', 'image_url') -%}{{- '<image>' + (image_suffix | default('')) + '\\n' -}}
 {%- elif part['type'] != 'text' -%}
 {{- raise_exception("A part's type must be 'text' or 'image', but got '" + part['type'] + "'.") -}}
 {%- endif -%}
 {%- endfor -%}
+{%- endif -%}
 {{- text_of(message['content']) + ' ' -}}
 {%- endif -%}
 {%- elif message['role'] == 'assistant' -%}

@@ -14,18 +14,20 @@
 """The processor against recorded prompts, token ids and labels of the released code (tests/fixtures/reference)."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from jinja2 import Environment, nodes
 from PIL import Image
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from modeling_llava_hr import LlavaHrProcessor
-from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE
+from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE, VICUNA_V1_CHAT_TEMPLATE
 
 
 REFERENCE = Path(__file__).parent.parent / "fixtures" / "reference"
@@ -324,3 +326,12 @@ def test_save_and_load_twice(tmp_path, processor):
     assert isinstance(processor, LlavaHrProcessor) and processor.image_suffix == " "
     again = processor(images=[image, image], text=text, return_tensors="pt")
     assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+def test_vllm_finds_that_contents_are_lists_of_parts():
+    """vLLM looks for a loop over `message['content']` itself; without one it joins the parts to a string."""
+    # transformers' own tag, which marks what an assistant says
+    template = re.sub(r"{%- ?(end)?generation ?-%}", "", VICUNA_V1_CHAT_TEMPLATE)
+    loops = [loop.iter for loop in Environment().parse(template).find_all(nodes.For)]
+    over = [(loop.node.name, loop.arg.value) for loop in loops if isinstance(loop, nodes.Getitem)]
+    assert over == [("message", "content")]
