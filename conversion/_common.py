@@ -59,7 +59,7 @@ MAX_LISTED = 12
 
 
 # What readers of weights raise
-UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError)
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, EOFError)
 
 
 class ConversionError(ValueError):
@@ -232,7 +232,15 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        is_zip = zipfile.is_zipfile(file)
+        if is_zip and _is_compressed(file):
+            raise ConversionError(
+                f"{file} is a compressed archive, and `torch.save` writes none: its numbers would be read wrong. Take "
+                "the original file."
+            )
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except ConversionError:
+        raise
     except UNREADABLE as error:
         raise ConversionError(f"{file} cannot be read as plain tensors: {explain_unreadable(error)}.") from None
     if not isinstance(content, dict):
@@ -248,6 +256,11 @@ def explain_unreadable(error: Exception) -> str:
     refused = re.search(r"(?:Unsupported|GLOBAL|Trying to)[^\n]*", str(error))
     reason = refused[0] if refused else type(error).__name__
     return f"it is damaged, or a pickle that would run code, which is refused ({reason})"
+
+
+def _is_compressed(file: Path) -> bool:
+    with zipfile.ZipFile(file) as archive:
+        return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 def _is_plain(name: Any, value: Any) -> bool:
@@ -528,7 +541,10 @@ def check_output(output: Path) -> None:
         ConversionError: If `output` is a file or a folder that is not empty.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConversionError(f"--output: {output} exists and is not an empty folder. Name another or remove it.")
+        raise ConversionError(
+            f"--output: {output} exists and is not an empty folder. Name another or remove it. If this command "
+            "wrote it before, it is complete: nothing is there until all is."
+        )
 
 
 @contextmanager

@@ -659,31 +659,6 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
         outputs.pooler_output = self.multi_modal_projector(outputs.last_hidden_state)
         return outputs
 
-    def get_placeholder_mask(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
-    ) -> torch.Tensor:
-        """
-        Finds the positions in the prompt that stand for image features.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Token ids.
-            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, D)`): Their embeddings; searched
-                for the image token's embedding if there are no `input_ids`.
-            image_features (`torch.Tensor` of shape `(images, g * g, D)`): The features to be placed.
-
-        Returns:
-            `torch.BoolTensor` of shape `(batch_size, sequence_length, 1)`.
-
-        Raises:
-            ValueError: If prompt and pictures do not have the same number of image tokens.
-        """
-        mask = self.get_image_token_mask(input_ids, inputs_embeds).to(inputs_embeds.device)
-        num_images, tokens_per_image, _ = image_features.shape
-        # a data-dependent check breaks the graph for torch 2.11; what was compiled was checked in its eager form
-        if not torch.compiler.is_compiling() and mask.sum() != num_images * tokens_per_image:
-            raise ValueError(_token_mismatch(int(mask.sum()), num_images, tokens_per_image))
-        return mask.unsqueeze(-1)
-
     def get_image_token_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """`(batch_size, sequence_length)`, true where an image token stands in the ids, or else in the embeddings."""
         if input_ids is not None:
@@ -739,6 +714,11 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if has_pixels or image_outputs is not None:
+            mask = self.get_image_token_mask(input_ids, inputs_embeds).to(inputs_embeds.device)
+            # Counted before the towers are started: later, a GPU would have to be waited for. A count breaks the graph
+            # for torch 2.11; what is compiled was checked in its eager form.
+            num_tokens = None if torch.compiler.is_compiling() else int(mask.sum())
         if has_pixels:
             recorded = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
             image_outputs = self.get_image_features(pixel_values, high_res_pixel_values, return_dict=True, **recorded)
@@ -747,8 +727,10 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
             if not isinstance(image_features, torch.Tensor):  # a list with the features of each picture
                 image_features = torch.stack(tuple(image_features))
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+            num_images, tokens_per_image, _ = image_features.shape
+            if num_tokens is not None and num_tokens != num_images * tokens_per_image:
+                raise ValueError(_token_mismatch(num_tokens, num_images, tokens_per_image))
+            inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_features)
 
         outputs = self.language_model(
             attention_mask=attention_mask,

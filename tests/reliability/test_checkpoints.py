@@ -19,6 +19,7 @@ import os
 import resource
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, LlamaConfig
 
-from conversion._common import ConversionError
+from conversion._common import ConversionError, read_tensors
 from conversion.assemble import load_high_res_tower, load_language_model, load_vision_tower
 from conversion.convert_llava_hr_weights_to_hf import convert
 from examples.publish import PublishArguments, PublishingError, publish
@@ -129,6 +130,17 @@ def test_assemble_refuses_a_pickle_that_would_run_code(part, tmp_path):
         load(str(tmp_path), *arguments)
     assert not (tmp_path / "was here").exists()
     assert (tmp_path / name).read_bytes() == before
+
+
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
+    torch.save({"weight": torch.ones(4)}, tmp_path / "stored.bin")
+    packed = tmp_path / "packed.bin"
+    with zipfile.ZipFile(tmp_path / "stored.bin") as stored, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as out:
+        for name in stored.namelist():
+            out.writestr(name, stored.read(name))
+    assert read_tensors(tmp_path / "stored.bin")["weight"].tolist() == [1, 1, 1, 1]
+    with pytest.raises(ConversionError, match="packed.bin is a compressed archive"):
+        read_tensors(packed)
 
 
 # --- weights ---

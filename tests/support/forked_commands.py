@@ -13,6 +13,7 @@
 # limitations under the License.
 """Commands of this project as processes that begin at once, so that tests can afford many of them, and kill them."""
 
+import contextlib
 import json
 import os
 import select
@@ -124,7 +125,8 @@ class Commands:
         self.server.stdin.write(json.dumps({**request, "user": user}).encode() + b"\n")
         child, start = int(self._read(timeout)), time.monotonic()
         if not self._has_answer(kill_after or timeout):
-            os.kill(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # ended just now
+                os.kill(child, signal.SIGKILL)
             assert kill_after, f"{module} hangs: {self.log.read_text()[-4000:]}"
         status = int(self._read(timeout))
         return Ended(status, self.log.read_text(errors="replace"), time.monotonic() - start)
