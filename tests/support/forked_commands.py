@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 # Imports what takes long, then forks for each command. What runs in the child is what `python -m MODULE` runs.
 SERVER = """
-import importlib, json, os, runpy, sys
+import importlib, json, os, runpy, sys, traceback
 
 for name in sys.argv[1:]:
     importlib.import_module(name)
@@ -51,10 +51,23 @@ with open(request["log"], "ab", 0) as log, open(os.devnull) as nothing:
 if request["user"]:
     os.setresuid(*[request["user"]] * 3)
 sys.argv = ["", *request["arguments"]]
-if request["code"]:
-    exec(request["code"], {"__name__": "__main__"})
-else:
-    runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+status = 0
+try:
+    if request["code"]:
+        exec(request["code"], {"__name__": "__main__"})
+    else:
+        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+except SystemExit as error:
+    status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error.code, str):
+        print(error.code, file=sys.stderr)
+except BaseException:
+    traceback.print_exc()
+    status = 1
+sys.stdout.flush()
+sys.stderr.flush()
+# An interpreter with torch needs two seconds to end, in which nothing is left that a kill could disturb
+os._exit(status)
 """
 
 
