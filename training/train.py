@@ -98,23 +98,29 @@ def find_checkpoint(options: TrainingOptions, training_args: SFTConfig, model_ar
     all checkpoints).
 
     Raises:
-        ValueError: If the checkpoints in `output_dir` are another run's.
+        ValueError: If the checkpoints in `output_dir` are another run's, or not of this command.
     """
     output_dir = Path(training_args.output_dir)
     run = {"stage": options.stage, "model_name_or_path": model_args.model_name_or_path, "data_path": options.data_path}
     run_file = output_dir / "run.json"
     checkpoint = None if options.restart else find_last_complete_checkpoint(output_dir)
     earlier = json.loads(run_file.read_text()) if run_file.exists() else None
+    if earlier is None and (strange := sorted(folder.name for folder in output_dir.glob("checkpoint-[0-9]*"))):
+        raise ValueError(
+            f"`output_dir` ({output_dir}) has {strange[0]}, which this command did not write: there is no run.json. "
+            "Name another folder."
+        )
     if checkpoint is not None and earlier != run:
         raise ValueError(
             f"`output_dir` ({output_dir}) has checkpoints of another run: {earlier}, not {run}. Name another folder, "
             "or remove them with `restart: true`."
         )
     if training_args.should_save:
+        if earlier is not None:
+            shutil.rmtree(output_dir / "incomplete", ignore_errors=True)
         for folder in output_dir.glob("checkpoint-[0-9]*"):
             if options.restart or not has_state(folder):
                 shutil.rmtree(folder)
-        shutil.rmtree(output_dir / "incomplete", ignore_errors=True)
         if checkpoint is None:
             (output_dir / "skipped_rows.json").unlink(missing_ok=True)
             output_dir.mkdir(parents=True, exist_ok=True)

@@ -318,6 +318,16 @@ def test_checkpoints_of_another_run_are_not_gone_on_from(mini, miniature, pretra
         mini.train("finetune", miniature, data / "train.jsonl", pretrained)
 
 
+@pytest.mark.parametrize("options", [(), ("--restart", "true")])
+def test_folders_that_are_not_its_own_stay(mini, pretrained, data, tmp_path, options):
+    weights = tmp_path / "checkpoint-1000" / "unet.bin"
+    weights.parent.mkdir()
+    weights.write_bytes(b"another program's")
+    with pytest.raises(ValueError, match="has checkpoint-1000, which this command did not write"):
+        mini.train("finetune", pretrained, data / "train.jsonl", tmp_path, *options)
+    assert weights.read_bytes() == b"another program's"
+
+
 def test_a_full_disk_names_the_path_and_keeps_what_was_there(mini, pretrained, data, tmp_path):
     """A limit on the size of files stands for the disk: writing fails in the middle of a file."""
     shared = ("--learning_rate", "1e-3", *batch(4))
