@@ -35,7 +35,7 @@ REPO = "someone/mini"
 # huggingface_hub's own upload to the large-file storage
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 EVALUATION = {
-    "command": "python -m training.evaluate_fineprint --model /home/me/model --data=/data/fineprint-256-4",
+    "command": "python -m training.evaluate_fineprint --model /somewhere/me/model --data=/data/fineprint-256-4",
     "accuracy": {
         "coarse": {"accuracy": 1.0, "standard_error": 0.0, "num_questions": 200},
         "fine": {"accuracy": 0.715, "standard_error": 0.0319, "num_questions": 200},
@@ -260,7 +260,7 @@ def test_wrong_folders_are_refused(folder, change, message):
     [
         ({"repo": "mini"}, "--repo must be NAMESPACE/NAME, but got 'mini'"),
         ({"repo": "some one/mini"}, "--repo: 'some one/mini' is no valid Hub id"),
-        ({"base_model": ["a/b", "/home/me/model"]}, "--base_model: '/home/me/model' is no valid Hub id"),
+        ({"base_model": ["a/b", "/somewhere/me/model"]}, "--base_model: '/somewhere/me/model' is no valid Hub id"),
         ({"run": ["nowhere"]}, "--run: nowhere is no folder of training.train"),
         ({"evaluation": "nowhere.json"}, "nowhere.json is missing"),
         ({"evaluation_dataset": "a/b"}, "--evaluation_dataset says where .* missing"),
@@ -277,7 +277,7 @@ def test_the_card_says_what_is_known(folder, tmp_path, capsys):
     (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
     run = tmp_path / "2-finetune"
     (run / "checkpoint-20").mkdir(parents=True)
-    start = {"stage": "finetune", "model_name_or_path": "/home/me/1-pretrain", "data_path": "me/pictures"}
+    start = {"stage": "finetune", "model_name_or_path": "/somewhere/me/1-pretrain", "data_path": "me/pictures"}
     (run / "run.json").write_text(json.dumps(start))
     log = [{"learning_rate": 2e-4, "loss": 3.0}, {"learning_rate": 1e-5, "loss": 0.25}, {"eval_loss": 0.3}]
     state = {"global_step": 20, "epoch": 0.5, "log_history": log}
@@ -338,7 +338,7 @@ def test_a_card_of_ones_own_stays_and_a_trainers_does_not(folder, capsys):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("--model /home/me/a/model --n 3", "--model model --n 3"),
+        ("--model /somewhere/me/a/model --n 3", "--model model --n 3"),
         ("--data=~/x/data", "--data=data"),
         ("from `/a/b` on `c/d`", "from `b` on `c/d`"),
         (".cache/train-tiny/model a/b", ".cache/train-tiny/model a/b"),
