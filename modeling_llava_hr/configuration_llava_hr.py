@@ -55,6 +55,8 @@ _LARGEST = {
     "image_size": 2**14,
     "patch_size": 2**8,
 }
+# Ways of RoPE whose factor lies beyond `max_position_embeddings`; for the others that is the stretched length
+_STRETCHING_ROPE_TYPES = ("linear", "dynamic", "yarn")
 # What makes timm read a file or the network. A configuration says what to build, not what to load.
 _TIMM_SOURCES = ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
 
@@ -246,6 +248,20 @@ class LlavaHrConfig(PreTrainedConfig):
                 f"`image_token_id` ({self.image_token_id}) must lie inside the vocabulary (`text_config.vocab_size` = "
                 f"{vocab_size}). Extend the vocabulary by an image token, or name a token that it has."
             )
+
+    @property
+    def context_length(self) -> int | None:
+        """
+        The most tokens that prompt and answer can have together; `None` for a language model without such a limit
+        (ALiBi, as in Bloom). Where `rope_parameters` stretch the positions after training, their factor counts.
+        """
+        text_config = self.text_config.get_text_config()
+        # not every language model's configuration has these two
+        length = getattr(text_config, "max_position_embeddings", None)
+        rope = getattr(text_config, "rope_parameters", None) or {}
+        if length is None or rope.get("rope_type") not in _STRETCHING_ROPE_TYPES:
+            return length
+        return max(length, int(rope.get("original_max_position_embeddings", length) * (rope.get("factor") or 1)))
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Like [`PreTrainedConfig.save_pretrained`], with the complete `auto_map` beside a model's code."""

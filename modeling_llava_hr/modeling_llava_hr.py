@@ -884,13 +884,12 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, GenerationMixin):
     ) -> tuple[torch.Tensor, str | None, dict[str, Any]]:
         """Refuses what cannot be answered before a picture is encoded or memory taken for the prompt."""
         inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
-        # Bloom, for one, has no such limit
-        longest = getattr(self.config.text_config.get_text_config(), "max_position_embeddings", None)
+        longest = self.config.context_length
         if longest is not None and inputs.shape[1] >= longest:
             raise ValueError(
                 f"The prompt has {inputs.shape[1]} tokens, but with an answer at most {longest} "
-                f"(`text_config.max_position_embeddings`) fit into the context. Give less text, fewer pictures, or "
-                f"pictures of fewer tokens (a smaller `size` of the processor)."
+                f"(`config.context_length`) fit into the context. Give less text, fewer pictures, or pictures of "
+                f"fewer tokens (a smaller `size` of the processor)."
             )
         has_pictures = any(
             model_kwargs.get(key) is not None

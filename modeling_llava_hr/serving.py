@@ -24,6 +24,7 @@ import base64
 import functools
 import io
 import json
+import math
 import os
 import signal
 import socket
@@ -70,6 +71,8 @@ MAX_MESSAGES = 1000
 MAX_CHARACTERS = 500_000  # of all texts of a request; how many tokens the model takes is its own affair
 # Formats that Pillow decodes itself, whatever name or type was given. (For EPS it starts another program.)
 PICTURE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+# Kinds of content, in chats and in `/v1/responses`; transformers leaves out what it does not know
+PART_TYPES = ("text", "image_url", "input_text", "output_text", "input_image")
 MAX_NEW_TOKENS = 4096
 MIN_TEMPERATURE = 0.01  # dividing by less leaves no finite number
 # Smallest and largest number for each option of generation
@@ -127,26 +130,67 @@ def read_picture(url: Any) -> tuple[bytes, int]:
         ) from error
 
 
-def check_messages(messages: list[dict]) -> list[dict]:
+def check_form(body: dict) -> None:
     """
-    Puts the pictures into messages, if they are as many and as large as one request may have.
+    Refuses a request with anything in it that transformers would leave out in silence, or stumble over.
 
     Args:
-        messages (`list[dict]`): What transformers made of OpenAI's form; a picture is `{"type": "image", "url": URL}`.
-
-    Returns:
-        `list[dict]`: The same with the bytes of each picture instead of its URL.
+        body (`dict`): A request in OpenAI's form: `messages`, or the `input` of `/v1/responses`.
 
     Raises:
-        fastapi.HTTPException: 400, if there is too much of something, or something else than text and pictures.
+        fastapi.HTTPException: 400, with what was expected.
     """
     from fastapi import HTTPException
 
-    parts = [part for message in messages for part in message["content"]]
+    if body.get("chat_template_kwargs"):  # among them are pictures by their paths on this machine
+        raise HTTPException(400, "This server takes no `chat_template_kwargs`. Leave them out.")
+    if body.get("tools"):
+        raise HTTPException(400, "LLaVA-HR calls no tools. Leave `tools` out.")
+    entries = body.get("messages") or body.get("input") or []
+    if isinstance(entries, str):
+        return
+    if not is_list_of_objects(entries):
+        raise HTTPException(400, f"Messages must be a list of objects with role and content, but got {entries!r:.60}.")
+    check_number("messages", len(entries), MAX_MESSAGES)
+    if entries and "role" not in entries[0]:  # parts of one message, which `/v1/responses` takes without it
+        entries = [{"role": "user", "content": entries}]
+    for entry in entries:
+        content = entry.get("content") or ""
+        if "role" not in entry:
+            raise HTTPException(400, f"A message must have a role, but got {entry!r:.60}.")
+        if entry.get("tool_calls"):
+            raise HTTPException(400, "LLaVA-HR calls no tools. Leave messages with `tool_calls` out.")
+        if not isinstance(content, str) and not is_list_of_objects(content):
+            raise HTTPException(400, f"`content` must be a text or a list of objects, but got {content!r:.60}.")
+        for part in content if isinstance(content, list) else ():
+            if part.get("type") not in PART_TYPES:
+                raise HTTPException(
+                    400, f"Content must be text or pictures ({', '.join(PART_TYPES)}), but got {part!r:.60}."
+                )
+
+
+def is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+
+
+def convert_messages(convert: Callable, messages: list[dict], modality: Any) -> list[dict]:
+    """
+    The messages as the processor takes them, if text and pictures are not more than one request may have.
+
+    Args:
+        convert (`Callable`): transformers' conversion. A picture of its result is `{"type": "image", "url": URL}`.
+        messages (`list[dict]`): Messages in OpenAI's form.
+        modality (`transformers.cli.serving.utils.Modality`): What the model takes; handed on.
+
+    Returns:
+        `list[dict]`: What `convert` makes of them, with the bytes of each picture instead of its URL.
+
+    Raises:
+        fastapi.HTTPException: 400, if there is too much of something, or a picture cannot be read.
+    """
+    converted = convert(messages, modality)
+    parts = [part for message in converted for part in message["content"]]
     pictures = [part for part in parts if part["type"] == "image"]
-    if unknown := {part["type"] for part in parts} - {"image", "text"}:
-        raise HTTPException(400, f"Content must be text or pictures, but got {', '.join(sorted(unknown))}.")
-    check_number("messages", len(messages), MAX_MESSAGES)
     check_number("pictures", len(pictures), MAX_PICTURES)
     check_number("characters", sum(len(part["text"]) for part in parts if part["type"] == "text"), MAX_CHARACTERS)
     num_pixels = 0
@@ -154,7 +198,7 @@ def check_messages(messages: list[dict]) -> list[dict]:
         part["image"], pixels = read_picture(part.pop("url"))
         num_pixels += pixels
     check_number("pixels", num_pixels, MAX_PIXELS)
-    return messages
+    return converted
 
 
 def check_number(name: str, number: int, most: int) -> None:
@@ -183,19 +227,31 @@ def check_options(body: dict) -> None:
             raise HTTPException(400, f"`{name}` must be a number from {least} to {most}, but got {value!r:.60}.")
     if 0 < (body.get("temperature") or 0) < MIN_TEMPERATURE:
         raise HTTPException(400, f"`temperature` must be 0, for greedy answers, or at least {MIN_TEMPERATURE}.")
-    biases = body.get("logit_bias") or {}
-    if len(biases) > MAX_BIASES or not all(-100 <= bias <= 100 for bias in biases.values()):
+    biases = {} if body.get("logit_bias") is None else body["logit_bias"]
+    if (
+        not isinstance(biases, dict)
+        or len(biases) > MAX_BIASES
+        or not all(isinstance(bias, int | float) and -100 <= bias <= 100 for bias in biases.values())
+    ):
         raise HTTPException(400, f"`logit_bias` must have at most {MAX_BIASES} tokens, each from -100 to 100.")
     if biases:  # whole numbers are what OpenAI's clients send, and transformers refuses
         body["logit_bias"] = {token: float(bias) for token, bias in biases.items()}
-    stops = body.get("stop") or []
-    stops = [stops] if isinstance(stops, str) else stops
-    if len(stops) > MAX_STOPS or not all(0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
+    stops = body.get("stop")
+    stops = [stops] if isinstance(stops, str) else [] if stops is None else stops
+    if (
+        not isinstance(stops, list)
+        or len(stops) > MAX_STOPS
+        or not all(isinstance(stop, str) and len(stop) <= MAX_STOP_CHARACTERS for stop in stops)
+    ):
         raise HTTPException(
             400, f"`stop` must be at most {MAX_STOPS} texts of up to {MAX_STOP_CHARACTERS} characters."
         )
+    if "stop" in body:
+        body["stop"] = [stop for stop in stops if stop] or None  # transformers stumbles over empty ones
     if body.get("generation_config"):  # what `transformers chat` sends: JSON in JSON
         config = json.loads(body["generation_config"])
+        if not isinstance(config, dict):
+            raise HTTPException(400, f"`generation_config` must be a JSON object in a text, but got {config!r:.60}.")
         if unknown := config.keys() - BOUNDS.keys() - {"do_sample", "transformers_version"}:
             raise HTTPException(400, f"`generation_config` must not have {', '.join(sorted(unknown))} here.")
         check_options(config)
@@ -251,6 +307,7 @@ class Gate:
             await refuse(413, message)(scope, receive, send)
             return
         messages = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+        body.clear()  # once is enough while it waits
 
         async def replay() -> dict:
             return messages.pop() if messages else await receive()
@@ -283,7 +340,8 @@ class Generation(GenerateManager):
         self, model: PreTrainedModel, processor: Any, inputs: dict, gen_config: GenerationConfig, **options: Any
     ) -> Any:
         check_generation(model, inputs, gen_config)
-        return super().generate_streaming(model, processor, inputs, gen_config, **options)
+        # stop texts are looked up in a tokenizer's vocabulary, which a processor has not
+        return super().generate_streaming(model, processor.tokenizer, inputs, gen_config, **options)
 
     async def generate_non_streaming(
         self, model: PreTrainedModel, processor: Any, inputs: dict, gen_config: GenerationConfig, **options: Any
@@ -295,7 +353,9 @@ class Generation(GenerateManager):
         try:
             # the thread wants to hand over its result, also if nobody is there any more
             return await asyncio.shield(
-                asyncio.ensure_future(super().generate_non_streaming(model, processor, inputs, gen_config, **options))
+                asyncio.ensure_future(
+                    super().generate_non_streaming(model, processor.tokenizer, inputs, gen_config, **options)
+                )
             )
         finally:
             is_over.set()
@@ -306,17 +366,19 @@ def check_generation(model: PreTrainedModel, inputs: dict, gen_config: Generatio
     Lets an answer end where the model's context does.
 
     Raises:
-        fastapi.HTTPException: 400, if the prompt alone is as long, or a token in `logit_bias` unknown. Generation,
-            which would find out as well, could say so only inside a stream.
+        fastapi.HTTPException: 400, if the prompt is empty, or alone as long, or a token in `logit_bias` unknown.
+            Generation, which would find out as well, could say so only inside a stream.
     """
     from fastapi import HTTPException
 
-    config = model.config.get_text_config()
+    vocab_size = model.config.get_text_config().vocab_size
     for (token,) in gen_config.sequence_bias or ():
-        if not 0 <= token < config.vocab_size:
-            raise HTTPException(400, f"`logit_bias` has token {token}, but the last one is {config.vocab_size - 1}.")
-    longest = config.max_position_embeddings
+        if not 0 <= token < vocab_size:
+            raise HTTPException(400, f"`logit_bias` has token {token}, but the last one is {vocab_size - 1}.")
+    longest = model.config.context_length or math.inf
     num_tokens = inputs["input_ids"].shape[-1]
+    if num_tokens == 0:
+        raise HTTPException(400, "The prompt is empty. Send a text.")
     if num_tokens >= longest:
         raise HTTPException(
             400,
@@ -357,7 +419,7 @@ def build_server(
     Returns:
         `FastAPI`: The app. It serves the one model that was named at the start.
     """
-    from fastapi import HTTPException, Request
+    from fastapi import Request
     from fastapi.exceptions import RequestValidationError
     from starlette.exceptions import HTTPException as StarletteHTTPException
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -379,8 +441,7 @@ def build_server(
     generation_state.get_manager = lambda model_id, use_cb=False: generation
 
     def validate(body: dict, check: Callable) -> Any:
-        if body.get("chat_template_kwargs"):  # among them are pictures by their paths on this machine
-            raise HTTPException(400, "This server takes no `chat_template_kwargs`. Leave them out.")
+        check_form(body)
         check_options(body)
         check_number("characters", len(body.get("prompt") or ""), MAX_CHARACTERS)
         return check(body)
@@ -388,9 +449,7 @@ def build_server(
     for handler in (chat_handler, response_handler, completion_handler):
         handler._validate_request = functools.partial(validate, check=handler._validate_request)
         convert = handler.get_processor_inputs_from_messages
-        handler.get_processor_inputs_from_messages = functools.partial(
-            lambda convert, *arguments: check_messages(convert(*arguments)), convert
-        )
+        handler.get_processor_inputs_from_messages = functools.partial(convert_messages, convert)
 
     async def explain(request: Request, error: Exception) -> "JSONResponse":
         if isinstance(error, StarletteHTTPException):

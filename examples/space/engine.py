@@ -17,6 +17,7 @@ high-resolution pathway contributed.
 """
 
 import importlib.util
+import math
 import os
 import threading
 import time
@@ -318,7 +319,7 @@ class Engine:
 
     def _get_prompt(self, messages: list[dict], side: int) -> dict[str, torch.Tensor]:
         """Ids and mask. They depend on the low-resolution side alone, so blank pictures stand for the real ones."""
-        longest = self.model.config.text_config.max_position_embeddings
+        longest = self.model.config.context_length or math.inf
         too_long = ValueError(
             f"This conversation has become longer than the {longest} tokens that the model can remember. Begin a new "
             f"one, with fewer pictures or a smaller high-resolution side."

@@ -33,9 +33,9 @@ import pytest
 import torch
 from loopback_server import ROOT, encode, run_server, to_data_url
 from PIL import Image, ImageDraw
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor, BloomConfig, GenerationConfig, pipeline
 
-from modeling_llava_hr import serving
+from modeling_llava_hr import LlavaHrConfig, serving
 
 
 QUESTION = "What does the red sign say?"
@@ -139,7 +139,11 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\ns
         (image(str(ROOT / "tests" / "fixtures")), 400, "must be a data URL"),
         (image(7), 400, "must be a data URL"),
         ({"content": [{"type": "input_audio", "input_audio": {"data": ""}}]}, 400, "text or pictures"),
-        ({"content": [{"text": "no type"}]}, 400, "form of OpenAI's API"),
+        ({"content": [TEXT, {"type": "file", "file": {"file_data": "data:,"}}]}, 400, "text or pictures"),
+        ({"content": [TEXT, {"type": "image", "image": encode(PICTURES[0])}]}, 400, "text or pictures"),
+        ({"content": [{"text": "no type"}]}, 400, "text or pictures"),
+        ({"content": [{"type": "text"}]}, 400, "form of OpenAI's API: KeyError('text')"),
+        (option(tools=[{"type": "function", "function": {"name": "look"}}]), 400, "Leave `tools` out"),
         ({"content": QUESTION, "role": "wizard"}, 400, "must be 'user' or 'assistant'"),
         ({"content": QUESTION, "model": "another/model"}, 400, "another/model"),
         (image(to_data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>")), 400, "cannot be read"),
@@ -232,10 +236,78 @@ def test_other_endpoints_have_the_same_limits(client):
         assert status == 400 and sentence in answer["error"]["message"], answer
 
 
+ODD_VALUES = (None, True, 7, -1.5, "", "why", [], [7], [[]], ["why"], {}, {"why": 7}, [{"why": 7}], [{"type": "file"}])
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "fields"),
+    [
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [TEXT]}], "max_tokens": 1},
+            ["messages", "model", "stop", "logit_bias", "generation_config", "tools", "temperature", "seed", "stream"],
+        ),
+        ("responses", {"input": QUESTION, "max_output_tokens": 1}, ["input", "instructions", "tools", "top_p"]),
+        ("completions", {"prompt": QUESTION, "max_tokens": 1}, ["prompt", "suffix", "stop", "max_tokens"]),
+    ],
+)
+def test_odd_values_anywhere_are_never_an_error_of_the_server(client, endpoint, body, fields):
+    def post(changed: dict) -> int:
+        with contextlib.closing(http.client.HTTPConnection(client.base_url.host, client.base_url.port)) as connection:
+            changed = json.dumps({"model": client.model, **changed})
+            connection.request("POST", f"/v1/{endpoint}", changed, {"content-type": "application/json"})
+            response = connection.getresponse()
+            response.read()
+            return response.status
+
+    odd = [{**body, field: value} for field in fields for value in ODD_VALUES]
+    if endpoint == "chat/completions":
+        message = body["messages"][0]
+        odd += [{**body, "messages": [message, value]} for value in ODD_VALUES]
+        odd += [
+            {**body, "messages": [{**message, key: value}]}
+            for key in ("role", "content", "tool_calls", "name")
+            for value in ODD_VALUES
+        ]
+        part = {"type": "image_url", "image_url": {"url": encode(PICTURES[0])}}
+        odd += [
+            {**body, "messages": [{**message, "content": [{**part, key: value}]}]}
+            for key in ("type", "image_url")
+            for value in ODD_VALUES
+        ]
+    wrong = [(status, changed) for changed in odd if (status := post(changed)) not in (200, 400, 422)]
+    assert not wrong, "\n".join(f"{status} {changed}" for status, changed in wrong)
+    assert post(body) == 200
+
+
 def test_answers_end_where_the_context_does(client):
     never_end = {"logit_bias": {"2": -100}, "max_tokens": 4096}
     usage = ask_freely(client, "7" * 1950, **never_end).usage
     assert usage.prompt_tokens > 1950 and usage.total_tokens == 2048
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_end_with_a_stop_text(client, stream):
+    options = {"logit_bias": {"2": -100}, "max_tokens": 32}
+
+    def get_text(**more) -> str:
+        answer = ask_freely(client, [PARTS[0], TEXT], stream=stream, **options, **more)
+        if not stream:
+            return answer.choices[0].message.content
+        return "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+
+    whole = get_text()
+    stop = whole[3:5]
+    for stops in (stop, ["never said", stop]):
+        text = get_text(stop=stops)
+        assert stop in text and whole.startswith(text) and len(text) < len(whole)
+
+
+def test_a_model_without_a_limit_answers_long_prompts():
+    model = SimpleNamespace(config=LlavaHrConfig(text_config=BloomConfig(vocab_size=40_000)))
+    options = GenerationConfig(max_new_tokens=7)
+    serving.check_generation(model, {"input_ids": torch.zeros(1, 100_000, dtype=torch.long)}, options)
+    assert options.max_new_tokens == 7
 
 
 def test_options_of_transformers_chat_are_taken(client):

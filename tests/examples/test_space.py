@@ -201,7 +201,7 @@ def test_image_tag_of_a_user_is_text(engine, side):
 
 
 def test_conversation_that_is_too_long_is_refused(engine, side):
-    longest = engine.model.config.text_config.max_position_embeddings
+    longest = engine.model.config.context_length
     with pytest.raises(ValueError, match=f"longer than the {longest} tokens"):
         get_answer(engine, [ask("why? " * longest, SHELF)], side)
 

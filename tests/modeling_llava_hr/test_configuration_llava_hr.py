@@ -13,7 +13,7 @@
 # limitations under the License.
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, SiglipVisionConfig, TimmWrapperConfig
+from transformers import BloomConfig, CLIPVisionConfig, GPT2Config, LlamaConfig, SiglipVisionConfig, TimmWrapperConfig
 
 from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration, get_num_image_tokens
 
@@ -132,6 +132,38 @@ def test_parameters_of_llava_hr_x_13b():
 @pytest.mark.parametrize(("size", "tokens"), [(336, 576), (448, 1024), (672, 2304)])
 def test_num_image_tokens_of_the_paper(size, tokens):
     assert get_num_image_tokens(size, 14) == tokens
+
+
+def stretch(kind: str, factor: float, original: int, length: int) -> LlamaConfig:
+    rope = {
+        "rope_type": kind,
+        "rope_theta": 1e4,
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
+    if kind in ("linear", "dynamic"):
+        rope = {name: rope[name] for name in ("rope_type", "rope_theta", "factor")}
+    return LlamaConfig(vocab_size=32064, max_position_embeddings=length, rope_parameters=rope)
+
+
+@pytest.mark.parametrize(
+    ("text_config", "length"),
+    [
+        (None, 4096),
+        (BloomConfig(vocab_size=32064), None),
+        (GPT2Config(n_positions=1024), 1024),
+        (stretch("linear", 2.0, 4096, 4096), 8192),
+        (stretch("dynamic", 2.0, 4096, 4096), 8192),
+        # Qwen2.5's model cards have it so, DeepSeek writes down the stretched length
+        (stretch("yarn", 4.0, 32768, 32768), 131072),
+        (stretch("yarn", 4.0, 32768, 131072), 131072),
+        (stretch("llama3", 8.0, 8192, 131072), 131072),
+    ],
+)
+def test_context_length_counts_what_rope_stretches(text_config, length):
+    assert LlavaHrConfig(text_config=text_config).context_length == length
 
 
 @pytest.mark.parametrize("size", [0, -14, 340])

@@ -341,7 +341,7 @@ def test_empty_turns(processors, name, model):
 
 
 def test_prompts_beyond_the_context_are_refused_before_a_picture_is_encoded(model):
-    calls, longest = [], model.config.text_config.max_position_embeddings
+    calls, longest = [], model.config.context_length
     hook = model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
     processor = AutoProcessor.from_pretrained(TINY_MODEL)
     sentence = rf"The prompt has \d+ tokens, but with an answer at most {longest} "
