@@ -177,13 +177,12 @@ def make_llava_hr(
     Returns:
         `dict[str, Contender]`: By names like `llava-hr-1024`.
     """
-    num_layers = shapes.vision["num_hidden_layers"]
     config = LlavaHrConfig(
         vision_config=CLIPVisionConfig(**shapes.vision),
         high_res_vision_config=TimmWrapperConfig(**shapes.high_res),
         text_config=LlamaConfig(**shapes.text),
         image_token_id=shapes.image_token_id,
-        mr_adapter_layers=[num_layers * quarter // 4 for quarter in (1, 2, 3)] if mr_adapters else [],
+        mr_adapter_layers=None if mr_adapters else [],
     )
     model = _make(AutoModelForImageTextToText, config, device, dtype)
     return {

@@ -430,13 +430,6 @@ def count(names: Iterable[str], pattern: str) -> int:
     return max((int(match[1]) + 1 for name in names if (match := re.fullmatch(pattern, name))), default=0)
 
 
-def adapter_layers(num_hidden_layers: int) -> list[int]:
-    """Where the MR-Adapters stand: before the last three of four equal groups of ViT layers (section 5.2)."""
-    if num_hidden_layers % 4:
-        raise ConversionError(f"A ViT of {num_hidden_layers} layers cannot be split into four equal groups.")
-    return [num_hidden_layers * group // 4 for group in (1, 2, 3)]
-
-
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """
     Loads a sentencepiece Llama tokenizer so that it can be saved and loaded again without a change.

@@ -51,7 +51,6 @@ from conversion._common import (
     WEIGHT_FILES,
     ConversionError,
     Key,
-    adapter_layers,
     add_image_token,
     check_finite,
     check_loading,
@@ -264,7 +263,7 @@ def assemble(
         high_res_vision_config=high_res_config,
         text_config=text_config,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        mr_adapter_layers=adapter_layers(vision_config.num_hidden_layers) if adapters else [],
+        mr_adapter_layers=None if adapters else [],
     )
     state_dict = vision_weights | high_res_weights | text_weights
     if dtype == "auto":

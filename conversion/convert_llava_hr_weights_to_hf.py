@@ -41,7 +41,6 @@ from conversion._common import (
     ConversionError,
     Entry,
     Key,
-    adapter_layers,
     add_image_token,
     check,
     check_finite,
@@ -184,7 +183,7 @@ def infer_config(original: dict, shapes: dict[str, torch.Size], vocab_size: int,
             high_res_vision_config=infer_timm_config(_architecture(original), timm_shapes),
             text_config=LlamaConfig(**{**fields, "vocab_size": vocab_size}),
             image_token_id=image_token_id,
-            mr_adapter_layers=adapter_layers(vision_config.num_hidden_layers) if has_adapters else [],
+            mr_adapter_layers=None if has_adapters else [],
             mr_adapter_gate="scalar" if gate == (1,) else "channel",
         )
     except (StrictDataclassError, TypeError, ValueError) as error:

@@ -84,6 +84,20 @@ def get_num_image_tokens(size: int, patch_size: int) -> int:
     return (size // patch_size) ** 2
 
 
+def get_mr_adapter_layers(num_hidden_layers: int) -> list[int]:
+    """
+    Where the MR-Adapters stand: before the last three of four stages of the ViT (section 5.2).
+
+    Args:
+        num_hidden_layers (`int`): Layers of the ViT.
+
+    Returns:
+        `list[int]`: Indices of layers, e.g. `[6, 12, 18]` for 24. Stages of a number that four does not divide differ
+        by one layer.
+    """
+    return sorted({num_hidden_layers * stage // 4 for stage in (1, 2, 3)})
+
+
 class LlavaHrConfig(PreTrainedConfig):
     r"""
     Configuration of a [`LlavaHrForConditionalGeneration`] ("Mixture-of-Resolution Adaptation for Multimodal Large
@@ -101,9 +115,10 @@ class LlavaHrConfig(PreTrainedConfig):
             (vocabulary padded from 32001 to 32064 entries, a multiple of 64).
         image_token_id (`int`, *optional*, defaults to 32000):
             Id of the token that stands for an image feature in the prompt; must lie inside the vocabulary.
-        mr_adapter_layers (`list[int]`, *optional*, defaults to `[6, 12, 18]`):
-            Indices of the ViT layers before which an MR-Adapter stands, ascending (section 5.2: the last three of four
-            equal stages). `[]` is a model after stage 1: two pathways, joined after the ViT alone.
+        mr_adapter_layers (`list[int]`, *optional*):
+            Indices of the ViT layers before which an MR-Adapter stands, ascending. Defaults to the starts of the last
+            three of four equal stages (section 5.2), `[6, 12, 18]` of 24 layers. `[]` is a model after stage 1: two
+            pathways, joined after the ViT alone.
         mr_adapter_gate (`str`, *optional*, defaults to `"scalar"`):
             `"scalar"` as released: one gate per picture, computed from the low-resolution tokens with their residual.
             `"channel"` as equation 4 of the paper: one gate per channel, computed without the residual.
@@ -195,7 +210,7 @@ class LlavaHrConfig(PreTrainedConfig):
         elif isinstance(self.text_config, dict):
             self.text_config = _config_from_dict("text_config", self.text_config, "llama")
         if self.mr_adapter_layers is None:
-            self.mr_adapter_layers = [6, 12, 18]
+            self.mr_adapter_layers = get_mr_adapter_layers(self.vision_config.num_hidden_layers)
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         self._check_choices()
         super().__post_init__(**kwargs)

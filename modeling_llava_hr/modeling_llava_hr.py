@@ -70,7 +70,7 @@ _deprecate_old_name = (
 )
 
 # The high-resolution pathway needs by far the most memory of what sees pictures (at 1024 pixels some 240 MB each in
-# bfloat16). Without gradients, so many pixels go through it at once, however many pictures there are.
+# bfloat16). Unless it is trained, so many pixels go through it at once, however many pictures there are.
 _MAX_HIGH_RES_PIXELS = 2 * 1024**2
 
 _OUT_OF_MEMORY = (
@@ -361,7 +361,7 @@ class LlavaHrPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CLIPEncoderLayer", "SiglipEncoderLayer", "LlavaHrMixtureOfResolutionAdapter"]
+    _no_split_modules: list[str] | set[str] = []  # each part names those that it has: FSDP looks for all of them
     _skip_keys_device_placement = [_CACHE]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -440,7 +440,6 @@ class LlavaHrHighResVisionModel(TimmWrapperModel):
     (section 4.2; CLIP-ConvNeXt in the released models).
     """
 
-    _no_split_modules = ["ConvNeXtBlock"]
     # A CNN has no attention, so any choice that the user makes for the other parts is fine
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -459,9 +458,9 @@ class LlavaHrHighResVisionModel(TimmWrapperModel):
         setattr(self.timm_model, classifier.split(".")[0], nn.Identity())
         self.num_channels = self.timm_model.num_features
         self.stride = self.timm_model.feature_info[-1]["reduction"]
-        if not any(isinstance(module, ConvNeXtBlock) for module in self.modules()):
-            # the blocks of other CNNs go by many names: such a tower stays on one device as a whole
-            self._no_split_modules.add(type(self).__name__)  # type: ignore[attr-defined]  # by now a set
+        is_convnext = any(isinstance(module, ConvNeXtBlock) for module in self.modules())
+        # the blocks of other CNNs go by many names: such a tower stays on one device as a whole
+        self._no_split_modules = {(ConvNeXtBlock if is_convnext else type(self)).__name__}
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -473,6 +472,14 @@ class LlavaHrHighResVisionModel(TimmWrapperModel):
         self._gradient_checkpointing = enable and self.supports_gradient_checkpointing
         if self.supports_gradient_checkpointing:
             self.timm_model.set_grad_checkpointing(enable)
+
+    def train(self, mode: bool = True) -> "LlavaHrHighResVisionModel":
+        """Batch norms (ResNet has them) keep their statistics: a few pictures, or a blank one, would spoil them."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -526,6 +533,8 @@ class LlavaHrVisionModel(LlavaHrPreTrainedModel):
             [LlavaHrMixtureOfResolutionAdapter(config, high_res_channels) for _ in self.mr_adapter_layers]
         )
         self.fusion = LlavaHrFusion(vision_config.hidden_size, high_res_channels)
+        whole = (self.embeddings, *self.layers, *self.mr_adapters)
+        self._no_split_modules = {type(module).__name__ for module in whole}
         self.post_init()
 
     @merge_with_config_defaults
@@ -568,7 +577,8 @@ class LlavaHrVisionModel(LlavaHrPreTrainedModel):
     def _encode_high_res(self, high_res_pixel_values: torch.Tensor) -> torch.Tensor:
         """`(images, 3, H, H)` -> F_vh, `(images, C, k, k)`; in several passes where that bounds memory."""
         num_images, _, _, side = high_res_pixel_values.shape
-        chunk_size = num_images if torch.is_grad_enabled() else max(1, _MAX_HIGH_RES_PIXELS // side**2)
+        keeps_activations = torch.is_grad_enabled() and any(p.requires_grad for p in self.high_res_tower.parameters())
+        chunk_size = num_images if keeps_activations else _MAX_HIGH_RES_PIXELS // side**2
         chunks = high_res_pixel_values.split(max(1, chunk_size))
         features = [self.high_res_tower(chunk).last_hidden_state for chunk in chunks]
         return features[0] if len(features) == 1 else torch.cat(features)

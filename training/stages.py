@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, PreTrainedModel
 
 from modeling_llava_hr import LlavaHrConfig, LlavaHrProcessor
+from modeling_llava_hr.configuration_llava_hr import get_mr_adapter_layers
 from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE, VICUNA_V1_CHAT_TEMPLATE
 
 
@@ -106,8 +107,7 @@ def load_config(stage: Stage, model_name_or_path: str, **kwargs: Any) -> LlavaHr
             f"the layers {config.mr_adapter_layers}. Use `stage: finetune`, or a model from conversion.assemble."
         )
     if stage.mr_adapters and not config.mr_adapter_layers:
-        num_layers = config.vision_config.num_hidden_layers
-        config.mr_adapter_layers = [num_layers * quarter // 4 for quarter in (1, 2, 3)]
+        config.mr_adapter_layers = get_mr_adapter_layers(config.vision_config.num_hidden_layers)
     return config
 
 

@@ -134,6 +134,13 @@ def test_num_image_tokens_of_the_paper(size, tokens):
     assert get_num_image_tokens(size, 14) == tokens
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "layers"), [(24, [6, 12, 18]), (12, [3, 6, 9]), (27, [6, 13, 20]), (2, [0, 1])]
+)
+def test_adapters_stand_at_the_quarters_of_any_vit(num_layers, layers):
+    assert LlavaHrConfig(vision_config=CLIPVisionConfig(num_hidden_layers=num_layers)).mr_adapter_layers == layers
+
+
 def stretch(kind: str, factor: float, original: int, length: int) -> LlamaConfig:
     rope = {
         "rope_type": kind,

@@ -19,7 +19,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import SiglipVisionConfig, TimmWrapperConfig
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from transformers import Qwen2Config, SiglipVisionConfig, TimmWrapperConfig
 
 import modeling_llava_hr.modeling_llava_hr as modeling
 from modeling_llava_hr import LlavaHrForConditionalGeneration, LlavaHrModel
@@ -351,7 +353,6 @@ def test_automatic_device_map_splits_no_block(tmp_path, mini):
     from accelerate import infer_auto_device_map
 
     model = mini.model()
-    assert {"CLIPEncoderLayer", "ConvNeXtBlock", "LlavaHrMixtureOfResolutionAdapter"} <= set(model._no_split_modules)
     # small "devices", so that the map has to cut the model in many places
     device_map = infer_auto_device_map(
         model,
@@ -368,10 +369,53 @@ def test_automatic_device_map_splits_no_block(tmp_path, mini):
         torch.testing.assert_close(loaded(**inputs).logits.cpu(), model(**inputs).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_cnns_of_other_families_stay_whole(mini):
+ADAPTER, CONVNEXT, TOWER = "LlavaHrMixtureOfResolutionAdapter", "ConvNeXtBlock", "LlavaHrHighResVisionModel"
+SIGLIP = SiglipVisionConfig(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2, image_size=56, patch_size=14
+)
+RESNET = TimmWrapperConfig(architecture="resnet18", do_pooling=False, model_args={"channels": [8, 16, 24, 32]})
+QWEN = Qwen2Config(
+    vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "blocks"),
+    [
+        ({}, {"LlamaDecoderLayer", "CLIPEncoderLayer", CONVNEXT, ADAPTER}),
+        ({"mr_adapter_layers": []}, {"LlamaDecoderLayer", "CLIPEncoderLayer", CONVNEXT}),
+        ({"vision_config": SIGLIP}, {"LlamaDecoderLayer", "SiglipEncoderLayer", CONVNEXT, ADAPTER}),
+        ({"high_res_vision_config": RESNET}, {"LlamaDecoderLayer", "CLIPEncoderLayer", TOWER, ADAPTER}),
+        ({"text_config": QWEN}, {"Qwen2DecoderLayer", "CLIPEncoderLayer", CONVNEXT, ADAPTER}),
+    ],
+)
+def test_the_blocks_that_stay_whole_are_those_of_the_model(mini, options, blocks):
+    """FSDP refuses a name that no module has; a block without its name would be split between devices."""
+    model = mini.model(**options)
+    assert set(model._no_split_modules) == blocks | {"LlavaHrVisionEmbeddings"}
+    policy = fsdp2_prepare_auto_wrap_policy(
+        FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap"), model
+    )
+    assert {type(module).__name__ for module in model.modules() if policy(module)} == set(model._no_split_modules)
+
+
+def test_batch_norms_keep_their_statistics_in_training(mini):
+    """A batch of text alone brings one picture whose map has one position: no statistics to train with."""
+    model = mini.model(high_res_vision_config=RESNET).train()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
+    assert buffers
+    inputs = mini.inputs(1)
+    inputs["high_res_pixel_values"] = inputs["high_res_pixel_values"][..., :32, :32]
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    for name, buffer in model.named_buffers():
+        if name in buffers:
+            torch.testing.assert_close(buffer, buffers[name], atol=0, rtol=0, msg=name)
+    assert model.model.vision_tower.high_res_tower.timm_model.bn1.bias.grad.abs().sum() > 0
+
+
+def test_cnns_of_other_families_see(mini):
     config = TimmWrapperConfig(architecture="resnet18", do_pooling=False, model_args={"channels": [8, 16, 24, 32]})
     model = mini.model(high_res_vision_config=config)
-    assert "LlavaHrHighResVisionModel" in model._no_split_modules
     with torch.no_grad():
         assert model(**mini.inputs(1)).high_res_features.shape == (1, 32, 4, 4)
 
@@ -446,7 +490,7 @@ def test_loss_ignores_masked_labels(mini):
 
 
 def test_many_pictures_go_through_the_high_resolution_tower_in_chunks(mini, monkeypatch):
-    """Bounded memory without gradients, the same features, and one pass where gradients are wanted."""
+    """Bounded memory, the same features, and one pass where the tower is trained."""
     model, inputs = mini.model(), mini.inputs(2, 3)
     views = (inputs["pixel_values"], inputs["high_res_pixel_values"])
     sizes = []
@@ -456,7 +500,9 @@ def test_many_pictures_go_through_the_high_resolution_tower_in_chunks(mini, monk
         monkeypatch.setattr(modeling, "_MAX_HIGH_RES_PIXELS", 2 * views[1].shape[-1] ** 2)
         chunked = model.get_image_features(*views)
     with_gradients = model.get_image_features(*views)
-    assert sizes == [5, 2, 2, 1, 5]
+    model.model.vision_tower.high_res_tower.requires_grad_(False)
+    frozen = model.get_image_features(*views)
+    assert sizes == [5, 2, 2, 1, 5, 2, 2, 1] and frozen.pooler_output.requires_grad
     # convolutions may sum in another order for another batch size
     torch.testing.assert_close(chunked.high_res_features, whole.high_res_features, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(chunked.pooler_output, with_gradients.pooler_output, rtol=1e-5, atol=1e-5)

@@ -171,10 +171,9 @@ def run_sharded_step(rank, folder, layer_classes, batches, port):
 # The adapter's output is a view, but nothing changes it in place
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")
 def test_a_step_sharded_as_configured_equals_one_process(stage2, data, tmp_path):
-    """fully_shard on two gloo processes, one with pictures and one with texts alone, wrapped as fsdp2.yaml says."""
+    """fully_shard on two gloo processes, one with pictures and one with texts alone; the model names what is wrapped."""
     model, processor = stage2
-    fsdp_config = load_config_from_file(str(ACCELERATE[0])).fsdp_config
-    layer_classes = fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")
+    layer_classes = sorted(model._no_split_modules)
     samples = list(load_data(str(data / "train.jsonl")))
     collator = LlavaHrDataCollator(processor, assistant_only_loss=True)
     batches = [
@@ -200,6 +199,7 @@ def test_a_step_sharded_as_configured_equals_one_process(stage2, data, tmp_path)
         "LlamaDecoderLayer": depths.text_config.num_hidden_layers,
         "CLIPEncoderLayer": depths.vision_config.num_hidden_layers,
         "LlavaHrMixtureOfResolutionAdapter": 3,
+        "LlavaHrVisionEmbeddings": 1,
         "ConvNeXtBlock": num_blocks,
     }
     for name, parameter in model.named_parameters():
