@@ -171,7 +171,7 @@ def run_sharded_step(rank, folder, layer_classes, batches, port):
 # The adapter's output is a view, but nothing changes it in place
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")
 def test_a_step_sharded_as_configured_equals_one_process(stage2, data, tmp_path):
-    """fully_shard on two gloo processes, one with pictures and one with texts alone; the model names what is wrapped."""
+    """fully_shard on two gloo processes, one with texts alone; the model names what is wrapped."""
     model, processor = stage2
     layer_classes = sorted(model._no_split_modules)
     samples = list(load_data(str(data / "train.jsonl")))
