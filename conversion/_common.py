@@ -531,13 +531,29 @@ def get_processor(
 def check_output(output: Path) -> None:
     """
     Raises:
-        ConversionError: If `output` is a file or a folder that is not empty.
+        ConversionError: If `output` is a file, a folder that is not empty, or a mount point.
     """
+    if os.path.ismount(output):
+        raise ConversionError(f"--output: {output} is where a volume is mounted. Name a new folder inside it.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConversionError(
             f"--output: {output} exists and is not an empty folder. Name another or remove it. If this command "
             "wrote it before, it is complete: nothing is there until all is."
         )
+
+
+def is_write_failure(error: Exception, folder: Path) -> bool:
+    """
+    Whether an error says that something in a folder could not be written.
+
+    Args:
+        error (`Exception`): The error. Those of torch, safetensors and tokenizers are no `OSError`.
+        folder (`Path`): The folder.
+    """
+    if isinstance(error, OSError):
+        is_here = error.filename is None or Path(error.filename).is_relative_to(folder.parent)
+        return error.errno is not None and is_here
+    return re.search(r"\(os error \d+\)|PytorchStreamWriter|inline_container", str(error)) is not None
 
 
 @contextmanager
@@ -564,7 +580,9 @@ def new_folder(output: Path) -> Iterator[Path]:
                 with file.open("rb+") as stream:
                     os.fsync(stream.fileno())
         partial.rename(output)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+    except Exception as error:
+        if not is_write_failure(error, partial):
+            raise
         raise ConversionError(
             f"--output: {output} could not be written: {error}. Nothing is there. Make room, or name another place."
         ) from error

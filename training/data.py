@@ -27,6 +27,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset, load_from_disk
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from modeling_llava_hr import LlavaHrImageProcessorPil
@@ -98,7 +99,7 @@ def read_rows(path: str | os.PathLike, chunk_size: int = 2**24) -> Iterator[tupl
                 position = row_end
             buffer, offset = buffer[position:], offset + position
     if depth:
-        raise ValueError(f"{path} is an array without its end. Was it downloaded completely?")
+        raise ValueError(f"{path} is an array whose brackets do not match. Was it downloaded completely?")
 
 
 def find_problems(row: Any, plain: bool = False) -> list[str]:
@@ -187,16 +188,24 @@ def read_table(path: str | os.PathLike, plain: bool = False) -> Dataset:
     table = Path(datasets.config.HF_DATASETS_CACHE, "llava", f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.arrow")
     if not table.exists():
         table.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = table.with_suffix(f".{os.getpid()}")
-        rows = iter(tqdm(read_rows(path), desc=f"Reading {os.path.basename(path)}", unit=" rows"))
-        try:
-            with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, FEATURES.arrow_schema) as writer:
-                for batch in _to_batches(rows, plain):
-                    writer.write_batch(batch)
-            unfinished.replace(table)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        unfinished = table.with_suffix(".incomplete")
+        # one process of all nodes writes; what a killed one has left is written over
+        with FileLock(table.with_suffix(".lock")):
+            if not table.exists():
+                _write_table(path, plain, unfinished)
+                unfinished.replace(table)
     return Dataset.from_file(str(table))
+
+
+def _write_table(path: str, plain: bool, table: Path) -> None:
+    rows = iter(tqdm(read_rows(path), desc=f"Reading {os.path.basename(path)}", unit=" rows"))
+    try:
+        with pa.OSFile(str(table), "wb") as file, pa.ipc.new_stream(file, FEATURES.arrow_schema) as writer:
+            for batch in _to_batches(rows, plain):
+                writer.write_batch(batch)
+    except BaseException:
+        table.unlink(missing_ok=True)
+        raise
 
 
 def _to_batches(rows: Iterator[tuple[Any, str]], plain: bool, batch_size: int = 1000) -> Iterator[pa.RecordBatch]:
@@ -263,9 +272,11 @@ def find_broken_rows(
 
 def is_inside(folder: str | os.PathLike, name: str) -> bool:
     """
-    Whether a name stays below a folder: data of others must not climb out of it. An absolute name says openly where it
-    leads, and is as good as one below.
+    Whether a name stays below a folder: data of others must not climb out of it, nor lead to the network. An absolute
+    name says openly where it leads, and is as good as one below.
     """
+    if "://" in name:
+        return False
     if os.path.isabs(name) or ".." not in name:
         return True
     folder = os.path.abspath(folder)
@@ -311,19 +322,22 @@ def _to_parts(text: str) -> list[dict]:
     return [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
 
 
-def to_chats(batch: dict[str, list], image_folder: str | None = None) -> dict[str, list]:
+def to_chats(batch: dict[str, list], image_folder: str = "") -> dict[str, list]:
     """
     Samples of any supported form as TRL's collator takes them.
 
     Args:
         batch (`dict[str, list]`): Columns: `messages`, or `prompt` and `completion`, or `conversations`; and
             `images`, `image` or none.
-        image_folder (`str`, *optional*): Put before names of pictures.
+        image_folder (`str`, *optional*): Put before names of pictures; by default the working directory.
 
     Returns:
         `dict[str, list]` with `messages` and `images`. Pictures given by name are paths: the image processor reads
         them when their batch is made. With `prompt` and `completion` also `num_answers`: only so many answers, the
         last ones, are learned; those inside the prompt are not.
+
+    Raises:
+        ValueError: If a name leads out of the folder, or to the network.
     """
     learned = {}
     if "conversations" in batch:
@@ -341,11 +355,11 @@ def to_chats(batch: dict[str, list], image_folder: str | None = None) -> dict[st
         images = [[] if image is None else [image] for image in batch["image"]]
     else:
         images = [[] for _ in chats]
-    if image_folder is not None:
-        for name in (image for row in images for image in row if isinstance(image, str)):
-            if not is_inside(image_folder, name):
-                raise ValueError(f"Picture {name!r} lies outside of `image_folder` ({image_folder}). Name another.")
-        images = [[Path(image_folder, image) if isinstance(image, str) else image for image in row] for row in images]
+    for name in (image for row in images for image in row if isinstance(image, str)):
+        if not is_inside(image_folder, name):
+            folder = image_folder or "the working directory"
+            raise ValueError(f"Picture {name!r} lies outside of `image_folder` ({folder}). Name another.")
+    images = [[Path(image_folder, image) if isinstance(image, str) else image for image in row] for row in images]
     return {"messages": [_with_tags_as_parts(chat) for chat in chats], "images": images, **learned}
 
 
@@ -366,13 +380,14 @@ def describe(table: Dataset, index: int, problems: list[str]) -> str:
 
 
 def leave_out_broken_rows(
-    table: Dataset, image_folder: str | os.PathLike, skip_broken: bool, report: str | os.PathLike
+    table: Dataset, path: str, image_folder: str | os.PathLike, skip_broken: bool, report: str | os.PathLike
 ) -> Dataset:
     """
     Refuses data with broken rows, or leaves them out and writes down which.
 
     Args:
         table (`Dataset`): See [`read_table`].
+        path (`str`): The file that it was read from, for messages.
         image_folder (`str` or `os.PathLike`): Where names of pictures begin.
         skip_broken (`bool`): Whether to leave broken rows out. Every picture is decoded to find them.
         report (`str` or `os.PathLike`): JSON file for what was left out. If it is there already, the same rows are
@@ -390,7 +405,7 @@ def leave_out_broken_rows(
     if broken and not skip_broken:
         lines = [describe(table, row["row"], row["problems"]) for row in broken[:MAX_MESSAGES]]
         raise ValueError(
-            f"{len(broken)} of {len(table)} rows in `data_path` are broken:\n" + "\n".join(lines) + "\n"
+            f"{len(broken)} of {len(table)} rows in {path} are broken:\n" + "\n".join(lines) + "\n"
             "See all with `python -m training.check_data`, mend them, or leave them out with `skip_broken: true`."
         )
     if skip_broken and not report.exists():
@@ -399,7 +414,7 @@ def leave_out_broken_rows(
     if not broken:
         return table
     if len(broken) == len(table):
-        raise ValueError(f"All {len(table)} rows in `data_path` are broken; see {report}.")
+        raise ValueError(f"All {len(table)} rows in {path} are broken; see {report}.")
     return table.select(sorted(set(range(len(table))) - {row["row"] for row in broken}))
 
 
@@ -422,7 +437,9 @@ def load_data(
             A file in the LLaVA format, or anything that `datasets` loads (a data file, a folder, a folder written by
             `save_to_disk`, a Hub id) with `messages`, `prompt` and `completion`, or `conversations`, and optionally
             `images` or `image`.
-        image_folder (`str`, *optional*): Where names of pictures begin; by default the folder of the file.
+        image_folder (`str`, *optional*):
+            Where names of pictures begin; by default the folder of the file or the folder itself, for what the Hub
+            has the working directory.
         plain, skip_broken, report: See [`find_problems`] and [`leave_out_broken_rows`]; for the LLaVA format.
         split (`str`, *optional*, defaults to `"train"`): Split of what `datasets` loads.
         streaming (`bool`, *optional*, defaults to `False`): Whether `datasets` reads on demand.
@@ -437,9 +454,12 @@ def load_data(
     """
     if Path(data_path).suffix in (".json", ".jsonl", ".csv", ".parquet") and not os.path.exists(data_path):
         raise FileNotFoundError(f"The data file {data_path} (`data_path` or `eval_data_path`) does not exist.")
+    if image_folder is None:
+        folder = os.path.dirname(data_path) if os.path.isfile(data_path) else data_path
+        image_folder = os.path.abspath(folder) if os.path.exists(data_path) else ""
     if is_llava_file(data_path):
-        image_folder = os.path.dirname(os.path.abspath(data_path)) if image_folder is None else image_folder
-        table = leave_out_broken_rows(read_table(data_path, plain), image_folder, skip_broken, report)
+        table = read_table(data_path, plain)
+        table = leave_out_broken_rows(table, data_path, image_folder, skip_broken, report)
         return table.with_transform(partial(_rows_to_chats, image_folder=image_folder))
     if os.path.isfile(data_path):
         suffix = Path(data_path).suffix.removeprefix(".")

@@ -24,13 +24,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure
 from transformers import HfArgumentParser
 
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402  (the backend first)
+from .trainer import list_checkpoints
 
 
 @dataclass
@@ -66,8 +63,8 @@ def read_run(folder: Path) -> dict:
     evaluation = json.loads((folder / "evaluation.json").read_text())
     losses = {}
     for stage in sorted(folder.glob("[0-9]*-*"), key=lambda path: int(path.name.split("-")[0])):
-        checkpoints = sorted(stage.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        history = json.loads((checkpoints[-1] / "trainer_state.json").read_text())["log_history"]
+        newest = list_checkpoints(stage)[0]
+        history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
         losses[stage.name] = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     lines = (folder / "seconds.jsonl").read_text().splitlines()
     return {
@@ -80,7 +77,8 @@ def read_run(folder: Path) -> dict:
 
 def draw_accuracy(runs: dict[str, dict], path: Path) -> None:
     """Bars of fine and coarse accuracy with their standard errors, a group for each run."""
-    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
     for index, kind in enumerate(("fine", "coarse")):
         results = [run["accuracy"][kind] for run in runs.values()]
         places = [number + 0.4 * index - 0.2 for number in range(len(runs))]
@@ -95,15 +93,13 @@ def draw_accuracy(runs: dict[str, dict], path: Path) -> None:
     axes.set(ylabel="exact answers, %", ylim=(0, 112), xticks=range(len(runs)), xticklabels=runs)
     axes.legend(loc="upper right", ncols=2)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def draw_losses(runs: dict[str, dict], path: Path) -> None:
     """Loss over steps, one panel for each run of a stage, one line for each training."""
     stages = list(next(iter(runs.values()))["losses"])
-    figure, panels = plt.subplots(
-        1, len(stages), figsize=(3.2 * len(stages), 3), layout="constrained", squeeze=False, sharey=True
-    )
+    figure = Figure(figsize=(3.2 * len(stages), 3), layout="constrained")
+    panels = figure.subplots(1, len(stages), squeeze=False, sharey=True)
     for panel, stage in zip(panels[0], stages, strict=True):
         for name, run in runs.items():
             panel.plot(*zip(*run["losses"].get(stage, [(0, float("nan"))]), strict=True), label=name, linewidth=1)
@@ -111,19 +107,18 @@ def draw_losses(runs: dict[str, dict], path: Path) -> None:
     panels[0][0].set_ylabel("loss of the answers")
     panels[0][-1].legend(fontsize="small")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def draw_gates(run: dict, path: Path) -> None:
     """Mean gate of each MR-Adapter by kind of question."""
-    figure, axes = plt.subplots(figsize=(4.5, 3), layout="constrained")
+    figure = Figure(figsize=(4.5, 3), layout="constrained")
+    axes = figure.subplots()
     for index, (kind, gates) in enumerate(sorted(run["mean_gates"].items())):
         axes.bar([number + 0.4 * index - 0.2 for number in range(len(gates))], gates, width=0.38, label=kind)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(ylabel="mean gate", xticks=range(len(gates)), xticklabels=[f"adapter {n + 1}" for n in range(len(gates))])
     axes.legend(title="questions")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main() -> None:

@@ -27,9 +27,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from peft import PeftModel
 from transformers import AutoModelForImageTextToText, set_seed
 from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config, get_quantization_config
 
+from modeling_llava_hr import LlavaHrConfig
 from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE
 
 from .data import load_data, write_whole
@@ -42,7 +44,17 @@ from .stages import (
     load_processor,
     save_trained_part,
 )
-from .trainer import LlavaHrDataCollator, LlavaHrTrainer, find_last_complete_checkpoint, has_state
+from .trainer import (
+    LlavaHrDataCollator,
+    LlavaHrTrainer,
+    find_last_complete_checkpoint,
+    has_state,
+    list_checkpoints,
+)
+
+
+# Which broken rows were left out of training and evaluation data
+REPORTS = ("skipped_rows.json", "skipped_eval_rows.json")
 
 
 @dataclass
@@ -57,7 +69,8 @@ class TrainingOptions:
         image_folder (`str`, *optional*): Where names of pictures begin; by default the folder of the data file.
         streaming (`bool`, *optional*, defaults to `False`): Whether `datasets` reads on demand; needs `max_steps`.
         skip_broken (`bool`, *optional*, defaults to `False`):
-            Leave broken rows out, and write which into `skipped_rows.json`, rather than refuse the data.
+            Leave broken rows out, and write which into `skipped_rows.json` (of evaluation data
+            `skipped_eval_rows.json`), rather than refuse the data.
         restart (`bool`, *optional*, defaults to `False`): Remove the checkpoints in `output_dir` and start afresh.
         size, high_res_size (`int`, *optional*): Sides of the two views in pixels, if they are not the stage's.
         frozen (`list[str]`, *optional*):
@@ -105,10 +118,10 @@ def find_checkpoint(options: TrainingOptions, training_args: SFTConfig, model_ar
     run_file = output_dir / "run.json"
     checkpoint = None if options.restart else find_last_complete_checkpoint(output_dir)
     earlier = json.loads(run_file.read_text()) if run_file.exists() else None
-    if earlier is None and (strange := sorted(folder.name for folder in output_dir.glob("checkpoint-[0-9]*"))):
+    if earlier is None and (strange := list_checkpoints(output_dir)):
         raise ValueError(
-            f"`output_dir` ({output_dir}) has {strange[0]}, which this command did not write: there is no run.json. "
-            "Name another folder."
+            f"`output_dir` ({output_dir}) has {strange[-1].name}, which this command did not write: there is no "
+            "run.json. Name another folder."
         )
     if checkpoint is not None and earlier != run:
         raise ValueError(
@@ -118,24 +131,31 @@ def find_checkpoint(options: TrainingOptions, training_args: SFTConfig, model_ar
     if training_args.should_save:
         if earlier is not None:
             shutil.rmtree(output_dir / "incomplete", ignore_errors=True)
-        for folder in output_dir.glob("checkpoint-[0-9]*"):
+        for folder in list_checkpoints(output_dir):
             if options.restart or not has_state(folder):
                 shutil.rmtree(folder)
         if checkpoint is None:
-            (output_dir / "skipped_rows.json").unlink(missing_ok=True)
+            for report in REPORTS:
+                (output_dir / report).unlink(missing_ok=True)
             output_dir.mkdir(parents=True, exist_ok=True)
             write_whole(output_dir / "training_args.json", training_args.to_json_string())
             write_whole(run_file, json.dumps(run))
     return checkpoint
 
 
-def main(options: TrainingOptions, training_args: SFTConfig, model_args: ModelConfig) -> None:
+def make_trainer(
+    options: TrainingOptions, training_args: SFTConfig, model_args: ModelConfig
+) -> tuple[LlavaHrTrainer, LlavaHrConfig, str | None]:
     """
-    Runs a stage of training and saves the result in `output_dir`.
+    All that can go wrong with starting point, stage, data and options goes wrong here, the data before the model is
+    loaded.
+
+    Returns:
+        `tuple`: The trainer, the model's configuration, and the checkpoint that the run goes on from if there is one.
 
     Raises:
         ValueError: If starting point, stage, data and options do not fit each other; the message says what to do.
-        OSError: If the result cannot be written; names the path.
+        OSError: If something cannot be read or written; names the path.
     """
     stage = STAGES[options.stage]
     if model_args.model_name_or_path is None:
@@ -155,6 +175,22 @@ def main(options: TrainingOptions, training_args: SFTConfig, model_args: ModelCo
     revision = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     config = load_config(stage, model_args.model_name_or_path, **revision)
     processor = load_processor(stage, model_args.model_name_or_path, options.size, options.high_res_size, **revision)
+    with training_args.main_process_first(desc="reading the data"):
+        train_dataset, eval_dataset = (
+            load_data(
+                path,
+                options.image_folder,
+                plain=stage.chat_template == PLAIN_CHAT_TEMPLATE,
+                skip_broken=options.skip_broken,
+                report=output_dir / report,
+                streaming=options.streaming,
+                batch_size=training_args.train_batch_size * training_args.world_size,
+            )
+            if path is not None
+            else None
+            for path, report in zip((options.data_path, options.eval_data_path), REPORTS, strict=True)
+        )
+
     set_seed(training_args.seed)  # inserted adapters start at random
     model = AutoModelForImageTextToText.from_pretrained(
         model_args.model_name_or_path,
@@ -169,19 +205,6 @@ def main(options: TrainingOptions, training_args: SFTConfig, model_args: ModelCo
         model_args.lora_modules_to_save = model_args.lora_modules_to_save or get_modules_to_save(config)
     else:
         freeze(model, stage, options.frozen)
-
-    data = {
-        "image_folder": options.image_folder,
-        "plain": stage.chat_template == PLAIN_CHAT_TEMPLATE,
-        "streaming": options.streaming,
-        "batch_size": training_args.train_batch_size * training_args.world_size,
-    }
-    with training_args.main_process_first(desc="reading the data"):
-        train_dataset = load_data(
-            options.data_path, skip_broken=options.skip_broken, report=output_dir / "skipped_rows.json", **data
-        )
-        eval_dataset = load_data(options.eval_data_path, **data) if options.eval_data_path else None
-
     trainer = LlavaHrTrainer(
         model=model,
         args=training_args,
@@ -193,18 +216,39 @@ def main(options: TrainingOptions, training_args: SFTConfig, model_args: ModelCo
     )
     if training_args.bf16 or model_args.dtype == "float32":
         trainer.keep_trained_in_float32()
+    return trainer, config, checkpoint
+
+
+def run(options: TrainingOptions, trainer: LlavaHrTrainer, config: LlavaHrConfig, checkpoint: str | None) -> None:
+    """
+    Trains and saves the result in `output_dir`. See [`make_trainer`] for the arguments.
+
+    Raises:
+        OSError: If the result cannot be written; names the path.
+    """
+    training_args, output_dir = trainer.args, Path(trainer.args.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
     # with LoRA the base model does not know of the adapters that were inserted
-    trainer.save_result(config if model_args.use_peft else None)
+    trainer.save_result(config if isinstance(trainer.model, PeftModel) else None)
     if options.stage == "pretrain" and training_args.should_save:
-        save_trained_part(stage, output_dir, output_dir / "projector.safetensors")
+        save_trained_part(STAGES[options.stage], output_dir, output_dir / "projector.safetensors")
     if training_args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()
 
 
+def main(options: TrainingOptions, training_args: SFTConfig, model_args: ModelConfig) -> None:
+    """[`make_trainer`], then [`run`]."""
+    run(options, *make_trainer(options, training_args, model_args))
+
+
 if __name__ == "__main__":
     try:
-        main(*make_parser().parse_args_and_config())
+        options, *others = make_parser().parse_args_and_config()
+        prepared = make_trainer(options, *others)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    try:
+        run(options, *prepared)
     except OSError as error:
         sys.exit(f"error: {error}")

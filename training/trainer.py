@@ -16,6 +16,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -26,7 +27,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers.integrations import TensorBoardCallback
@@ -36,6 +36,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.models import unwrap_model_for_generation
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from conversion._common import is_write_failure
 from modeling_llava_hr import LlavaHrConfig
 
 from .data import get_lengths
@@ -228,7 +229,8 @@ class LlavaHrTrainer(SFTTrainer):
                 config.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            for file in folder.iterdir():
+            # the configurations last: without them there is no model yet
+            for file in sorted(folder.iterdir(), key=lambda file: file.name.endswith("config.json")):
                 file.replace(folder.parent / file.name)
             folder.rmdir()
 
@@ -243,8 +245,10 @@ def complete_or_absent(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+    except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if not is_write_failure(error, folder):
+            raise
         raise OSError(
             f"{folder} could not be written: {error}. Earlier checkpoints are as they were. Make room and start the "
             "same command again: it goes on from the newest complete checkpoint."
@@ -253,8 +257,8 @@ def complete_or_absent(folder: Path) -> Iterator[None]:
 
 def find_last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """
-    Finds where a run goes on. A checkpoint is complete if its state, which is written last, and the random state of
-    every process can be read.
+    Finds where a run goes on. A checkpoint is complete if its state can be read, which is written after all but the
+    random states, and those that it has of the processes are whole.
 
     Args:
         output_dir (`str` or `os.PathLike`): The run's folder.
@@ -262,15 +266,21 @@ def find_last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     Returns:
         `str`: The newest complete checkpoint, or `None`.
     """
-    for folder in sorted(Path(output_dir).glob("checkpoint-[0-9]*"), key=get_step, reverse=True):
+    for folder in list_checkpoints(output_dir):
         random_states = list(folder.glob("rng_state*.pth"))
         if has_state(folder) and random_states and all(map(zipfile.is_zipfile, random_states)):
             return str(folder)
     return None
 
 
+def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """The folders that a run saves its checkpoints in, the newest first; `checkpoint-500-best` is somebody's copy."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(folders, key=get_step, reverse=True)
+
+
 def has_state(checkpoint: Path) -> bool:
-    """Whether the trainer's state, which is written last, is complete in a checkpoint."""
+    """Whether the trainer's state is complete in a checkpoint."""
     try:
         return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):

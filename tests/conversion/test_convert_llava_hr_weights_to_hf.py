@@ -722,6 +722,13 @@ def test_killed_run_leaves_nothing_half(write_original, converted, tmp_path):
     assert actual == expected
 
 
+@pytest.mark.skipif(not os.path.ismount("/proc"), reason="only Linux has a mount point in a known place")
+def test_a_mount_point_is_refused_before_anything_is_read(tmp_path):
+    """A whole folder cannot be put in its place by one renaming."""
+    with pytest.raises(ConversionError, match="--output: /proc is where a volume is mounted"):
+        convert(str(tmp_path / "nothing"), "/proc")
+
+
 TERMINATED = """
     import os, signal, sys
     from conversion._common import run

@@ -16,14 +16,18 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
 import pytest
 from datasets import Dataset, Features, Image, List, Value
+from filelock import FileLock
 from PIL import Image as PILImage
 
 from training.check_data import check_data
@@ -204,7 +208,7 @@ def test_check_data_passes_good_data(data, capsys):
 
 
 def test_training_refuses_broken_rows_with_the_same_messages(broken, tmp_path):
-    with pytest.raises(ValueError, match="2 of 6 rows.*are broken") as error:
+    with pytest.raises(ValueError, match=f"2 of 6 rows in {broken} are broken") as error:
         load_data(str(broken), report=tmp_path / "skipped_rows.json")
     assert "row 1 (id 'missing'): picture 'missing.jpg' is missing in " in str(error.value)
     assert "row 4 (id '5'): turn 1 is an empty answer" in str(error.value)
@@ -237,7 +241,7 @@ def test_broken_rows_are_left_out_and_written_down(broken, tmp_path):
 
 def test_data_that_is_broken_throughout_is_an_error(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"id": 1, "conversations": [gpt("Hello.")]}], "jsonl")
-    with pytest.raises(ValueError, match="All 1 rows in `data_path` are broken"):
+    with pytest.raises(ValueError, match="All 1 rows in .*rows.jsonl are broken"):
         load_data(str(path), skip_broken=True, report=tmp_path / "skipped_rows.json")
 
 
@@ -246,7 +250,66 @@ def test_a_changed_file_is_read_again(tmp_path):
     path = write(tmp_path / "rows.jsonl", rows[:1], "jsonl")
     assert len(read_table(path)) == 1
     assert len(read_table(write(path, rows, "jsonl"))) == 2
-    assert not list(Path(datasets.config.HF_DATASETS_CACHE, "llava").glob("*.[0-9]*"))  # nothing half written
+    assert not list(Path(datasets.config.HF_DATASETS_CACHE, "llava").glob("*.incomplete"))
+
+
+def test_what_a_killed_run_left_of_a_table_is_written_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"id": index, "conversations": [human("Hi."), gpt("Hello.")]} for index in range(2)]
+    path = write(tmp_path / "rows.jsonl", rows, "jsonl")
+    read_table(path)
+    (table,) = (tmp_path / "cache" / "llava").glob("*.arrow")
+    table.rename(table.with_suffix(".incomplete"))
+    table.with_suffix(".incomplete").write_bytes(b"half")
+    assert len(read_table(path)) == 2
+    assert not table.with_suffix(".incomplete").exists()
+
+
+def test_only_one_process_writes_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = write(tmp_path / "rows.jsonl", [{"id": 1, "conversations": [human("Hi."), gpt("Hello.")]}], "jsonl")
+    read_table(path)
+    (table,) = (tmp_path / "cache" / "llava").glob("*.arrow")
+    content = table.read_bytes()
+    table.unlink()
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(table.with_suffix(".lock")):
+            waiting = pool.submit(read_table, path)
+            time.sleep(0.3)
+            assert not waiting.done() and not table.with_suffix(".incomplete").exists()
+            table.write_bytes(content)
+            written = table.stat().st_mtime_ns
+        assert len(waiting.result()) == 1 and table.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("form", ["messages", "conversations"])
+def test_pictures_are_found_beside_the_file_that_names_them(miniature, tmp_path, form):
+    IMAGES[0].save(tmp_path / "red.png")
+    turns = QUESTION + ANSWER if form == "messages" else [human("<image>\nWhat is this?"), gpt("Red.")]
+    name = ["red.png"] if form == "messages" else "red.png"
+    rows = [{form: turns, "images" if form == "messages" else "image": name}]
+    path = write(tmp_path / "rows.jsonl", rows, "jsonl")
+    collator = LlavaHrDataCollator(load_processor(STAGES["finetune"], miniature, 56, 128))
+    assert collator(list(load_data(str(path))))["pixel_values"].shape == (1, 3, 56, 56)
+
+
+@pytest.mark.parametrize("name", ["https://example.com/street.png", "../street.png"])
+def test_names_that_lead_elsewhere_are_refused_in_data_of_any_form(tmp_path, name):
+    path = write(tmp_path / "rows.jsonl", [{"messages": QUESTION + ANSWER, "images": [name]}], "jsonl")
+    with pytest.raises(ValueError, match=f"Picture '{re.escape(name)}' lies outside of `image_folder`"):
+        list(load_data(str(path)))
+    path = write(
+        tmp_path / "llava.jsonl", [{"image": name, "conversations": [human("<image>"), gpt("Red.")]}], "jsonl"
+    )
+    with pytest.raises(ValueError, match=f"picture '{re.escape(name)}' lies outside of"):
+        load_data(str(path))
+
+
+@pytest.mark.parametrize("end", ["", "]]"])
+def test_an_array_whose_brackets_do_not_match_is_refused(tmp_path, end):
+    (tmp_path / "rows.json").write_text('[{"conversations": []}' + end)
+    with pytest.raises(ValueError, match="an array whose brackets do not match"):
+        list(read_rows(tmp_path / "rows.json"))
 
 
 IMAGES = [PILImage.new("RGB", (20, 10), color) for color in ("red", "green", "blue")]

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +179,29 @@ def test_broken_rows_are_refused_or_left_out(mini, finetuned, data, tmp_path):
     mini.train("finetune", *paths, *options, "--skip_broken", "true")
     (skipped,) = json.loads((tmp_path / "output" / "skipped_rows.json").read_text())
     assert (skipped["row"], skipped["id"]) == (2, "2")
+    evaluation = ("--eval_data_path", str(tmp_path / "rows.jsonl"), "--skip_broken", "true", "--restart", "true")
+    mini.train("finetune", finetuned, data / "train.jsonl", tmp_path / "output", *options, *evaluation)
+    assert json.loads((tmp_path / "output" / "skipped_eval_rows.json").read_text()) == [skipped]
+    assert json.loads((tmp_path / "output" / "skipped_rows.json").read_text()) == []
+
+
+def test_wrong_data_is_one_message_before_the_model_is_loaded(finetuned, data, tmp_path):
+    for file in finetuned.iterdir():
+        if file.suffix in (".json", ".jinja"):
+            shutil.copy(file, tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"conversations": []}')
+    command = [sys.executable, "-m", "training.train", "--stage", "finetune", "--bf16", "false", "--use_cpu", "true"]
+    paths = [
+        "--model_name_or_path",
+        tmp_path,
+        "--data_path",
+        tmp_path / "rows.jsonl",
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    ended = subprocess.run([*command, *paths], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert f"error: 1 of 1 rows in {tmp_path / 'rows.jsonl'} are broken:" in ended.stderr
 
 
 @pytest.mark.parametrize("has_image", [True, False])
@@ -316,6 +340,15 @@ def test_restart_starts_afresh(mini, pretrained, data, tmp_path):
 def test_checkpoints_of_another_run_are_not_gone_on_from(mini, miniature, pretrained, data):
     with pytest.raises(ValueError, match="has checkpoints of another run.*restart: true"):
         mini.train("finetune", miniature, data / "train.jsonl", pretrained)
+
+
+def test_copies_of_checkpoints_are_left_alone(mini, pretrained, data, tmp_path):
+    arguments = ("finetune", pretrained, data / "train.jsonl", tmp_path, *batch(4))
+    mini.train(*arguments, "--max_steps", "1")
+    shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "checkpoint-1-best")
+    mini.train(*arguments, "--max_steps", "2")
+    mini.train(*arguments, "--max_steps", "1", "--restart", "true")
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-1-best"]
 
 
 @pytest.mark.parametrize("options", [(), ("--restart", "true")])

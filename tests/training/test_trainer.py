@@ -14,6 +14,7 @@
 """Batches of one kind, complete checkpoints, and the sharding that training/accelerate configures."""
 
 import json
+import shutil
 import socket
 import zipfile
 from collections import Counter
@@ -116,6 +117,7 @@ def test_the_newest_complete_checkpoint_is_found(tmp_path):
     assert find_last_complete_checkpoint(tmp_path / "nothing") is None
     for step in (5, 10, 100):
         make_checkpoint(tmp_path, step, world_size=2)
+    shutil.copytree(tmp_path / "checkpoint-100", tmp_path / "checkpoint-100-best")
     assert find_last_complete_checkpoint(tmp_path).endswith("checkpoint-100")
     (tmp_path / "checkpoint-100" / "rng_state_1.pth").write_bytes(b"half")
     assert find_last_complete_checkpoint(tmp_path).endswith("checkpoint-10")
@@ -133,6 +135,22 @@ def test_a_folder_that_cannot_be_written_is_removed_and_named(tmp_path):
             with open("/dev/full", "w") as file:
                 file.write("x")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("The weights trying to be saved contained shared tensors"),
+        FileNotFoundError(2, "No such file or directory", "/data/street.png"),
+    ],
+)
+def test_what_is_no_fault_of_writing_stays_itself(tmp_path, error):
+    with pytest.raises(type(error)) as raised:
+        with complete_or_absent(tmp_path / "checkpoint-7"):
+            (tmp_path / "checkpoint-7").mkdir()
+            raise error
+    assert raised.value is error and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("file", ACCELERATE, ids=lambda path: path.stem)
