@@ -53,17 +53,18 @@ def read_done(file: Path, question: str) -> set[str]:
 
 def answer(pipe, paths: list[Path], question: str, max_new_tokens: int) -> list[dict[str, str]]:
     """One row for each picture."""
-    rows, chats = [], []
-    for path in paths:
-        rows.append({"picture": path.name, "question": question})
-        try:
-            image = {"type": "image", "image": pipe.processor.image_processor.fetch_images(path)}
-            chats.append([{"role": "user", "content": [image, {"type": "text", "text": question}]}])
-        except ValueError as error:
-            rows[-1]["error"] = str(error)
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_full_text": False}
-    outputs = iter(pipe(chats, batch_size=len(chats), **options) if chats else [])
-    return [row if "error" in row else {**row, "answer": next(outputs)[0]["generated_text"].strip()} for row in rows]
+    rows = [{"picture": path.name, "question": question} for path in paths]
+    try:
+        images = [pipe.processor.image_processor.fetch_images(path) for path in paths]
+        contents = [[{"type": "image", "image": image}, {"type": "text", "text": question}] for image in images]
+        chats = [[{"role": "user", "content": content}] for content in contents]
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_full_text": False}
+        outputs = pipe(chats, batch_size=len(chats), **options)
+    except ValueError as error:
+        if len(paths) > 1:  # one by one, to find out which it is
+            return [row for path in paths for row in answer(pipe, [path], question, max_new_tokens)]
+        return [{**rows[0], "error": str(error)}]
+    return [{**row, "answer": output[0]["generated_text"].strip()} for row, output in zip(rows, outputs, strict=True)]
 
 
 def main() -> None:

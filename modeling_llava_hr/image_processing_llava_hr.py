@@ -28,6 +28,7 @@ from .image_processing_pil_llava_hr import (
     LlavaHrImageProcessorMixin,
     array_to_rgb,
     check_picture_size,
+    get_bands,
     low_res_view,
     padding_color,
     pil_to_rgb,
@@ -152,18 +153,27 @@ class LlavaHrImageProcessor(LlavaHrImageProcessorMixin, TorchvisionBackend):
             new_height, new_width = shortest_edge_size(height, width, side)
             image = self.resize(image, SizeDict(height=new_height, width=new_width), resample)
             return self.center_crop(image, square)
-        longest, wide = max(height, width), width > height
-        if wide:
-            # Rows of padding stay as they are when rows are resized: padding afterwards is the same for less work
-            image = self.resize(image, SizeDict(height=height, width=side), resample)
-        if wide or height > width:
-            top, left = (longest - height) // 2, 0 if wide else (longest - width) // 2
-            # Colours last in memory, as pictures of PIL are: resizing takes a fifth of the time
-            rows = image.new_tensor(color).repeat(side if wide else longest).repeat(longest, 1)
-            canvas = rows.unflatten(1, (-1, 3)).permute(2, 0, 1)  # (3, longest, side or longest)
-            canvas[:, top : top + height, left : left + image.shape[-1]] = image
-            image = canvas
-        return self.resize(image, square, resample)
+        # Rows first, then columns, as torchvision does itself for 8 bits: so the first pass can be made before rows of
+        # padding are there, and a few rows at a time
+        longest = max(height, width)
+        if width > height:
+            top = (longest - height) // 2
+            rows = _fill(image, longest, side, color)
+            rows[:, top : top + height] = self.resize(image, SizeDict(height=height, width=side), resample)
+        elif height > width:
+            rows, left = _fill(image, longest, side, color), (longest - width) // 2
+            for top, bottom in get_bands(longest):
+                band = _fill(image, bottom - top, longest, color)
+                band[:, :, left : left + width] = image[:, top:bottom]
+                rows[:, top:bottom] = self.resize(band, SizeDict(height=bottom - top, width=side), resample)
+        else:
+            rows = image
+        return self.resize(rows, square, resample)
+
+
+def _fill(image: torch.Tensor, height: int, width: int, color: tuple[int, ...]) -> torch.Tensor:
+    """`(3, height, width)` of one colour, in memory with colours last as pictures of PIL: faster to resize."""
+    return image.new_tensor(color).repeat(width).repeat(height, 1).unflatten(1, (-1, 3)).permute(2, 0, 1)
 
 
 __all__ = ["LlavaHrImageProcessor", "LlavaHrImageProcessorKwargs"]

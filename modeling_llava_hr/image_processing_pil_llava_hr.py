@@ -17,6 +17,7 @@ import base64
 import itertools
 import os
 import struct
+from collections.abc import Iterator
 from io import BytesIO
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,6 +50,9 @@ AUTO_MAP = {
 MIN_VIT_GRID = 24
 
 DOWNLOAD_TIMEOUT = 60  # seconds
+
+# Of a padded picture at a time: little enough for a processor's cache
+MAX_BAND_PIXELS = 2**20
 
 # How far arithmetic in half precision may carry a value out of its range
 ROUNDING = 1e-3
@@ -229,16 +233,21 @@ class LlavaHrImageProcessorPil(LlavaHrImageProcessorMixin, PilBackend):
             height, width = shortest_edge_size(image.height, image.width, side)
             left, top = (width - side) // 2, (height - side) // 2
             return image.resize((width, height), resample).crop((left, top, left + side, top + side))
-        longest, wide = max(image.size), image.width > image.height
-        if wide:
-            # PIL resizes rows first, then columns, with 8-bit values between. The first pass leaves rows of padding
-            # as they are, so that padding after it gives the same bits for less work.
-            image = image.resize((side, image.height), resample)
-        if wide or image.height > image.width:
-            canvas = Image.new("RGB", (side if wide else longest, longest), color)
-            canvas.paste(image, ((canvas.width - image.width) // 2, (longest - image.height) // 2))
-            image = canvas
-        return image.resize((side, side), resample)
+        # PIL resizes rows first, then columns, with 8-bit values between. So the first pass can be made by itself,
+        # before rows of padding are there, and a few rows at a time: the same bits without a square in memory.
+        longest = max(image.size)
+        if image.width > image.height:
+            rows = Image.new("RGB", (side, longest), color)
+            rows.paste(image.resize((side, image.height), resample), (0, (longest - image.height) // 2))
+        elif image.height > image.width:
+            rows, left = Image.new("RGB", (side, longest)), (longest - image.width) // 2
+            for top, bottom in get_bands(longest):
+                band = Image.new("RGB", (longest, bottom - top), color)
+                band.paste(image, (left, -top))
+                rows.paste(band.resize((side, bottom - top), resample), (0, top))
+        else:
+            rows = image
+        return rows.resize((side, side), resample)
 
 
 def _check_geometry(
@@ -525,8 +534,7 @@ def check_picture_size(index: int, height: int, width: int, side: int, do_resize
             )
         return
     if aspect_ratio == "pad":
-        # a wide picture's rows are resized before it is padded
-        new_height, new_width = max(height, width), side if width > height else height
+        new_height, new_width = max(height, width), side  # rows are resized before columns
     else:
         new_height, new_width = shortest_edge_size(height, width, side)
     if Image.MAX_IMAGE_PIXELS is not None and new_height * new_width > 2 * Image.MAX_IMAGE_PIXELS:
@@ -535,6 +543,13 @@ def check_picture_size(index: int, height: int, width: int, side: int, do_resize
             f'the way to a square (`image_aspect_ratio="{aspect_ratio}"`), over twice PIL.Image.MAX_IMAGE_PIXELS. '
             "Make it smaller, or cut it into several pictures."
         )
+
+
+def get_bands(side: int) -> Iterator[tuple[int, int]]:
+    """First and last row (not included) of the pieces in which the rows of a square are resized."""
+    step = max(1, MAX_BAND_PIXELS // side)
+    for top in range(0, side, step):
+        yield top, min(top + step, side)
 
 
 def shortest_edge_size(height: int, width: int, side: int) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor
 
+import modeling_llava_hr.image_processing_pil_llava_hr as shared
 from modeling_llava_hr import LlavaHrImageProcessor, LlavaHrImageProcessorPil
 
 
@@ -599,21 +600,36 @@ def test_no_picture_at_all(processor):
 
 def test_the_guard_of_pil_stays_on(processor, monkeypatch):
     assert Image.MAX_IMAGE_PIXELS == 1024 * 1024 * 1024 // 4 // 3  # Pillow's own value: importing changed nothing
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.warns(Image.DecompressionBombWarning, match="1600 pixels"):
-        assert center(processor, encode(Image.new("RGB", (40, 40), "red"))) == [255, 0, 0]
-    with pytest.raises(ValueError, match="`images` cannot be read as a picture .*exceeds limit of 2000 pixels"):
-        processor(encode(Image.new("RGB", (50, 50))))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    with pytest.warns(Image.DecompressionBombWarning, match="2500 pixels"):
+        assert center(processor, encode(Image.new("RGB", (50, 50), "red"))) == [255, 0, 0]
+    with pytest.raises(ValueError, match="`images` cannot be read as a picture .*exceeds limit of 4000 pixels"):
+        processor(encode(Image.new("RGB", (70, 70))))
 
 
 @pytest.mark.parametrize("as_array", [True, False])
-@pytest.mark.parametrize("aspect_ratio, on_the_way", [("pad", "20000 x 20000"), ("crop", "64 x 1280000")])
+@pytest.mark.parametrize("aspect_ratio, on_the_way", [("pad", "64 x 20000"), ("crop", "64 x 1280000")])
 def test_a_picture_whose_square_would_be_a_bomb(processor, as_array, aspect_ratio, on_the_way, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 1280000 // 2 - 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 20000 // 2 - 1)
     picture = Image.new("RGB", (1, 20000))
     with pytest.raises(ValueError, match=rf"Picture 1 of `images` \(1 x 20000 pixels\).*{on_the_way}"):
         processor([gradient(), np.asarray(picture) if as_array else picture], image_aspect_ratio=aspect_ratio)
-    if aspect_ratio == "pad":  # a panorama: its rows are resized first, so that nothing large comes up
-        panorama = Image.new("RGB", (20000, 500), "red")
-        views = processor(np.asarray(panorama) if as_array else panorama)
-        assert views["high_res_pixel_values"][0].shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize("as_array", [True, False])
+@pytest.mark.parametrize("size", [(20000, 500), (500, 20000)])
+def test_long_pictures_need_no_square_in_memory(processor, as_array, size):
+    """20000 x 20000 pixels would be over PIL's limit, and 1.2 GB."""
+    picture = Image.new("RGB", size, "red")
+    views = processor(np.asarray(picture) if as_array else picture)
+    assert views["high_res_pixel_values"][0].shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize("size", [(90, 301), (299, 300)])
+def test_pieces_of_a_tall_picture_make_no_difference(processor, size, monkeypatch):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    whole = processor(picture)
+    monkeypatch.setattr(shared, "MAX_BAND_PIXELS", 10 * 301)
+    in_pieces = processor(picture)
+    for name in whole:
+        np.testing.assert_array_equal(in_pieces[name][0], whole[name][0])
