@@ -169,8 +169,7 @@ class LlavaHrImageProcessorMixin:
 class LlavaHrImageProcessorPil(LlavaHrImageProcessorMixin, PilBackend):
     r"""
     Makes the two views of a picture with PIL, for 8-bit pictures without transparency bit for bit as the released code
-    does. See [`LlavaHrImageProcessor`] for
-    arguments and results.
+    does. See [`LlavaHrImageProcessor`] for arguments and results.
     """
 
     def process_image(
