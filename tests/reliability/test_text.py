@@ -417,8 +417,8 @@ def test_an_id_of_half_a_character_breaks_nothing(folder, capsys):
     ("content", "problem"),
     [
         (b'[{"id": "\xff"}]', "is no text in UTF-8"),
-        (b"[" * 200_000, "an array without its end"),
-        (json.dumps([row("<image>\nWhat?")]).encode()[:-1], "an array without its end"),
+        (b"[" * 200_000, "an array whose brackets do not match"),
+        (json.dumps([row("<image>\nWhat?")]).encode()[:-1], "an array whose brackets do not match"),
         (b'{"a": ' * 200_000, "cannot be read at character 0"),
         (b'[{"id": ' + b"1" * 10_000 + b"}]", "cannot be read at character 1"),
         (b'[{"id": "1"', "neither a JSON array nor JSON lines"),
