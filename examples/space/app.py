@@ -21,16 +21,20 @@ import argparse
 import html
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
-from engine import Engine, Look
+from engine import HAS_PACKAGE, TRUST_REMOTE_CODE, Engine, Look
 
 
 try:
     import gradio as gr
     from gradio.components.chatbot import ChatbotDataMessages
+    from starlette.datastructures import Headers
+    from starlette.middleware import Middleware
+    from starlette.responses import PlainTextResponse
 except ImportError as error:
     sys.exit(f'error: the page needs gradio ({error}): pip install ".[space]" in the checkout')
 
@@ -45,6 +49,7 @@ EXAMPLES = [
 MAX_FILE_SIZE = "10mb"
 MAX_WAITING = 32  # questions; who comes then is told to try again
 KEEP_UPLOADS = 3600  # seconds
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 OUT_OF_MEMORY = (
     "The memory is full. Choose a smaller high-resolution side, or begin a new conversation with fewer pictures."
 )
@@ -119,6 +124,32 @@ def show_plain_text(chatbot: gr.Chatbot) -> gr.Chatbot:
 
     chatbot.preprocess, chatbot.postprocess = unescape, escape
     return chatbot
+
+
+class OwnPages:
+    """
+    ASGI middleware: on this machine the page answers no other site's pages, which a browser here may have open. (In a
+    Space anybody may ask, and a proxy before it has names of its own.)
+
+    Args:
+        app (`Callable`): The ASGI app around which it is put.
+    """
+
+    def __init__(self, app: Callable):
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" else {}
+        host, origin = headers.get("host", ""), headers.get("origin")
+        own = (host, headers.get("x-forwarded-host"))
+        if (
+            origin is not None
+            and urlsplit(f"//{host}").hostname in LOOPBACK_HOSTS
+            and urlsplit(origin).netloc not in own
+        ):
+            await PlainTextResponse("This page answers its own requests alone.", 403)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
 
 def draw_facts(look: Look, seconds: float | None, encoded: str) -> str:
@@ -300,6 +331,11 @@ def main() -> None:
     parser.add_argument("--host", default=None, help="127.0.0.1, this machine alone; 0.0.0.0 for all")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer")
     arguments = parser.parse_args()
+    if not HAS_PACKAGE and not TRUST_REMOTE_CODE:
+        sys.exit(
+            "error: the package modeling_llava_hr is not here, so the model needs the code that was published with it. "
+            "If you trust that, set the variable TRUST_REMOTE_CODE to 1 (in a Space: Settings, Variables)."
+        )
     try:
         engine = Engine(str(arguments.model), arguments.max_new_tokens)
     except (OSError, ValueError) as error:
@@ -313,6 +349,7 @@ def main() -> None:
         run_history=False,
         ssr_mode=False,
         footer_links=[],
+        app_kwargs={"middleware": [Middleware(OwnPages)]},
         css=CSS,
         # no fonts from elsewhere: a visitor's browser talks with this server alone
         theme=gr.themes.Soft(

@@ -20,7 +20,10 @@ import contextlib
 import http.client
 import io
 import json
+import shutil
 import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -116,19 +119,37 @@ def test_only_this_machine_is_listened_to(served):
     assert hosts == {"127.0.0.1"}
 
 
-def test_pages_of_other_sites_cannot_read_answers(client, address):
-    """They can start an upload, which gradio carries out (SECURITY.md), but the browser keeps the answer from them."""
-
-    def send(origin: str) -> list[httpx.Response]:
-        file = {"files": ("own.png", draw_secret())}
-        return [
-            client.post("/gradio_api/upload", files=file, headers={"origin": origin}),
-            client.get("/config", headers={"origin": origin}),
+@pytest.mark.parametrize("origin", ["http://example.com", "http://127.0.0.1:1", "null"])
+def test_pages_of_other_sites_are_refused(client, address, folder, origin):
+    """A browser sends such a request of a page of another site without asking; the page's own are answered."""
+    for sender, status in ((origin, 403), (address, 200)):
+        before = list((folder / "uploads").rglob("*.*"))
+        headers = {"origin": sender}
+        answers = [
+            client.post("/gradio_api/upload", files={"files": ("own.png", draw_secret())}, headers=headers),
+            client.get("/config", headers=headers),
         ]
+        assert [answer.status_code for answer in answers] == [status, status]
+        stored = set((folder / "uploads").rglob("*.*")) - set(before)
+        assert len(stored) == (status == 200)
+    join = {"fn_index": 0, "data": [], "session_hash": "abc"}
+    assert client.post("/gradio_api/queue/join", json=join, headers={"origin": origin}).status_code == 403
 
-    assert all(answer.headers["access-control-allow-origin"] == address for answer in send(address))
-    for origin in ("http://example.com", "null"):
-        assert all("access-control-allow-origin" not in answer.headers for answer in send(origin))
+
+def test_a_proxy_on_the_same_machine_says_what_its_name_is(client):
+    headers = {"origin": "https://ask.example.com", "x-forwarded-host": "ask.example.com"}
+    assert client.get("/config", headers=headers).status_code == 200
+    assert client.get("/config", headers={"host": "ask.example.com", **headers}).status_code == 200
+    assert client.get("/config", headers={"host": "ask.example.com"}).status_code == 200
+
+
+def test_code_of_a_repository_runs_only_if_whoever_set_up_the_page_says_so(tmp_path):
+    for file in SPACE.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    hidden = "import importlib.util; importlib.util.find_spec = lambda *a, f=importlib.util.find_spec: "
+    hidden += "None if a[0] == 'modeling_llava_hr' else f(*a); import app; app.main()"
+    ended = subprocess.run([sys.executable, "-c", hidden], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1 and "set the variable TRUST_REMOTE_CODE to 1" in ended.stderr
 
 
 def get_status(client: httpx.Client, path: str) -> int:
