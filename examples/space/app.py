@@ -141,12 +141,9 @@ class OwnPages:
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         headers = Headers(scope=scope) if scope["type"] == "http" else {}
         host, origin = headers.get("host", ""), headers.get("origin")
-        own = (host, headers.get("x-forwarded-host"))
-        if (
-            origin is not None
-            and urlsplit(f"//{host}").hostname in LOOPBACK_HOSTS
-            and urlsplit(origin).netloc not in own
-        ):
+        is_local = urlsplit(f"//{host}").hostname in LOOPBACK_HOSTS
+        is_own = origin is None or urlsplit(origin).netloc in (host, headers.get("x-forwarded-host"))
+        if is_local and not is_own:
             await PlainTextResponse("This page answers its own requests alone.", 403)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
@@ -333,8 +330,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not HAS_PACKAGE and not TRUST_REMOTE_CODE:
         sys.exit(
-            "error: the package modeling_llava_hr is not here, so the model needs the code that was published with it. "
-            "If you trust that, set the variable TRUST_REMOTE_CODE to 1 (in a Space: Settings, Variables)."
+            "error: the package modeling_llava_hr is not here, so the model needs the code that was published with "
+            "it. If you trust that, set the variable TRUST_REMOTE_CODE to 1 (in a Space: Settings, Variables)."
         )
     try:
         engine = Engine(str(arguments.model), arguments.max_new_tokens)
