@@ -427,6 +427,8 @@ def _gray_to_8bit(image: Image.Image) -> Image.Image:
     transparent = image.info.get("transparency")
     if transparent is None:
         return gray
+    if not isinstance(transparent, int | float):
+        raise ValueError(f"its transparent colour {transparent!r:.40} is no shade of grey.")
     return Image.merge("LA", (gray, Image.fromarray(np.where(array == transparent, 0, 255).astype(np.uint8))))
 
 
@@ -523,7 +525,8 @@ def _is_scaled(image: Image.Image | np.ndarray | torch.Tensor) -> bool:
 def check_picture_size(index: int, height: int, width: int, side: int, do_resize: bool, aspect_ratio: str) -> None:
     """
     Raises ValueError if a picture is too long to be made square within PIL's limit for decompression bombs (from which
-    PIL itself refuses a file: twice `PIL.Image.MAX_IMAGE_PIXELS`), or has another size though it is not resized.
+    PIL itself refuses a file: twice `PIL.Image.MAX_IMAGE_PIXELS`; where the square is made piece by piece, which needs
+    time but no memory, six times as much), or has another size though it is not resized.
     """
     if not do_resize:
         if (height, width) != (side, side):
@@ -532,15 +535,18 @@ def check_picture_size(index: int, height: int, width: int, side: int, do_resize
                 f"{side} x {side} (`high_res_size`)."
             )
         return
-    if aspect_ratio == "pad":
-        new_height, new_width = max(height, width), side  # rows are resized before columns
-    else:
+    factor = 2
+    if aspect_ratio == "crop":
         new_height, new_width = shortest_edge_size(height, width, side)
-    if Image.MAX_IMAGE_PIXELS is not None and new_height * new_width > 2 * Image.MAX_IMAGE_PIXELS:
+    elif width >= height:
+        new_height, new_width = width, side  # rows are resized before columns, and before they are padded
+    else:
+        new_height, new_width, factor = height, height, 12
+    if Image.MAX_IMAGE_PIXELS is not None and new_height * new_width > factor * Image.MAX_IMAGE_PIXELS:
         raise ValueError(
             f"Picture {index} of `images` ({width} x {height} pixels) would have {new_width} x {new_height} pixels on "
-            f'the way to a square (`image_aspect_ratio="{aspect_ratio}"`), over twice PIL.Image.MAX_IMAGE_PIXELS. '
-            "Make it smaller, or cut it into several pictures."
+            f'the way to a square (`image_aspect_ratio="{aspect_ratio}"`), over {factor} times '
+            "PIL.Image.MAX_IMAGE_PIXELS. Make it smaller, or cut it into several pictures."
         )
 
 
