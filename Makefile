@@ -42,12 +42,15 @@ types: setup ## Check types: every function of the three packages says its own
 
 # Refused are licences that reach over to what uses a package, those that forbid some use of it, and unknown ones.
 # cuda-toolkit names none: it is an empty package that brings NVIDIA's, which have theirs.
-licences: setup ## Check the licences of all installed packages and list them in docs/licences.md
+licences: setup ## Check the licences of all installed packages
 	$(VENV)/bin/pip-licenses --format csv --ignore-packages modeling-llava-hr cuda-toolkit --partial-match \
 		--fail-on "GPL;General Public;Affero;SSPL;Server Side;Commons Clause;NonCommercial;UNKNOWN" > /dev/null
+
+docs/licences.md: licences
 	@{ printf '%s\n' '# Licences of the dependencies' '' \
-		'All that `make setup` installs; `pip install .` brings a part of it. Written by `make licences`, which fails for' \
-		'licences of the GPL family, those that forbid some use, and unknown ones.' ''; \
+		'All that `make setup` installs; `pip install .` brings a part of it. Written by' \
+		'`make docs/licences.md`. `make licences` fails for licences of the GPL family, those that forbid some use, and' \
+		'unknown ones.' ''; \
 		$(VENV)/bin/pip-licenses --format markdown --no-version --ignore-packages modeling-llava-hr; } > docs/licences.md
 
 audit: setup ## Look up known vulnerabilities of the installed packages with PyPI's service
@@ -60,15 +63,17 @@ format: setup ## Fix style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-test: lint suites ## Check style and run the tests; PYTEST_ARGS chooses what and how
+test: lint types suites ## Check style and types and run the tests; PYTEST_ARGS chooses what and how
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 test-long: suites ## Run the tests that take minutes; they print their figures
 	$(VENV)/bin/python -m pytest -q -s -m slow $(LONG_ARGS)
 
 # Left out: its command runs as somebody who cannot write what was measured
-coverage: suites ## Run the tests and measure which lines they reach: at least 95 %
+coverage: suites ## Run the tests and measure which lines of each package they reach: at least 95 %
 	$(VENV)/bin/python -m pytest --cov $(PYTEST_ARGS) --deselect tests/reliability/test_faults.py::test_missing_permissions_are_named
+	for package in modeling_llava_hr conversion training; do \
+		echo $$package; $(VENV)/bin/coverage report --format total --include "*/$$package/*" || exit 1; done
 
 bench: setup ## Run every benchmark, one after another; PRESET=cpu or full
 	for name in $(BENCHMARKS); do $(VENV)/bin/python -m benchmarks.$$name --preset $(PRESET) || exit 1; done

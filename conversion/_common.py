@@ -551,8 +551,8 @@ def is_write_failure(error: Exception, folder: Path) -> bool:
         folder (`Path`): The folder.
     """
     if isinstance(error, OSError):
-        paths = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-        is_here = not paths or any(path.is_relative_to(folder.parent) for path in paths)
+        name = error.filename2 or error.filename  # of a copy, or of the one file
+        is_here = not isinstance(name, str) or Path(name).is_relative_to(folder.parent)
         return error.errno is not None and is_here
     return re.search(r"\(os error \d+\)|PytorchStreamWriter|inline_container", str(error)) is not None
 

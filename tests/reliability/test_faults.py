@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,12 +50,18 @@ UNSHARE = ("unshare", "--mount") if os.name == "posix" and os.geteuid() == 0 els
 MOUNT = 'mount -t tmpfs -o size=16m none "$0" && mount -t tmpfs -o ro none "$1" && shift && exec "$@"'
 
 
+@cache
 def can_mount() -> bool:
     try:
         command = [*UNSHARE, "mount", "-t", "tmpfs", "none", "/mnt"]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
     except OSError:
         return False
+
+
+def require_mounts() -> None:
+    if not can_mount():
+        pytest.skip("mounting needs Linux with user namespaces, or root")
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +81,6 @@ def read_only(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def commands(hub, small_disk, read_only, tmp_path_factory) -> Iterator[Commands]:
-    if not can_mount():
-        pytest.skip("mounting needs Linux with user namespaces, or root")
     # the latter are imported at first use, when a command may be somebody who must not read them
     modules = [CONVERT, CAPTION, "examples.publish", "timm"]
     modules += ["sentencepiece", "google.protobuf.descriptor_pb2", "transformers.tokenization_utils_sentencepiece"]
@@ -84,7 +89,7 @@ def commands(hub, small_disk, read_only, tmp_path_factory) -> Iterator[Commands]
     folder = tmp_path_factory.mktemp("commands")
     environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_HOME": str(folder / "home"), "HF_DATASETS_CACHE": str(folder / "tables")}
-    wrapper = (*UNSHARE, "sh", "-c", MOUNT, str(small_disk), str(read_only))
+    wrapper = (*UNSHARE, "sh", "-c", MOUNT, str(small_disk), str(read_only)) if can_mount() else ()
     with Commands(folder / "run", *modules, wrapper=wrapper, **environment) as commands:
         yield commands
 
@@ -92,6 +97,7 @@ def commands(hub, small_disk, read_only, tmp_path_factory) -> Iterator[Commands]
 @pytest.fixture
 def disk(commands, small_disk) -> Path:
     """The small disk as the commands see it, empty."""
+    require_mounts()
     folder = Path(f"/proc/{commands.server.pid}/root{small_disk}")
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -221,6 +227,7 @@ def test_a_full_disk_while_publishing(commands, disk, small_disk, hub, model):
 
 @pytest.mark.parametrize("command", ["converting", "captions", "training"])
 def test_a_read_only_target_is_named(command, commands, read_only, pictures, model, data):
+    require_mounts()
     output = read_only / "out"
     arguments = {
         "converting": lambda: convert_arguments(output),

@@ -27,6 +27,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from PIL import Image
 from space_page import import_engine
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin, pipeline
@@ -43,7 +44,7 @@ TINY_MODEL = str(ROOT / "examples" / "tiny-llava-hr")
 REFERENCE = ROOT / "tests" / "fixtures" / "reference"
 MODELS = ("tiny", "stage1-384", "stage2-1024")
 ASSISTANT_MASKS = pytest.mark.skipif(
-    transformers.__version__ < "5.18",
+    Version(transformers.__version__) < Version("5.18"),
     reason="transformers before 5.18 does not move assistant masks when image tokens are expanded",
 )
 

@@ -127,6 +127,9 @@ class HubHandler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.body = self.rfile.read(length)
+        if len(self.body) < length:  # the sender has gone
+            self.close_connection = True
+            return
         arguments = match.groupdict() if match else {}
         repo_id = arguments.get("repo_id")
         if match is None:
