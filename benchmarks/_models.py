@@ -16,13 +16,17 @@ What the benchmarks compare: LLaVA-HR, LLaVA-1.5 with the same ViT and language 
 seeing. Weights are random and come from no file: speed does not depend on them.
 """
 
+import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
+    BitsAndBytesConfig,
     CLIPVisionConfig,
     DeepseekVLHybridConfig,
     FastVlmConfig,
@@ -35,6 +39,7 @@ from transformers import (
 )
 
 from modeling_llava_hr import LlavaHrConfig
+from modeling_llava_hr.modeling_llava_hr import MODULES_TO_NOT_QUANTIZE
 
 
 @dataclass(frozen=True)
@@ -275,9 +280,30 @@ def share_language_model(contenders: dict[str, Contender], source: PreTrainedMod
         contender.model.config.text_config = source.config.text_config  # one switch of its attention implementation
 
 
-def get_weight_bytes(model: PreTrainedModel) -> int:
-    """Memory that a model's parameters and buffers take, in bytes."""
-    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+def copy_contender(contender: Contender, source: PreTrainedModel) -> Contender:
+    """A contender once more, with the very language model of `source` and copies of its own towers and projector."""
+    model = contender.model
+    shared = {
+        id(model.model.language_model): source.model.language_model,
+        id(model.lm_head): source.lm_head,
+        id(model.config.text_config): source.config.text_config,
+    }
+    return dataclasses.replace(contender, model=copy.deepcopy(model, shared))
+
+
+def make_4bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """The language model's layers in 4 bits (NF4) as a user loads them, computing in `dtype`, in either family."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=MODULES_TO_NOT_QUANTIZE,
+    )
+
+
+def get_weight_bytes(model: nn.Module) -> int:
+    """Memory of a model's parameters and buffers, and of the scales of its 4-bit weights, in bytes."""
+    return sum(tensor.nbytes for tensor in {**dict(model.named_buffers()), **model.state_dict()}.values())
 
 
 def _make(auto_class: type, config, device: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -15,43 +15,46 @@
 Answers about pictures: LLaVA-HR against LLaVA-1.5 with the same ViT and language model, and what seeing costs in them
 and in two rivals.
 
-    python -m benchmarks.inference                   # small models on a CPU
-    python -m benchmarks.inference --preset full     # 7B on a GPU, with the variants `eager`, `static` and `4bit`
+    python -m benchmarks.inference                  # small models on a CPU
+    python -m benchmarks.inference --preset full     # 7B on a GPU, with all variants
 
 Every answer is measured in one call of `generate`, which reports each token when it is there: time to the first token,
 to the tenth (the paper's protocol: one picture, ten new tokens, prefill included, picture preparation excluded) and to
 the last.
 """
 
+import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import nn
 from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
 from ._common import (
-    BenchmarkArguments,
+    ModelArguments,
     Timing,
+    added_gpu_bytes,
     compare_phases,
     in_fresh_process,
     make_target,
-    parse_arguments,
-    peak_gpu_bytes,
-    plot_path,
+    ratio,
+    run_benchmark,
     synchronize,
-    write_record,
+    time_phase,
+    unless_out_of_memory,
 )
 from ._models import (
     SHAPES,
     Contender,
     Shapes,
+    copy_contender,
     get_weight_bytes,
+    make_4bit_config,
     make_contender,
     make_llava,
     make_llava_hr,
@@ -62,13 +65,14 @@ from ._models import (
 
 # The paper's protocol
 PAPER_TOKENS = 10
-VARIANTS = ("eager", "static", "4bit")
+VARIANTS = ("compiled", "eager", "static", "4bit")
 # Those that the variants are measured with
 VARIED = ("llava-hr-1024", "llava-1.5-1022")
+COMPILED = "llava-hr-1024, compiled"
 
 
 @dataclass
-class InferenceArguments(BenchmarkArguments):
+class InferenceArguments(ModelArguments):
     """
     Options of this benchmark beside those of every one.
 
@@ -76,37 +80,29 @@ class InferenceArguments(BenchmarkArguments):
         repeats (`int`): See [`BenchmarkArguments`].
         batch_sizes (`list[int]`, *optional*):
             Prompts at once, each with a picture; 1 and 2 (cpu) or 1, 8 and 32 (full) by default.
-        new_tokens (`int`): Length of an answer in tokens.
+        new_tokens (`int`, *optional*): Length of an answer in tokens; 64 (cpu) or 128 (full) by default.
         text_tokens (`int`): Length of a prompt without its picture in tokens.
-        dtype (`str`, *optional*): `"float32"` (cpu) or `"bfloat16"` (full) by default.
-        variants (`list[str]`, *optional*): Other ways to run, beside SDPA with a growing cache: `"eager"` attention,
-            `"static"` cache (with which transformers compiles decoding on a GPU), `"4bit"` language model (NF4). None
-            (cpu) or all (full) by default.
+        variants (`list[str]`, *optional*): Other ways to run, beside SDPA with a growing cache: `"compiled"`
+            high-resolution tower (seeing alone), `"eager"` attention, `"static"` cache (with which transformers
+            compiles decoding on a GPU), `"4bit"` language model (NF4). The first (cpu) or all (full) by default.
     """
 
     repeats: int = field(default=3, metadata={"help": "rounds that count"})
     batch_sizes: list[int] | None = field(default=None, metadata={"help": "prompts at once"})
-    new_tokens: int = field(default=128, metadata={"help": "length of an answer in tokens"})
+    new_tokens: int | None = field(default=None, metadata={"help": "length of an answer in tokens"})
     text_tokens: int = field(default=50, metadata={"help": "length of a prompt without its picture in tokens"})
-    dtype: str | None = field(default=None, metadata={"help": "float32 or bfloat16"})
     variants: list[str] | None = field(default=None, metadata={"help": f"other ways to run: {', '.join(VARIANTS)}"})
 
     def __post_init__(self):
         super().__post_init__()
-        full = self.preset == "full"
-        self.batch_sizes = self.batch_sizes or ([1, 8, 32] if full else [1, 2])
-        self.dtype = self.dtype or ("bfloat16" if full else "float32")
-        self.variants = (list(VARIANTS) if full else []) if self.variants is None else self.variants
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"--dtype must be float32 or bfloat16, but got {self.dtype!r}.")
+        large = self.preset == "full"
+        self.batch_sizes = self.batch_sizes or ([1, 8, 32] if large else [1, 2])
+        self.new_tokens = self.new_tokens or (128 if large else 64)
+        self.variants = list(VARIANTS if large else VARIANTS[:1]) if self.variants is None else self.variants
         if unknown := set(self.variants) - set(VARIANTS):
             raise ValueError(f"--variants are {', '.join(VARIANTS)}, but got {', '.join(sorted(unknown))}.")
         if self.new_tokens < PAPER_TOKENS:
             raise ValueError(f"--new_tokens must be at least {PAPER_TOKENS} (the paper's), but got {self.new_tokens}.")
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
 
 
 class TokenClock(BaseStreamer):
@@ -133,7 +129,7 @@ def answer(
         contender ([`Contender`]): The model.
         inputs (`dict[str, torch.Tensor]`): Prompts with their pictures.
         num_tokens (`int`): Tokens of the answer.
-        variant (`str`): `"sdpa"` or one of `VARIANTS`.
+        variant (`str`): `"sdpa"` or one of `VARIANTS`; what is compiled or in 4 bits the model has to be.
 
     Returns:
         `list[float]`: Seconds from the call to each token, `num_tokens` of them.
@@ -142,7 +138,7 @@ def answer(
     model.set_attn_implementation("eager" if variant == "eager" else "sdpa")
     model.generation_config.eos_token_id = None  # random weights must not end an answer
     clock = TokenClock()
-    synchronize(str(model.device))
+    synchronize()
     start = time.perf_counter()
     model.generate(
         **inputs,
@@ -166,12 +162,7 @@ def measure(
 @torch.no_grad()
 def see(contender: Contender, pixels: dict[str, torch.Tensor]) -> dict[str, float]:
     """Seconds from pixels to features in the language model's width: `towers`."""
-    device = str(contender.model.device)
-    synchronize(device)
-    start = time.perf_counter()
-    contender.model.get_image_features(**pixels)
-    synchronize(device)
-    return {"towers": time.perf_counter() - start}
+    return {"towers": time_phase(lambda: contender.model.get_image_features(**pixels))["seconds"]}
 
 
 def describe(timings: dict[str, Timing], batch_size: int, arguments: InferenceArguments) -> dict[str, Any]:
@@ -187,19 +178,6 @@ def describe(timings: dict[str, Timing], batch_size: int, arguments: InferenceAr
     }
 
 
-def quantize(contender: Contender) -> None:
-    """Puts the linear layers of a language model into 4 bits (NF4), as `BitsAndBytesConfig` does on loading."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    for layer in contender.model.model.language_model.layers:
-        for name, linear in list(layer.named_modules()):
-            if isinstance(linear, nn.Linear):
-                dtype, device = linear.weight.dtype, linear.weight.device
-                packed = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype)
-                packed.weight = Params4bit(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4")
-                layer.set_submodule(name, packed.to(device))
-
-
 def make_contenders(shapes: Shapes, arguments: InferenceArguments) -> dict[str, Contender]:
     """LLaVA-HR and LLaVA-1.5 at all resolutions, with one language model in all of them."""
     hr = make_llava_hr(shapes, arguments.device, arguments.torch_dtype)
@@ -208,14 +186,25 @@ def make_contenders(shapes: Shapes, arguments: InferenceArguments) -> dict[str, 
     return {**hr, **llava}
 
 
-def make_quantized(shapes: Shapes, arguments: InferenceArguments) -> dict[str, Contender]:
-    """Those of `VARIED` once more, with one language model in 4 bits in both."""
-    make = {"device": arguments.device, "dtype": arguments.torch_dtype}
-    hr = make_llava_hr(shapes, **make)
-    quantize(hr[VARIED[0]])
-    llava = make_llava(shapes, **make, sides=(1022,))
-    share_language_model(llava, hr[VARIED[0]].model)
-    return {VARIED[0]: hr[VARIED[0]], **llava}
+def compile_tower(contender: Contender) -> Contender:
+    """The same once more, with a high-resolution tower that torch compiles at its first use."""
+    compiled = copy_contender(contender, contender.model)
+    compiled.model.model.vision_tower.high_res_tower.compile(dynamic=False)
+    return compiled
+
+
+def quantize(contenders: dict[str, Contender], arguments: InferenceArguments) -> dict[str, Contender]:
+    """Those of `VARIED` once more, with one language model in both, in 4 bits as `from_pretrained` makes it."""
+    hr, llava = (contenders[name] for name in VARIED)
+    quantized = type(hr.model).from_pretrained(
+        None,
+        config=hr.model.config,
+        state_dict=hr.model.state_dict(),
+        dtype=arguments.torch_dtype,
+        device_map=arguments.device,
+        quantization_config=make_4bit_config(arguments.torch_dtype),
+    )
+    return {VARIED[0]: dataclasses.replace(hr, model=quantized), VARIED[1]: copy_contender(llava, quantized)}
 
 
 def answer_alone(shapes: Shapes, name: str, batch_size: int, arguments: InferenceArguments) -> None:
@@ -230,21 +219,6 @@ def get_cpu_peaks(
     """Peak memory of contenders on a CPU until the first token, each in a process of its own, in bytes."""
     bar = tqdm(list(names), desc=f"batch {batch_size}, memory", unit="run")
     return {name: in_fresh_process(answer_alone, shapes, name, batch_size, arguments)[1] for name in bar}
-
-
-def get_gpu_peak(contender: Contender, run: Callable[[], Any]) -> int | None:
-    """
-    Peak memory of a model on a GPU that it shares with others while it runs, in bytes: its weights and what is added.
-
-    Returns:
-        `int`, or `None` if the memory does not suffice.
-    """
-    before = torch.cuda.memory_allocated()
-    try:
-        return peak_gpu_bytes(run) - before + get_weight_bytes(contender.model)
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return None
 
 
 def run_contest(
@@ -268,6 +242,11 @@ def run_contest(
     Returns:
         `tuple`: The entries of the record, and the timings of those that memory sufficed for.
     """
+
+    def get_gpu_peak(name: str) -> int:
+        """What a model that shares the GPU takes by itself while it runs: its weights and what is added."""
+        return added_gpu_bytes(runs[name]) + get_weight_bytes(everyone[name].model)
+
     everyone, runs = {}, {}
     for name, (contender, variant) in contenders.items():
         everyone[name] = contender
@@ -278,8 +257,8 @@ def run_contest(
         runs[name] = functools.partial(see, rival, rival.make_pixels(batch_size))
 
     peaks = cpu_peaks
-    if arguments.device.startswith("cuda"):
-        peaks = {name: get_gpu_peak(everyone[name], run) for name, run in runs.items()}
+    if arguments.on_gpu:
+        peaks = {name: unless_out_of_memory(functools.partial(get_gpu_peak, name)) for name in runs}
         runs = {name: run for name, run in runs.items() if peaks[name] is not None}
 
     timings = compare_phases(runs, arguments, f"batch {batch_size}")
@@ -295,32 +274,24 @@ def run_contest(
 
 def find_targets(timings: dict[str, dict[str, Timing]], arguments: InferenceArguments) -> list[dict[str, Any]]:
     """What the project wants of one prompt at a time, beside what came out; see [`make_target`]."""
-    on_gpu, base = arguments.preset == "full", timings["llava-hr-1024"]
-    slower = base["ten_tokens"].ratio(timings["llava-hr-384"]["ten_tokens"])
-    share = base["towers"].ratio(base["first_token"])
-    targets = [
+    of_7b = arguments.preset == "full"
+    base, low, llava = (timings.get(name, {}) for name in ("llava-hr-1024", "llava-hr-384", "llava-1.5-1022"))
+    slower = ratio(base.get("ten_tokens"), low.get("ten_tokens"))
+    loss = {key: 1 - 1 / value for key, value in slower.items()} if slower else None
+    share = ratio(base.get("towers"), base.get("first_token"))
+    faster, sooner = (ratio(llava.get(name), base.get(name)) for name in ("ten_tokens", "first_token"))
+    return [
+        make_target("loss of LLaVA-HR's tokens/s from 384 to 1024 px (paper: 0.208)", loss, 0.10, False, of_7b),
+        make_target("share of the towers in the time to the first token at 1024 px", share, 0.15, False, of_7b),
+        make_target("tokens/s at 1024 px over LLaVA-1.5's at 1022 px (paper: 3.5)", faster, 5, True, of_7b),
         make_target(
-            "loss of LLaVA-HR's tokens/s from 384 to 1024 px (paper: 0.208)",
-            {key: 1 - 1 / value for key, value in slower.items()},
-            *(0.10, False, on_gpu),
+            "LLaVA-1.5's time to the first token at 1022 px over LLaVA-HR's at 1024 px",
+            *(sooner, 5 if of_7b else 6, True, True),
         ),
-        make_target("share of the towers in the time to the first token at 1024 px", share, 0.15, False, on_gpu),
     ]
-    if "llava-1.5-1022" in timings:
-        other = timings["llava-1.5-1022"]
-        faster, sooner = (other[name].ratio(base[name]) for name in ("ten_tokens", "first_token"))
-        targets += [
-            make_target("tokens/s at 1024 px over LLaVA-1.5's at 1022 px (paper: 3.5)", faster, 5, True, on_gpu),
-            make_target(
-                "LLaVA-1.5's time to the first token at 1022 px over LLaVA-HR's at 1024 px",
-                sooner,
-                *(5 if on_gpu else 6, True, True),
-            ),
-        ]
-    return targets
 
 
-def draw(results: dict[str, Any], arguments: InferenceArguments) -> None:
+def draw(results: dict[str, Any], arguments: InferenceArguments) -> Figure:
     """Time to first token and tokens/s over the side of the picture, and what seeing costs."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
@@ -342,34 +313,41 @@ def draw(results: dict[str, Any], arguments: InferenceArguments) -> None:
     right.set(title="seconds to see a picture")
     right.margins(x=0.35)
     figure.suptitle(f"Batch of {batch_size}, {arguments.dtype}, {arguments.preset} preset")
-    figure.savefig(plot_path("inference", arguments), dpi=120)
+    return figure
 
 
-def main() -> None:
-    arguments = parse_arguments(InferenceArguments)
+def run(arguments: InferenceArguments) -> Iterator[dict[str, Any]]:
+    """Measures all batch sizes and then the variants; yields the results after each."""
     shapes = SHAPES[arguments.preset]
     contenders = make_contenders(shapes, arguments)
-    rivals = make_rivals(shapes, arguments.device, arguments.torch_dtype)
-    results = {"resolutions": {}, "variants": {}, "targets": []}
+    watchers = make_rivals(shapes, arguments.device, arguments.torch_dtype)
+    if "compiled" in arguments.variants:
+        watchers[COMPILED] = compile_tower(contenders[VARIED[0]])
+    results = {"resolutions": {}, "compiled_towers": {}, "variants": {}, "targets": []}
     contest = {name: (contender, "sdpa") for name, contender in contenders.items()}
     for batch_size in arguments.batch_sizes:
-        peaks = get_cpu_peaks(shapes, contenders, batch_size, arguments) if arguments.device == "cpu" else {}
-        entries, timings = run_contest(contest, batch_size, arguments, rivals, peaks)
+        peaks = {} if arguments.on_gpu else get_cpu_peaks(shapes, contenders, batch_size, arguments)
+        entries, timings = run_contest(contest, batch_size, arguments, watchers, peaks)
         results["resolutions"][str(batch_size)] = entries
+        if COMPILED in watchers:  # how many times as fast
+            eager, compiled = (timings.get(name, {}).get("towers") for name in (VARIED[0], COMPILED))
+            results["compiled_towers"][str(batch_size)] = ratio(eager, compiled)
         if batch_size == 1:
             results["targets"] = find_targets(timings, arguments)
-    if arguments.variants:
-        quantized = make_quantized(shapes, arguments) if "4bit" in arguments.variants else {}
+        yield results
+    if variants := [variant for variant in arguments.variants if variant != "compiled"]:
+        quantized = quantize(contenders, arguments) if "4bit" in variants else {}
         contest = {
             f"{name}, {variant}": ((quantized if variant == "4bit" else contenders)[name], variant)
-            for variant in ("sdpa", *arguments.variants)
+            for variant in ("sdpa", *variants)
             for name in VARIED
         }
         results["variants"], _ = run_contest(contest, 1, arguments, {}, {})
-    write_record("inference", arguments, results)
-    draw(results, arguments)
-    for target in results["targets"]:
-        print(f"{target['name']}: {target['measured']['median']:.3g} (target: {target['target']})")
+        yield results
+
+
+def main() -> None:
+    run_benchmark("inference", InferenceArguments, run, draw)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@
 """
 Importing and loading: LLaVA-HR against transformers' LLaVA with the same ViT and language model.
 
-    python -m benchmarks.loading                   # a model of about 0.8 GB, into a CPU's memory
+    python -m benchmarks.loading                  # a model of about 0.8 GB, into a CPU's memory
     python -m benchmarks.loading --preset full     # 7B, onto a GPU
 
 Imports and loads run in processes of their own. Checkpoints are bfloat16 with random weights in a temporary folder,
@@ -28,37 +28,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
-
-from modeling_llava_hr.modeling_llava_hr import MODULES_TO_NOT_QUANTIZE
+from matplotlib.figure import Figure
+from transformers import AutoModelForImageTextToText
 
 from ._common import (
     BenchmarkArguments,
     Timing,
+    added_gpu_bytes,
     compare,
     compare_phases,
     in_fresh_process,
     make_target,
-    parse_arguments,
-    peak_gpu_bytes,
-    plot_path,
+    ratio,
+    run_benchmark,
     spread,
     synchronize,
-    write_record,
 )
-from ._models import LLAVA_HR_SIDES, SHAPES, Contender, Shapes, get_weight_bytes, make_llava, make_llava_hr
-
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402  (the backend first)
+from ._models import SHAPES, Shapes, get_weight_bytes, make_4bit_config, make_contender
 
 
 IMPORTS = {
@@ -123,23 +116,21 @@ def load(folder: str, weights: str, device: str) -> dict[str, Any]:
         `dict`: `load` and `touch` in seconds, `weight_bytes`, `anonymous_bytes` (by how much it raised the memory
         that is no mapped file) and `gpu_bytes` (peak, `None` on a CPU).
     """
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=MODULES_TO_NOT_QUANTIZE
-    )
-    kwargs = {"quantization_config": quantization if weights == "4bit" else None, "device_map": device}
+    quantization = make_4bit_config(torch.bfloat16) if weights == "4bit" else None
+    kwargs = {"quantization_config": quantization, "device_map": device}
     anonymous, seconds, models = get_anonymous_bytes(), {}, []
 
     def from_pretrained() -> None:
         start = time.perf_counter()
         models.append(AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16, **kwargs))
-        synchronize(device)
+        synchronize()
         seconds["load"] = time.perf_counter() - start
 
-    gpu_bytes = peak_gpu_bytes(from_pretrained) if device.startswith("cuda") else from_pretrained()
+    gpu_bytes = added_gpu_bytes(from_pretrained) if device == "cuda" else from_pretrained()
     start = time.perf_counter()
     for parameter in models[0].parameters():
         parameter.detach().view(torch.uint8).max()  # reads each byte, without a copy
-    synchronize(device)
+    synchronize()
     seconds["touch"] = time.perf_counter() - start
     return {
         **seconds,
@@ -151,9 +142,10 @@ def load(folder: str, weights: str, device: str) -> dict[str, Any]:
 
 def save_models(arguments: LoadingArguments, folder: Path) -> None:
     """Writes `FOLDER/llava-hr` and `FOLDER/llava`, one after the other in memory."""
-    for name, make, sides in (("llava-hr", make_llava_hr, LLAVA_HR_SIDES), ("llava", make_llava, (336,))):
-        contenders: dict[str, Contender] = make(arguments.shapes, arguments.device, torch.bfloat16, sides=sides)
-        next(iter(contenders.values())).model.save_pretrained(folder / name)
+    for name, contender in (("llava-hr", "llava-hr-1024"), ("llava", "llava-1.5-336")):
+        made = make_contender(arguments.shapes, contender, arguments.device, torch.bfloat16)
+        made.model.save_pretrained(folder / name)
+        del made
 
 
 def measure_loading(folder: Path, arguments: LoadingArguments) -> dict[str, Any]:
@@ -198,17 +190,18 @@ def find_targets(
     imports: dict[str, Timing], loading: dict[str, Any], arguments: LoadingArguments
 ) -> list[dict[str, Any]]:
     """What the project wants, beside what came out; see [`make_target`]."""
-    ratio = imports["llava-hr"].ratio(imports["llava"])
-    targets = [make_target("time to import over that of transformers' LLaVA", ratio, 1.2, False, True)]
+    slower = ratio(imports["llava-hr"], imports["llava"])
+    targets = [make_target("time to import over that of transformers' LLaVA", slower, 1.2, False, True)]
     if "bf16" in arguments.formats:
         peak = loading["llava-hr, bf16"]["peak_over_weights"]
         targets.append(make_target("peak memory of loading over the weights", peak, 1.05, False, not arguments.small))
     return targets
 
 
-def draw(results: dict[str, Any], arguments: LoadingArguments) -> None:
+def draw(results: dict[str, Any], arguments: LoadingArguments) -> Figure:
     """Seconds to import and to load, and memory against the weights."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     left.bar(list(results["imports"]), [entry["median"] for entry in results["imports"].values()])
     left.set(title="seconds to import")
     loading = results["loading"]
@@ -224,25 +217,23 @@ def draw(results: dict[str, Any], arguments: LoadingArguments) -> None:
     right.barh(names, [entry["weight_bytes"] / 1e9 for entry in loading.values()], height=0.4, label="weights")
     right.set(title="memory in GB")
     right.legend()
-    figure.savefig(plot_path("loading", arguments), dpi=120)
-    plt.close(figure)
+    return figure
+
+
+def run(arguments: LoadingArguments) -> Iterator[dict[str, Any]]:
+    """Measures importing and then loading; yields the results after each."""
+    imports = compare({name: partial(run_python, code) for name, code in IMPORTS.items()}, arguments, "imports")
+    results = {"imports": {name: timing.to_dict() for name, timing in imports.items()}}
+    yield results
+    with tempfile.TemporaryDirectory() as folder:
+        save_models(arguments, Path(folder))
+        results["loading"] = measure_loading(Path(folder), arguments)
+    results["targets"] = find_targets(imports, results["loading"], arguments)
+    yield results
 
 
 def main() -> None:
-    arguments = parse_arguments(LoadingArguments)
-    imports = compare({name: partial(run_python, code) for name, code in IMPORTS.items()}, arguments, "imports")
-    with tempfile.TemporaryDirectory() as folder:
-        save_models(arguments, Path(folder))
-        loading = measure_loading(Path(folder), arguments)
-    results = {
-        "imports": {name: timing.to_dict() for name, timing in imports.items()},
-        "loading": loading,
-        "targets": find_targets(imports, loading, arguments),
-    }
-    write_record("loading", arguments, results)
-    draw(results, arguments)
-    for target in results["targets"]:
-        print(f"{target['name']}: {target['measured']['median']:.3g} (target: {target['target']})")
+    run_benchmark("loading", LoadingArguments, run, draw)
 
 
 if __name__ == "__main__":

@@ -23,14 +23,17 @@ not used for that, are the check; it is printed with every plan.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
-from ._common import BenchmarkArguments, parse_arguments, plot_path, write_record
+from ._common import OutputArguments, run_benchmark
 from ._models import LLAVA_HR_SIDES, SHAPES, Contender, make_llava, make_llava_hr
 
 
@@ -87,7 +90,7 @@ PAPER_LLAVA_HR_MEMORY = {384: 34, 768: 38, 1024: 40, 1536: 52}
 
 
 @dataclass
-class PlanArguments(BenchmarkArguments):
+class PlanArguments(OutputArguments):
     """
     Which training.
 
@@ -110,7 +113,6 @@ class PlanArguments(BenchmarkArguments):
     overhead: float | None = field(default=None, metadata={"help": "seconds of a GPU a sample costs besides"})
 
     def __post_init__(self):
-        super().__post_init__()
         for name, choices in (("model", MODELS), ("gpu", GPUS), ("resolution", LLAVA_HR_SIDES)):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"--{name} must be one of {', '.join(map(str, choices))}, but got {value!r}.")
@@ -291,10 +293,8 @@ def describe(result: dict, arguments: PlanArguments) -> str:
     return "\n".join(lines)
 
 
-def draw(result: dict, arguments: PlanArguments) -> None:
+def draw(result: dict, arguments: PlanArguments) -> Figure:
     """Predicted and reported hours, as bars."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(result["check"]))
@@ -304,15 +304,16 @@ def draw(result: dict, arguments: PlanArguments) -> None:
     axes.set_ylabel("hours on 8 A800")
     axes.set_title("Training LLaVA-HR 7B, both stages")
     axes.legend()
-    figure.savefig(plot_path("plan", arguments), dpi=150)
+    return figure
+
+
+def run(arguments: PlanArguments) -> Iterator[dict[str, Any]]:
+    """Yields the plan."""
+    yield plan(arguments)
 
 
 def main() -> None:
-    arguments = parse_arguments(PlanArguments)
-    result = plan(arguments)
-    print(describe(result, arguments))
-    write_record("plan", arguments, result)
-    draw(result, arguments)
+    run_benchmark("plan", PlanArguments, run, draw, describe)
 
 
 if __name__ == "__main__":

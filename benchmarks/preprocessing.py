@@ -14,35 +14,31 @@
 """
 From pictures to tensors: both views of LLaVA-HR against the one view of transformers' LLaVA and the released code.
 
-    python -m benchmarks.preprocessing                   # on the CPU
+    python -m benchmarks.preprocessing                  # on the CPU
     python -m benchmarks.preprocessing --preset full     # larger batches; torchvision's backends on the GPU
 
-All make views of the same size, padded to a square. Pictures are in memory as PIL has them, or bytes of a JPEG file.
+All make views of the same size. LLaVA's is padded to a square, as LLaVA-1.5 is used, and in another row cut to one, as
+its image processor does by itself. Pictures are in memory as PIL has them, or bytes of a JPEG file.
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 from transformers import LlavaImageProcessor, LlavaImageProcessorPil
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from modeling_llava_hr import LlavaHrImageProcessor, LlavaHrImageProcessorPil
 
-from ._common import BenchmarkArguments, Timing, compare, make_target, parse_arguments, plot_path, write_record
+from ._common import BenchmarkArguments, Timing, compare, make_target, ratio, run_benchmark
 from ._models import LLAVA_HR_SIDES
-
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402  (the backend first)
 
 
 # Width and height in pixels
@@ -52,6 +48,8 @@ PICTURES = {
     "screen": (1920, 1080),
     "small": (320, 240),
 }
+# What is divided by what in each case
+RATIOS = (("llava", "llava-hr"), ("llava, cropped", "llava-hr"), ("released", "llava-hr, PIL"))
 
 
 @dataclass
@@ -129,15 +127,17 @@ def make_contenders(arguments: PreprocessingArguments) -> dict[str, Callable[[li
     """What is compared, by name: functions of pictures or bytes that return views."""
     side, low_res_side = arguments.side, LLAVA_HR_SIDES[arguments.side]
     sizes = {"size": low_res_side, "high_res_size": side}
-    # as LLaVA-1.5 is used: the whole picture, padded to a square
-    llava = {"size": {"shortest_edge": side}, "crop_size": side, "do_pad": True}
+    llava = {"size": {"shortest_edge": side}, "crop_size": side}
     ours, ours_pil = LlavaHrImageProcessor(**sizes), LlavaHrImageProcessorPil(**sizes)
-    theirs, theirs_pil = LlavaImageProcessor(**llava), LlavaImageProcessorPil(**llava)
+    # as LLaVA-1.5 is used: the whole picture, padded to a square
+    theirs, theirs_pil = LlavaImageProcessor(**llava, do_pad=True), LlavaImageProcessorPil(**llava, do_pad=True)
+    cropped = LlavaImageProcessor(**llava)
     device = {"device": arguments.device, "return_tensors": "pt"}
     return {
         "llava-hr": partial(ours, **device),
         "llava-hr, PIL": partial(ours_pil, return_tensors="pt"),
         "llava": lambda pictures: theirs(decode(pictures), **device),
+        "llava, cropped": lambda pictures: cropped(decode(pictures), **device),
         "llava, PIL": lambda pictures: theirs_pil(decode(pictures), return_tensors="pt"),
         "released": partial(prepare_as_released, side=side, low_res_side=low_res_side),
     }
@@ -170,48 +170,48 @@ def find_targets(timings: dict[str, dict[str, Timing]], arguments: Preprocessing
         case = timings[name]
         lower = 1.3 if name.startswith("12") else 1
         text = f"LLaVA's time for its view over that for both views, {name}"
-        targets.append(make_target(text, case["llava"].ratio(case["llava-hr"]), lower, True, applies))
+        targets.append(make_target(text, ratio(case["llava"], case["llava-hr"]), lower, True, applies))
         text = f"the released procedure's time over the PIL backend's, {name}"
-        targets.append(make_target(text, case["released"].ratio(case["llava-hr, PIL"]), 1, True, applies))
+        targets.append(make_target(text, ratio(case["released"], case["llava-hr, PIL"]), 1, True, applies))
     return targets
 
 
-def draw(timings: dict[str, dict[str, Timing]], arguments: PreprocessingArguments) -> None:
+def draw(results: dict[str, Any], arguments: PreprocessingArguments) -> Figure:
     """Milliseconds a picture, for each case and contender."""
-    figure, axes = plt.subplots(figsize=(8, 9), layout="constrained")
-    height = 0.8 / len(next(iter(timings.values())))
-    for row, contender in enumerate(next(iter(timings.values()))):
-        values = [
-            1e3 * case[contender].median / (arguments.batch_size if name.endswith("batch") else 1)
-            for name, case in timings.items()
-        ]
-        axes.barh([index + row * height for index in range(len(timings))], values, height=height, label=contender)
-    axes.set_yticks([index + 0.4 - height / 2 for index in range(len(timings))], list(timings))
+    figure, cases = Figure(figsize=(8, 10), layout="constrained"), results["cases"]
+    axes, names = figure.subplots(), list(next(iter(cases.values()))["seconds"])
+    height = 0.8 / len(names)
+    for row, name in enumerate(names):
+        values = [1e3 * case["seconds"][name]["median"] / case["pictures"] for case in cases.values()]
+        axes.barh([index + row * height for index in range(len(cases))], values, height=height, label=name)
+    axes.set_yticks([index + 0.4 - height / 2 for index in range(len(cases))], list(cases))
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel="milliseconds a picture", title=f"Views of {arguments.side} px")
     axes.legend()
-    figure.savefig(plot_path("preprocessing", arguments), dpi=120)
-    plt.close(figure)
+    return figure
 
 
-def main() -> None:
-    arguments = parse_arguments(PreprocessingArguments)
+def run(arguments: PreprocessingArguments) -> Iterator[dict[str, Any]]:
+    """Measures one case after the other; yields the results after each."""
     contenders, timings, results = make_contenders(arguments), {}, {"cases": {}}
     for name, pictures in make_cases(arguments).items():
-        timings[name] = compare({key: partial(run, pictures) for key, run in contenders.items()}, arguments, name)
+        timings[name] = compare({key: partial(view, pictures) for key, view in contenders.items()}, arguments, name)
         expected = contenders["released"](pictures)
         results["cases"][name] = {
             "pictures": len(pictures),
             "seconds": {key: timing.to_dict() for key, timing in timings[name].items()},
+            "ratios": {f"{a} / {b}": ratio(timings[name][a], timings[name][b]) for a, b in RATIOS},
             "deviations": {
                 key: get_deviations(contenders[key](pictures), expected) for key in ("llava-hr", "llava-hr, PIL")
             },
         }
+        yield results
     results["targets"] = find_targets(timings, arguments)
-    write_record("preprocessing", arguments, results)
-    draw(timings, arguments)
-    for target in results["targets"]:
-        print(f"{target['name']}: {target['measured']['median']:.3g} (target: {target['target']})")
+    yield results
+
+
+def main() -> None:
+    run_benchmark("preprocessing", PreprocessingArguments, run, draw)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@
 How close the parts of LLaVA-HR come to what the machine can do: FLOPs (counted by torch) and bytes against the rates
 of a large matrix product and of a large copy, measured in the same rounds.
 
-    python -m benchmarks.roofline                   # small model on a CPU
+    python -m benchmarks.roofline                  # small model on a CPU
     python -m benchmarks.roofline --preset full     # 7B on a GPU, decoding with a static cache, compiled
 
 Bytes are those that must be moved at least: weights, inputs and outputs of a part, and the cache. The record also says
@@ -23,26 +23,19 @@ which operations the time to the first token goes to.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from ._common import (
-    BenchmarkArguments,
-    Timing,
-    compare_phases,
-    make_target,
-    parse_arguments,
-    plot_path,
-    time_phase,
-    write_record,
-)
+from ._common import ModelArguments, Timing, compare_phases, make_target, ratio, run_benchmark, time_phase
 from ._models import SHAPES, Contender, get_weight_bytes, make_contender
 from .inference import answer
 
@@ -51,7 +44,7 @@ NAME = "llava-hr-1024"
 
 
 @dataclass
-class RooflineArguments(BenchmarkArguments):
+class RooflineArguments(ModelArguments):
     """
     Options of this benchmark beside those of every one.
 
@@ -60,7 +53,6 @@ class RooflineArguments(BenchmarkArguments):
             Pictures that the towers see at once, 2 (cpu) or 8 (full) by default; prefill and decoding: one prompt.
         text_tokens (`int`): Length of the prompt without its picture in tokens.
         new_tokens (`int`): Length of the answer in tokens.
-        dtype (`str`, *optional*): `"float32"` (cpu) or `"bfloat16"` (full) by default.
         matrix_side (`int`, *optional*): Side of the square matrices that are multiplied; 2048 or 8192 by default.
         copied_bytes (`int`, *optional*): What is copied; 256 MB or 2 GB by default.
     """
@@ -68,25 +60,17 @@ class RooflineArguments(BenchmarkArguments):
     batch_size: int | None = field(default=None, metadata={"help": "pictures that the towers see at once"})
     text_tokens: int = field(default=50, metadata={"help": "length of the prompt without its picture in tokens"})
     new_tokens: int = field(default=64, metadata={"help": "length of the answer in tokens"})
-    dtype: str | None = field(default=None, metadata={"help": "float32 or bfloat16"})
     matrix_side: int | None = field(default=None, metadata={"help": "side of the matrices that are multiplied"})
     copied_bytes: int | None = field(default=None, metadata={"help": "what is copied"})
 
     def __post_init__(self):
         super().__post_init__()
-        full = self.preset == "full"
-        self.batch_size = self.batch_size or (8 if full else 2)
-        self.dtype = self.dtype or ("bfloat16" if full else "float32")
-        self.matrix_side = self.matrix_side or (8192 if full else 2048)
-        self.copied_bytes = self.copied_bytes or (2 * 1024**3 if full else 256 * 1024**2)
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"--dtype must be float32 or bfloat16, but got {self.dtype!r}.")
+        large = self.preset == "full"
+        self.batch_size = self.batch_size or (8 if large else 2)
+        self.matrix_side = self.matrix_side or (8192 if large else 2048)
+        self.copied_bytes = self.copied_bytes or (2 * 1024**3 if large else 256 * 1024**2)
         if self.new_tokens < 2:
             raise ValueError(f"--new_tokens must be at least 2 (the first is not decoded), but got {self.new_tokens}.")
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -189,23 +173,38 @@ def count_decoding_flops(contender: Contender, arguments: RooflineArguments) -> 
 
 def decode(contender: Contender, inputs: dict[str, torch.Tensor], arguments: RooflineArguments) -> dict[str, float]:
     """Seconds for each token after the first; compiled where there is a GPU."""
-    variant = "static" if arguments.device.startswith("cuda") else "sdpa"
+    variant = "static" if arguments.on_gpu else "sdpa"
     moments = answer(contender, inputs, arguments.new_tokens, variant)
     return {"seconds": (moments[-1] - moments[0]) / (arguments.new_tokens - 1)}
 
 
-def find_top_operations(contender: Contender, arguments: RooflineArguments, number: int = 12) -> list[dict[str, Any]]:
-    """The operations that take most of the time to the first token (torch's profiler), with their share of it."""
+def find_top_operations(contender: Contender, arguments: RooflineArguments) -> list[dict[str, Any]]:
+    """What the time to the first token goes to by torch's profiler, see [`rank_operations`]."""
     inputs = contender.make_inputs(1, arguments.text_tokens)
-    on_gpu = arguments.device.startswith("cuda")
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if arguments.on_gpu else [])]
     with profile(activities=activities, acc_events=True) as profiler:
         answer(contender, inputs, 1)
-    name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    events = [(event.key, getattr(event, name), event.count) for event in profiler.key_averages()]
-    total = sum(duration for _, duration, _ in events)
-    events.sort(key=lambda event: event[1], reverse=True)
-    return [{"operation": key, "share": duration / total, "calls": calls} for key, duration, calls in events[:number]]
+    return rank_operations(profiler.key_averages(), arguments.on_gpu)
+
+
+def rank_operations(events: Iterable[FunctionEventAvg], on_gpu: bool, number: int = 12) -> list[dict[str, Any]]:
+    """
+    The operations that take most of the time, with their share of it.
+
+    Args:
+        events (`Iterable`): What the profiler saw, by name.
+        on_gpu (`bool`): Whether the time that counts is that of an operation's kernels. Each kernel is an event of its
+            own beside the operation that launched it, and is left out: its time is there already.
+        number (`int`): How many.
+    """
+    durations = [
+        (event.key, event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count)
+        for event in events
+        if event.device_type == DeviceType.CPU
+    ]
+    total = sum(duration for _, duration, _ in durations)
+    durations.sort(key=lambda operation: operation[1], reverse=True)
+    return [{"operation": name, "share": time / total, "calls": calls} for name, time, calls in durations[:number]]
 
 
 def describe(
@@ -215,7 +214,7 @@ def describe(
     The record's entries: for each part its FLOPs, bytes and time, and the shares of the two measured limits.
 
     Args:
-        timings (`dict[str, Timing]`): Of all parts, of `"matrix product"` and `"copy"`.
+        timings (`dict[str, Timing]`): Of `"matrix product"`, `"copy"` and all parts that memory sufficed for.
         flops, num_bytes (`dict[str, int]`): Of all parts.
         arguments ([`RooflineArguments`]): Options.
     """
@@ -223,9 +222,11 @@ def describe(
     product, copy = timings["matrix product"], timings["copy"]
     parts = {}
     for name in flops:
+        if name not in timings:
+            continue
         timing = timings[name]
-        of_rate = {key: value * flops[name] / most_flops for key, value in product.ratio(timing).items()}
-        of_bandwidth = {key: value * num_bytes[name] / most_bytes for key, value in copy.ratio(timing).items()}
+        of_rate = {key: value * flops[name] / most_flops for key, value in ratio(product, timing).items()}
+        of_bandwidth = {key: value * num_bytes[name] / most_bytes for key, value in ratio(copy, timing).items()}
         parts[name] = {
             "flops": flops[name],
             "bytes": num_bytes[name],
@@ -243,8 +244,8 @@ def describe(
 
 
 @torch.no_grad()
-def run(arguments: RooflineArguments) -> dict[str, Any]:
-    """Measures and counts; see [`describe`] for what comes out."""
+def run(arguments: RooflineArguments) -> Iterator[dict[str, Any]]:
+    """Measures and counts, and then looks where the time goes; yields the results after each, see [`describe`]."""
     shapes = SHAPES[arguments.preset]
     contender = make_contender(shapes, NAME, arguments.device, arguments.torch_dtype)
     on_meta = make_contender(shapes, NAME, "meta", arguments.torch_dtype)
@@ -260,7 +261,7 @@ def run(arguments: RooflineArguments) -> dict[str, Any]:
     target = torch.empty_like(source)
     limits = {"matrix product": lambda: left @ right, "copy": lambda: target.copy_(source)}
     functions = {
-        name: functools.partial(time_phase, function, arguments.device)
+        name: functools.partial(time_phase, function)
         for name, function in (*limits.items(), *((name, part.run) for name, part in parts.items()))
     }
     inputs = contender.make_inputs(1, arguments.text_tokens)
@@ -268,23 +269,24 @@ def run(arguments: RooflineArguments) -> dict[str, Any]:
     timings = {name: phases["seconds"] for name, phases in compare_phases(functions, arguments).items()}
 
     results = describe(timings, flops, num_bytes, arguments)
-    on_gpu = arguments.preset == "full"
-    towers, decoding = results["parts"]["towers and projector"], results["parts"]["decoding"]
+    of_7b = arguments.preset == "full"
+    towers, decoding = (results["parts"].get(name, {}) for name in ("towers and projector", "decoding"))
     results["targets"] = [
         make_target(
             f"share of the matrix rate that the towers reach, {arguments.batch_size} pictures",
-            *(towers["share_of_matrix_rate"], 0.45, True, on_gpu and arguments.batch_size == 8),
+            *(towers.get("share_of_matrix_rate"), 0.45, True, of_7b and arguments.batch_size == 8),
         ),
         make_target(
             "share of the copy bandwidth that decoding reaches",
-            *(decoding["share_of_copy_bandwidth"], 0.75, True, on_gpu),
+            *(decoding.get("share_of_copy_bandwidth"), 0.75, True, of_7b),
         ),
     ]
+    yield results
     results["first_token_operations"] = find_top_operations(contender, arguments)
-    return results
+    yield results
 
 
-def draw(results: dict[str, Any], arguments: RooflineArguments) -> None:
+def draw(results: dict[str, Any], arguments: RooflineArguments) -> Figure:
     """The roofline: FLOPs a second over FLOPs a byte, double logarithmic."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -300,17 +302,20 @@ def draw(results: dict[str, Any], arguments: RooflineArguments) -> None:
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="GFLOPs a second")
     axes.set_title(f"LLaVA-HR at 1024 px, {arguments.dtype}, {arguments.preset} preset")
     axes.legend(fontsize="small")
-    figure.savefig(plot_path("roofline", arguments), dpi=120)
+    return figure
+
+
+def summarize(results: dict[str, Any], arguments: RooflineArguments) -> str:
+    """The shares of each part, a line each."""
+    lines = []
+    for name, part in results["parts"].items():
+        rate, bandwidth = (part[f"share_of_{limit}"]["median"] for limit in ("matrix_rate", "copy_bandwidth"))
+        lines.append(f"{name}: {rate:.0%} of the matrix rate, {bandwidth:.0%} of the copy bandwidth")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    arguments = parse_arguments(RooflineArguments)
-    results = run(arguments)
-    write_record("roofline", arguments, results)
-    draw(results, arguments)
-    for name, part in results["parts"].items():
-        shares = (part[f"share_of_{limit}"]["median"] for limit in ("matrix_rate", "copy_bandwidth"))
-        print("{}: {:.0%} of the matrix rate, {:.0%} of the copy bandwidth".format(name, *shares))
+    run_benchmark("roofline", RooflineArguments, run, draw, summarize)
 
 
 if __name__ == "__main__":

@@ -22,20 +22,23 @@ through all cases:
     seconds = overhead + FLOPs / rate
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
-from ._common import BenchmarkArguments, compare_phases, parse_arguments, plot_path, time_phase, write_record
+from ._common import ModelArguments, compare_phases, run_benchmark, time_phase
 from ._models import LLAVA_HR_SIDES, SHAPES, Contender, make_llava_hr
 from .inference import see
 from .plan import count_flops
 
 
 @dataclass
-class ScaleArguments(BenchmarkArguments):
+class ScaleArguments(ModelArguments):
     """
     What is varied. Each is varied by itself, the others being the first of their list, and 1024 px.
 
@@ -112,24 +115,16 @@ def fit(flops: list[float], seconds: list[float]) -> dict[str, float]:
 
 def measure(contender: Contender, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
     """Seconds from the call to the first token, `first_token`, and their parts, `vision` and `text`."""
-    model, device = contender.model, str(contender.model.device)
     vision = see(contender, {name: inputs[name] for name in contender.sides})["towers"]
-    whole = time_phase(lambda: model(**inputs, logits_to_keep=1), device)["seconds"]
+    whole = time_phase(lambda: contender.model(**inputs, logits_to_keep=1))["seconds"]
     return {"first_token": whole, "vision": vision, "text": whole - vision}
 
 
 @torch.inference_mode()
-def run(arguments: ScaleArguments) -> dict:
-    """
-    Args:
-        arguments ([`ScaleArguments`]): What is varied.
-
-    Returns:
-        `dict`: For each case its seconds and FLOPs, and the fits of `vision` and `text`.
-    """
+def run(arguments: ScaleArguments) -> Iterator[dict[str, Any]]:
+    """Measures all cases; yields seconds and FLOPs of each that memory sufficed for, and the fits of both parts."""
     torch.manual_seed(0)
-    shapes = SHAPES[arguments.preset]
-    dtype = torch.bfloat16 if arguments.device.startswith("cuda") else torch.float32
+    shapes, dtype = SHAPES[arguments.preset], arguments.torch_dtype
     contenders = make_llava_hr(shapes, arguments.device, dtype)
     on_meta = make_llava_hr(shapes, "meta", dtype)
     functions, counted = {}, {}
@@ -148,18 +143,17 @@ def run(arguments: ScaleArguments) -> dict:
             "flops": dict(zip(("vision", "text"), counted[case.name], strict=True)),
         }
         for case in get_cases(arguments)
+        if case.name in timings
     ]
     fits = {
         part: fit([row["flops"][part] for row in rows], [row["seconds"][part]["median"] for row in rows])
         for part in ("vision", "text")
     }
-    return {"cases": rows, "fit": fits}
+    yield {"cases": rows, "fit": fits}
 
 
-def draw(results: dict, arguments: ScaleArguments) -> None:
+def draw(results: dict[str, Any], arguments: ScaleArguments) -> Figure:
     """Measured times and the fitted line, against each of what was varied."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     fitted = results["fit"]
     panels = (("side", "high-resolution side, px"), ("batch_size", "batch size"), ("pictures", "pictures in a prompt"))
@@ -181,20 +175,23 @@ def draw(results: dict, arguments: ScaleArguments) -> None:
         axes.plot(x, line, label="fitted")
         axes.set(xlabel=label, ylabel="seconds to the first token", ylim=(0, None))
         axes.legend()
-    figure.savefig(plot_path("scale", arguments), dpi=150)
+    return figure
+
+
+def describe(results: dict[str, Any], arguments: ScaleArguments) -> str:
+    """Seconds of each case, and the fits, a line each."""
+    lines = []
+    for row in results["cases"]:
+        case = Case(row["side"], row["batch_size"], row["pictures"])
+        lines.append(f"{case.name}: {row['seconds']['first_token']['median']:.3f} s")
+    for part, fitted in results["fit"].items():
+        rate, worst = fitted["rate"] / 1e9, fitted["worst"]
+        lines.append(f"{part}: {fitted['overhead']:.4f} s and {rate:.1f} GFLOP/s, at most {worst:.0%} off")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    arguments = parse_arguments(ScaleArguments)
-    results = run(arguments)
-    for row in results["cases"]:
-        case = Case(row["side"], row["batch_size"], row["pictures"])
-        print(f"{case.name}: {row['seconds']['first_token']['median']:.3f} s")
-    for part, fitted in results["fit"].items():
-        rate, worst = fitted["rate"] / 1e9, fitted["worst"]
-        print(f"{part}: {fitted['overhead']:.4f} s and {rate:.1f} GFLOP/s, at most {worst:.0%} off")
-    write_record("scale", arguments, results)
-    draw(results, arguments)
+    run_benchmark("scale", ScaleArguments, run, draw, describe)
 
 
 if __name__ == "__main__":

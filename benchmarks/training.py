@@ -14,15 +14,17 @@
 """
 What a training step costs: LLaVA-HR against LLaVA-1.5 with the same ViT and language model, in both stages.
 
-    python -m benchmarks.training                   # small models on a CPU, everything trained with AdamW
-    python -m benchmarks.training --preset full     # 7B on one GPU, bfloat16 weights with AdamW in 8 bits
+    python -m benchmarks.training                  # small models on a CPU, everything trained with AdamW
+    python -m benchmarks.training --preset full     # 7B on one GPU, bfloat16 weights, stage 2 with AdamW in 8 bits
 
-A step is forward, backward and optimizer on a generated batch; what is trained is what [`training.stages`] trains
-(LLaVA-1.5: the projector, then everything as well). The language model is one and the same in all of them.
+A step is forward, backward and optimizer on a generated batch. What is trained is what [`training.stages`] trains, in
+LLaVA-1.5 what its recipe does: the projector, then the language model as well; its ViT is frozen in both. The language
+model is one and the same in all of them. On a GPU, the largest batch that fits is looked for with each model alone.
 """
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,17 +36,20 @@ from tqdm import tqdm
 from training.stages import LORA_TARGET_MODULES, STAGES, Stage, freeze
 
 from ._common import (
-    BenchmarkArguments,
+    ModelArguments,
     Timing,
+    added_gpu_bytes,
     compare,
     in_fresh_process,
     make_target,
-    parse_arguments,
-    peak_gpu_bytes,
-    plot_path,
-    write_record,
+    ratio,
+    run_benchmark,
+    spread,
+    unless_out_of_memory,
 )
 from ._models import (
+    LLAVA_HR_SIDES,
+    LLAVA_SIDES,
     SHAPES,
     Contender,
     Shapes,
@@ -61,7 +66,7 @@ METHODS = ("full", "full_8bit", "lora")
 
 
 @dataclass
-class TrainingArguments(BenchmarkArguments):
+class TrainingArguments(ModelArguments):
     """
     Options of this benchmark beside those of every one.
 
@@ -72,32 +77,30 @@ class TrainingArguments(BenchmarkArguments):
             bits, meant for one GPU of 80 GB; full) or `"lora"` (language model at rank 128, beside adapters, fusion
             and projector).
         batch_size (`int`): Samples of a step, each with a picture.
+        max_batch_size (`int`, *optional*): Where the search for the largest batch that fits ends; 64 (full) or 0, no
+            search (cpu), by default.
         gradient_checkpointing (`bool`, *optional*): Whether activations are computed again in the backward pass; with
             the full preset alone by default.
-        dtype (`str`, *optional*): Of weights and gradients: `"float32"` (cpu) or `"bfloat16"` (full) by default.
     """
 
     repeats: int = field(default=3, metadata={"help": "rounds that count"})
     method: str | None = field(default=None, metadata={"help": f"of stage 2: {', '.join(METHODS)}"})
     batch_size: int = field(default=1, metadata={"help": "samples of a step"})
+    max_batch_size: int | None = field(default=None, metadata={"help": "end of the search for the largest batch"})
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "compute activations twice"})
-    dtype: str | None = field(default=None, metadata={"help": "float32 or bfloat16"})
 
     def __post_init__(self):
         super().__post_init__()
-        full = self.preset == "full"
-        self.method = self.method or ("full_8bit" if full else "full")
-        self.dtype = self.dtype or ("bfloat16" if full else "float32")
+        large = self.preset == "full"
+        self.method = self.method or ("full_8bit" if large else "full")
+        if self.max_batch_size is None:
+            self.max_batch_size = 64 if large else 0
         if self.gradient_checkpointing is None:
-            self.gradient_checkpointing = full
+            self.gradient_checkpointing = large
         if self.method not in METHODS:
             raise ValueError(f"--method must be one of {', '.join(METHODS)}, but got {self.method!r}.")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"--dtype must be float32 or bfloat16, but got {self.dtype!r}.")
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+        if self.max_batch_size and not self.on_gpu:
+            raise ValueError("--max_batch_size needs --device cuda: what a CPU's memory ends with is no error.")
 
 
 def get_stage(name: str, method: str) -> Stage:
@@ -113,7 +116,7 @@ def prepare(contenders: dict[str, Contender], name: str, arguments: TrainingArgu
     Makes contenders that share a language model ready for a stage.
 
     Args:
-        contenders (`dict[str, Contender]`): All that the optimizer is for; changed in place.
+        contenders (`dict[str, Contender]`): All that the optimizer is for, by name; changed in place.
         name (`str`): Name of the stage.
         arguments ([`TrainingArguments`]): Options.
 
@@ -127,8 +130,8 @@ def prepare(contenders: dict[str, Contender], name: str, arguments: TrainingArgu
         lora = LoraConfig(r=128, lora_alpha=256, lora_dropout=0.05, target_modules=LORA_TARGET_MODULES)
         inject_adapter_in_model(lora, next(iter(contenders.values())).model)
     stage = get_stage(name, arguments.method)
-    for contender in contenders.values():
-        freeze(contender.model, stage, [])
+    for its_name, contender in contenders.items():
+        freeze(contender.model, stage, [r"model\.vision_tower\."] if its_name.startswith("llava-1.5") else [])
         contender.model.train()
         if arguments.gradient_checkpointing:
             contender.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -138,7 +141,7 @@ def prepare(contenders: dict[str, Contender], name: str, arguments: TrainingArgu
         for parameter in contender.model.parameters()
         if parameter.requires_grad
     }
-    if arguments.method == "full_8bit":
+    if name == "finetune" and arguments.method == "full_8bit":
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(parameters.values(), lr=stage.learning_rate)
@@ -161,8 +164,10 @@ def step(model: nn.Module, batch: dict[str, torch.Tensor], optimizer: torch.opti
         optimizer.zero_grad(set_to_none=True)
 
 
-def step_alone(shapes: Shapes, name: str, stage: str, arguments: TrainingArguments) -> None:
-    """Makes a contender, its optimizer's states and then a step; for a fresh process."""
+def make_alone(
+    shapes: Shapes, name: str, stage: str, arguments: TrainingArguments
+) -> tuple[Contender, torch.optim.Optimizer]:
+    """A contender and its optimizer, whose states are made."""
     mr_adapters = STAGES[stage].mr_adapters
     contender = make_contender(shapes, name, arguments.device, arguments.torch_dtype, mr_adapters)
     optimizer = prepare({name: contender}, stage, arguments)
@@ -171,24 +176,35 @@ def step_alone(shapes: Shapes, name: str, stage: str, arguments: TrainingArgumen
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    return contender, optimizer
+
+
+def step_alone(shapes: Shapes, name: str, stage: str, arguments: TrainingArguments) -> None:
+    """A contender's step; for a fresh process."""
+    contender, optimizer = make_alone(shapes, name, stage, arguments)
     step(contender.model, make_batch(contender, stage, arguments.batch_size), optimizer)
 
 
-def get_gpu_peak(contender: Contender, optimizer: torch.optim.Optimizer, run) -> int | None:
+def find_largest_batch(shapes: Shapes, name: str, arguments: TrainingArguments) -> int:
     """
-    Peak memory of a step on a GPU that the model shares with others, in bytes: its weights, its optimizer states and
-    what a step adds. `None` if the memory does not suffice.
+    Samples of the largest step of stage 2 that the GPU's memory suffices for: 1, 2, 4 ... up to `max_batch_size`, or 0
+    if it does not suffice for one. For a fresh process, which has the GPU to itself.
     """
-    try:
-        run()  # makes the optimizer's states
-        before = torch.cuda.memory_allocated()
-        added = peak_gpu_bytes(run) - before
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return None
-    states = [optimizer.state[parameter] for parameter in contender.model.parameters() if parameter in optimizer.state]
-    state_bytes = sum(value.nbytes for state in states for value in state.values() if isinstance(value, torch.Tensor))
-    return added + get_weight_bytes(contender.model) + state_bytes
+
+    def take(batch_size: int) -> int:
+        step(contender.model, make_batch(contender, "finetune", batch_size), optimizer)
+        return batch_size
+
+    made = unless_out_of_memory(lambda: make_alone(shapes, name, "finetune", arguments))
+    if made is None:
+        return 0
+    contender, optimizer = made
+    largest = 0
+    while (size := 2 * largest or 1) <= arguments.max_batch_size:
+        if unless_out_of_memory(functools.partial(take, size)) is None:
+            break
+        largest = size
+    return largest
 
 
 def run_stage(
@@ -206,6 +222,15 @@ def run_stage(
     Returns:
         `tuple`: The entries of the record, and the timings of those that memory sufficed for.
     """
+
+    def get_gpu_peak(its_name: str) -> int:
+        """What a model that shares the GPU takes by itself: weights, optimizer states and what a step adds."""
+        runs[its_name]()  # makes the optimizer's states
+        added, model = added_gpu_bytes(runs[its_name]), contenders[its_name].model
+        states = [optimizer.state[parameter] for parameter in model.parameters() if parameter in optimizer.state]
+        tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+        return added + get_weight_bytes(model) + sum(tensor.nbytes for tensor in tensors)
+
     optimizer = prepare(contenders, name, arguments)
     runs = {
         its_name: functools.partial(
@@ -213,8 +238,8 @@ def run_stage(
         )
         for its_name, contender in contenders.items()
     }
-    if arguments.device.startswith("cuda"):
-        peaks = {its_name: get_gpu_peak(contenders[its_name], optimizer, run) for its_name, run in runs.items()}
+    if arguments.on_gpu:
+        peaks = {its_name: unless_out_of_memory(functools.partial(get_gpu_peak, its_name)) for its_name in runs}
     else:
         bar = tqdm(contenders, desc=f"{name}, memory", unit="run")
         peaks = {its_name: in_fresh_process(step_alone, shapes, its_name, name, arguments)[1] for its_name in bar}
@@ -233,18 +258,31 @@ def run_stage(
     return entries, timings
 
 
-def find_targets(timings: dict[str, Timing]) -> list[dict[str, Any]]:
-    """What the project wants of a step of stage 2, beside what came out; see [`make_target`]."""
-    base = timings["llava-hr-1024"]
+def find_targets(
+    timings: dict[str, Timing], largest: dict[str, int], arguments: TrainingArguments
+) -> list[dict[str, Any]]:
+    """
+    What the project wants of stage 2, beside what came out; see [`make_target`].
+
+    Args:
+        timings (`dict[str, Timing]`): Of a step, without those that memory did not suffice for.
+        largest (`dict[str, int]`): Samples of the largest step; empty if it was not looked for.
+        arguments ([`TrainingArguments`]): Options.
+    """
+    base, low, llava = (timings.get(name) for name in ("llava-hr-1024", "llava-hr-384", "llava-1.5-1022"))
     name = "step of stage 2 at 1024 px over that at 384 px (paper, whole training: 1.176)"
-    targets = [make_target(name, base.ratio(timings["llava-hr-384"]), 1.15, False, True)]
-    if "llava-1.5-1022" in timings:
-        name = "step of stage 2 at 1024 px over LLaVA-1.5's at 1022 px"
-        targets.append(make_target(name, base.ratio(timings["llava-1.5-1022"]), 1 / 3, False, True))
-    return targets
+    targets = [make_target(name, ratio(base, low), 1.15, False, True)]
+    name = "step of stage 2 at 1024 px over LLaVA-1.5's at 1022 px"
+    targets.append(make_target(name, ratio(base, llava), 1 / 3, False, True))
+    more = None
+    # where the search ended before LLaVA-1.5's memory did, it says nothing
+    if largest and largest["llava-1.5-1022"] * 2 <= arguments.max_batch_size:
+        more = spread([largest["llava-hr-1536"] - largest["llava-1.5-1022"]])
+    name = "samples that the largest step at 1536 px has more than LLaVA-1.5's at 1022 px"
+    return [*targets, make_target(name, more, 1, True, True)]
 
 
-def draw(results: dict[str, Any], arguments: TrainingArguments) -> None:
+def draw(results: dict[str, Any], arguments: TrainingArguments) -> Figure:
     """Time and peak memory of a step over the side of the picture, for both stages."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -261,24 +299,31 @@ def draw(results: dict[str, Any], arguments: TrainingArguments) -> None:
         axes.set(title=title, xlabel="side of the picture in pixels", ylim=(0, None))
     left.legend()
     figure.suptitle(f"Batch of {arguments.batch_size}, method {arguments.method}, {arguments.preset} preset")
-    figure.savefig(plot_path("training", arguments), dpi=120)
+    return figure
 
 
-def main() -> None:
-    arguments = parse_arguments(TrainingArguments)
+def run(arguments: TrainingArguments) -> Iterator[dict[str, Any]]:
+    """Looks for the largest batches and measures both stages; yields the results after each."""
     shapes, make = SHAPES[arguments.preset], {"device": arguments.device, "dtype": arguments.torch_dtype}
+    results = {"largest_batch": {}}
+    if arguments.max_batch_size:
+        names = [*(f"llava-hr-{side}" for side in LLAVA_HR_SIDES), *(f"llava-1.5-{side}" for side in LLAVA_SIDES)]
+        for name in tqdm(names, desc="largest batch", unit="model"):
+            results["largest_batch"][name], _ = in_fresh_process(find_largest_batch, shapes, name, arguments)
+            yield results
     llava = make_llava(shapes, **make)
     language_model = next(iter(llava.values())).model
-    results = {}
     for name, stage in STAGES.items():
         llava_hr = make_llava_hr(shapes, **make, mr_adapters=stage.mr_adapters)
         share_language_model(llava_hr, language_model)
         results[name], timings = run_stage(name, {**llava_hr, **llava}, shapes, arguments)
-    results["targets"] = find_targets(timings)
-    write_record("training", arguments, results)
-    draw(results, arguments)
-    for target in results["targets"]:
-        print(f"{target['name']}: {target['measured']['median']:.3g} (target: {target['target']})")
+        yield results
+    results["targets"] = find_targets(timings, results["largest_batch"], arguments)
+    yield results
+
+
+def main() -> None:
+    run_benchmark("training", TrainingArguments, run, draw)
 
 
 if __name__ == "__main__":

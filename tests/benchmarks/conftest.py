@@ -16,9 +16,11 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks._models import SHAPES
 
@@ -30,7 +32,7 @@ TINY = dataclasses.replace(
     text={
         "vocab_size": 128,
         "hidden_size": 64,
-        "intermediate_size": 96,
+        "intermediate_size": 128,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "max_position_embeddings": 512,
@@ -60,6 +62,33 @@ def run_benchmark(tiny, tmp_path, monkeypatch):
         assert (tmp_path / f"{name}-cpu.png").stat().st_size > 5000
         record = json.loads((tmp_path / f"{name}-cpu.json").read_text())
         assert record["command"].startswith(f"python -m benchmarks.{name} ") and record["machine"]["cores"] > 0
+        assert record["finished"] and not list(tmp_path.glob(".*"))
         return record["results"]
 
     return run
+
+
+@pytest.fixture
+def exhaust(monkeypatch):
+    """Lets a function of a module end as it does on a GPU whose memory does not suffice, where `when` says so."""
+
+    def patch(module, function: str, when: Callable[..., bool]) -> None:
+        whole = getattr(module, function)
+
+        def run(*args, **kwargs):
+            if when(*args, **kwargs):
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return whole(*args, **kwargs)
+
+        monkeypatch.setattr(module, function, run)
+
+    return patch
+
+
+@pytest.fixture
+def no_gpu_statistics(monkeypatch):
+    """What is measured on a GPU runs on a CPU, where everything takes 100 bytes."""
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1100)

@@ -13,13 +13,17 @@
 # limitations under the License.
 """What the benchmarks share: rounds, ratios, memory of a process, options, targets."""
 
+import json
 import sys
+import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks import _common
-from benchmarks._common import BenchmarkArguments, Timing
+from benchmarks._common import BenchmarkArguments, ModelArguments, OutputArguments, Timing
 
 
 HELD = []
@@ -33,6 +37,10 @@ def hold(num_bytes: int) -> str:
 
 def die() -> None:
     sys.exit(3)
+
+
+def fail(message: str) -> None:
+    raise RuntimeError(message)
 
 
 def test_everything_runs_once_in_each_round():
@@ -53,8 +61,39 @@ def test_warmup_does_not_count():
 
 def test_ratios_are_taken_in_each_round():
     # the medians' ratio would be 4 / 3
-    ratio = Timing([2.0, 4.0, 30.0]).ratio(Timing([1.0, 3.0, 10.0]))
+    ratio = _common.ratio(Timing([2.0, 4.0, 30.0]), Timing([1.0, 3.0, 10.0]))
     assert ratio == {"median": 2.0, "low": pytest.approx((4 / 3 + 2) / 2), "high": 2.5}
+    assert _common.ratio(None, Timing([1.0])) is None and _common.ratio(Timing([1.0]), None) is None
+
+
+def test_what_memory_does_not_suffice_for_is_left_out():
+    calls = []
+
+    def grow():
+        calls.append("grow")
+        if len(calls) > 2:  # in the second round
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    functions = {"grow": grow, "other": lambda: calls.append("other")}
+    timings = _common.compare(functions, BenchmarkArguments(repeats=3, warmup=1))
+    assert calls == ["grow", "other", "grow", "other", "other", "other"]
+    assert timings.keys() == {"other"} and len(timings["other"].seconds) == 3
+
+
+def test_memory_is_given_back_when_it_did_not_suffice(monkeypatch):
+    held, given_back = [], []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(held[0]() is None))
+
+    def fill():
+        tensor = torch.ones(1000)
+        held.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    assert _common.unless_out_of_memory(fill) is None
+    assert given_back == [True]  # not before the function's tensors were gone
+    assert _common.unless_out_of_memory(lambda: 3) == 3
+    with pytest.raises(RuntimeError, match="other"):
+        _common.unless_out_of_memory(lambda: fail("other"))
 
 
 def test_one_round_has_no_spread():
@@ -75,7 +114,10 @@ def test_a_fresh_process_that_dies_is_named():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "gpu"}, "--preset must be cpu or full"),
+        ({"preset": "large"}, "--preset must be cpu or full, but got 'large'"),
+        ({"preset": "full", "device": "cpu"}, "--preset full must run with --device cuda"),
+        ({"device": "cuda:1"}, "--device must be cpu or cuda, but got 'cuda:1'. CUDA_VISIBLE_DEVICES"),
+        ({"device": "mps"}, "--device must be cpu or cuda"),
         ({"repeats": 0}, "--repeats must be at least 1"),
         ({"warmup": -1}, "--warmup 0, but got 5 and -1"),
     ],
@@ -86,7 +128,7 @@ def test_wrong_options_are_named(options, message):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_full_preset_wants_a_gpu(monkeypatch):
+def test_the_gpu_preset_wants_a_gpu(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "--preset", "full"])
     with pytest.raises(SystemExit, match="there is no GPU here"):
         _common.parse_arguments(BenchmarkArguments)
@@ -97,3 +139,49 @@ def test_targets(at_least, target, met):
     measured = {"median": 2.5, "low": 1.0, "high": 4.0}
     assert _common.make_target("x", measured, target, at_least, True)["met"] is met
     assert _common.make_target("x", measured, target, at_least, False)["met"] is None
+    assert _common.make_target("x", None, target, at_least, True) == {
+        "name": "x",
+        "measured": None,
+        "target": f"{'at least' if at_least else 'at most'} {target}",
+        "met": None,
+    }
+
+
+def test_the_number_format_is_an_option():
+    assert ModelArguments().torch_dtype is torch.float32
+    assert ModelArguments(dtype="bfloat16").torch_dtype is torch.bfloat16
+    with pytest.raises(ValueError, match="--dtype must be float32 or bfloat16, but got 'float16'"):
+        ModelArguments(dtype="float16")
+
+
+@dataclass
+class CountArguments(OutputArguments):
+    number: int = 2
+
+
+def test_a_stop_loses_nothing(tmp_path, monkeypatch, capsys):
+    """The record is written after each case, in place of the one before."""
+    read = lambda: json.loads((tmp_path / "count.json").read_text())  # noqa: E731
+    seen = []
+
+    def run(arguments):
+        results = {"cases": []}
+        for number in range(arguments.number):
+            if number == 2:
+                raise KeyboardInterrupt
+            results["cases"].append(number)
+            yield results
+            seen.append((read()["results"]["cases"], read()["finished"]))
+        results["targets"] = [_common.make_target("gaps", None, 1, True, True)]
+        yield results
+
+    monkeypatch.setattr(sys, "argv", ["count", "--output", str(tmp_path)])
+    _common.run_benchmark("count", CountArguments, run, lambda results, arguments: Figure())
+    assert seen == [([0], False), ([0, 1], False)]
+    assert read()["finished"] and read()["arguments"] == {"output": str(tmp_path), "number": 2}
+    assert "gaps: not measured (target: at least 1)" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["count", "--output", str(tmp_path), "--number", "3"])
+    with pytest.raises(KeyboardInterrupt):
+        _common.run_benchmark("count", CountArguments, run, lambda results, arguments: Figure())
+    assert read()["results"]["cases"] == [0, 1] and not read()["finished"]
+    assert {file.name for file in tmp_path.iterdir()} == {"count.json", "count.png"}

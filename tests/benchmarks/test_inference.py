@@ -18,18 +18,24 @@ import torch
 
 from benchmarks import inference
 from benchmarks._common import Timing
-from benchmarks._models import make_contender, make_llava, make_llava_hr, share_language_model
+from benchmarks._models import (
+    get_weight_bytes,
+    make_contender,
+    make_llava,
+    make_llava_hr,
+    share_language_model,
+)
 from benchmarks.inference import InferenceArguments
 
 
 def test_a_run_compares_all_resolutions_and_draws(run_benchmark, capsys):
     options = ("--repeats", "2", "--warmup", "0", "--new_tokens", "12", "--batch_sizes", "1", "2")
-    results = run_benchmark(inference, *options, "--variants", "eager", "static")
+    results = run_benchmark(inference, *options, "--variants", "compiled", "eager", "static", "4bit")
     tokens = {name: entry["image_tokens"] for name, entry in results["resolutions"]["1"].items()}
     assert tokens == {
         **{"llava-hr-384": 9, "llava-hr-768": 9, "llava-hr-1024": 16, "llava-hr-1536": 36},
         **{"llava-1.5-336": 9, "llava-1.5-448": 16, "llava-1.5-672": 36, "llava-1.5-1022": 81},
-        **{"deepseek-vl-hybrid-1024": 16, "fastvlm-1024": 256},
+        **{"deepseek-vl-hybrid-1024": 16, "fastvlm-1024": 256, "llava-hr-1024, compiled": 16},
     }
     for batch_size, entries in results["resolutions"].items():
         assert entries.keys() == tokens.keys()
@@ -40,7 +46,8 @@ def test_a_run_compares_all_resolutions_and_draws(run_benchmark, capsys):
             assert entry["decoded_tokens_per_second"] == pytest.approx(int(batch_size) * 11 / (last - first))
             # at least the picture itself
             assert entry["peak_bytes"] > 4 * 3 * max(entry["sides"].values()) ** 2 * int(batch_size)
-    assert len(results["variants"]) == 6 and "llava-1.5-1022, static" in results["variants"]
+    assert len(results["variants"]) == 8 and "llava-1.5-1022, 4bit" in results["variants"]
+    assert results["compiled_towers"].keys() == {"1", "2"} and results["compiled_towers"]["1"]["low"] > 0
     assert [target["met"] for target in results["targets"][:3]] == [None] * 3  # they are about 7B on a GPU
     assert results["targets"][3]["met"] in (True, False)
     assert "(target: at least 6)" in capsys.readouterr().out
@@ -59,8 +66,36 @@ def test_targets_compare_round_by_round():
     # tokens/s at 1024: 0.8 of those at 384; towers: 2 of 10 and 1 of 5 seconds; LLaVA-1.5: 8 times as long
     assert [target["measured"]["median"] for target in targets] == pytest.approx([0.2, 0.2, 8, 8])
     assert [target["met"] for target in targets] == [None, None, None, True]
-    del timings["llava-1.5-1022"]  # as if memory had not sufficed
-    assert len(inference.find_targets(timings, InferenceArguments())) == 2
+    for name, measured in (("llava-1.5-1022", 2), ("llava-hr-1024", 0)):
+        del timings[name]  # as if memory had not sufficed
+        targets = inference.find_targets(timings, InferenceArguments())
+        assert [target["measured"] is not None for target in targets] == [True] * measured + [False] * (4 - measured)
+
+
+def test_a_run_goes_on_where_memory_does_not_suffice(run_benchmark, exhaust, capsys):
+    exhaust(inference, "answer", lambda contender, *_: 1024 in contender.sides.values())
+    options = ("--repeats", "1", "--warmup", "0", "--new_tokens", "10", "--batch_sizes", "1", "--variants")
+    results = run_benchmark(inference, *options, "eager")
+    entry = results["resolutions"]["1"].pop("llava-hr-1024")
+    assert entry == {"sides": {"pixel_values": 448, "high_res_pixel_values": 1024}, "image_tokens": 16} | {
+        "out_of_memory": True
+    }
+    assert all("seconds" in entry for entry in results["resolutions"]["1"].values())
+    assert [target["measured"] for target in results["targets"]] == [None] * 4
+    assert results["variants"]["llava-hr-1024, eager"]["out_of_memory"]
+    assert capsys.readouterr().out.count(": not measured (target: ") == 4
+
+
+def test_peaks_on_a_gpu_are_those_of_what_memory_suffices_for(tiny, exhaust, no_gpu_statistics):
+    contenders = make_llava_hr(tiny, "cpu", torch.float32)
+    arguments = InferenceArguments(repeats=1, new_tokens=10)
+    arguments.device = "cuda"
+    exhaust(inference, "answer", lambda contender, *_: 1536 in contender.sides.values())
+    contest = {name: (contender, "sdpa") for name, contender in contenders.items()}
+    entries, timings = inference.run_contest(contest, 1, arguments, {}, {})
+    assert entries["llava-hr-1536"]["out_of_memory"] and "llava-hr-1536" not in timings
+    weights = get_weight_bytes(contenders["llava-hr-384"].model)
+    assert [entry["peak_bytes"] for entry in list(entries.values())[:3]] == [weights + 100] * 3
 
 
 def test_the_language_model_is_in_memory_once(tiny):
@@ -86,25 +121,47 @@ def test_attention_is_switched(tiny):
         assert model.vision_tower.config._attn_implementation == expected
 
 
-def test_four_bit_language_model_answers(tiny):
+def test_four_bit_language_model_is_as_users_get_it(tiny):
+    contenders = inference.make_contenders(tiny, InferenceArguments())
+    quantized = inference.quantize(contenders, InferenceArguments())
+    hr, llava = quantized.values()
+    assert (
+        llava.model.model.language_model is hr.model.model.language_model and llava.model.lm_head is hr.model.lm_head
+    )
+    assert llava.model.model.vision_tower is not contenders["llava-1.5-1022"].model.model.vision_tower
+    weight = hr.model.model.language_model.layers[0].mlp.up_proj.weight
+    assert weight.quant_type == "nf4" and not weight.quant_state.nested  # as `BitsAndBytesConfig` has it by default
+    # of 4 bytes, half a byte is left, and for each 64 weights a scale of 4 bytes; tables of 16 values, descriptions
+    weights = 4 * 64 * 64 + 3 * 64 * 128
+    saved = get_weight_bytes(contenders["llava-hr-1024"].model) - get_weight_bytes(hr.model)
+    assert (
+        4 * weights - weights / 2 - weights / 64 * 4 - 7 * 200 < saved < 4 * weights - weights / 2 - weights / 64 * 4
+    )
+    for name, contender in quantized.items():
+        inputs = contender.make_inputs(1, 5)
+        with torch.no_grad():
+            expected = contenders[name].model(**inputs).logits
+            logits = contender.model(**inputs).logits
+        assert torch.isfinite(logits).all() and not torch.equal(logits, expected)
+        # four bits of random weights: the same direction, more or less
+        assert torch.cosine_similarity(logits.flatten(), expected.flatten(), dim=0) > 0.9
+
+
+def test_a_compiled_tower_gives_the_same_features(tiny):
     contender = make_contender(tiny, "llava-hr-1024", "cpu", torch.float32)
-    inputs = contender.make_inputs(1, 5)
+    compiled = inference.compile_tower(contender)
+    assert compiled.model.model.language_model is contender.model.model.language_model
+    pixels = contender.make_pixels(1)
     with torch.no_grad():
-        expected = contender.model(**inputs).logits
-        inference.quantize(contender)
-        layer = contender.model.model.language_model.layers[0]
-        assert layer.mlp.up_proj.weight.dtype == torch.uint8
-        logits = contender.model(**inputs).logits
-    assert torch.isfinite(logits).all() and not torch.equal(logits, expected)
-    # four bits of random weights: the same direction, more or less
-    assert torch.cosine_similarity(logits.flatten(), expected.flatten(), dim=0) > 0.9
+        expected, features = (each.model.get_image_features(**pixels).pooler_output for each in (contender, compiled))
+    assert compiled.model.model.vision_tower.high_res_tower._compiled_call_impl is not None
+    torch.testing.assert_close(features, expected, atol=1e-6, rtol=1e-5)  # float32's rounding
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "float16"}, "--dtype must be float32 or bfloat16"),
-        ({"variants": ["fast"]}, "--variants are eager, static, 4bit, but got fast"),
+        ({"variants": ["fast"]}, "--variants are compiled, eager, static, 4bit, but got fast"),
         ({"new_tokens": 9}, "--new_tokens must be at least 10"),
     ],
 )

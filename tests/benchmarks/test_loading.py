@@ -70,7 +70,9 @@ def test_a_model_is_loaded_in_4_bits(tmp_path):
     whole = loading.load(str(tmp_path / "llava-hr"), "bf16", "cpu")
     text = arguments.shapes.text
     layers = 4 * (4 * text["hidden_size"] ** 2 + 3 * text["hidden_size"] * text["intermediate_size"])
-    assert whole["weight_bytes"] - result["weight_bytes"] == layers * 3 // 2  # half a byte instead of two
+    # half a byte instead of two, 4 for the scale of 64 weights; a table and a description for each of 28 layers
+    packed = result["weight_bytes"] - whole["weight_bytes"] + 2 * layers
+    assert 0 < packed - (layers / 2 + layers / 64 * 4) < 28 * 200
     assert result["gpu_bytes"] is None and torch.get_default_dtype() == torch.float32
 
 

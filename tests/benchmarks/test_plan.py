@@ -74,8 +74,8 @@ def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["plan", "--output", str(tmp_path), "--gpus", "4"])
     plan.main()
     assert re.search(r"on 4 a800:\n  stage 1 [\d.]+ h, stage 2 [\d.]+ h", capsys.readouterr().out)
-    assert json.loads((tmp_path / "plan-cpu.json").read_text())["results"]["hours"]["total"] > 0
-    assert (tmp_path / "plan-cpu.png").stat().st_size > 5000
+    assert json.loads((tmp_path / "plan.json").read_text())["results"]["hours"]["total"] > 0
+    assert (tmp_path / "plan.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,7 @@ def test_command(tmp_path, monkeypatch, capsys):
         (["--gpu", "abacus"], "--gpu must be one of a100, a800, h100, h200, but got 'abacus'"),
         (["--gpus", "0"], "--gpus must be at least 1, but got 0"),
         (["--utilization", "1.5"], "--utilization must be above 0 and at most 1"),
+        (["--preset", "cpu"], "not used by the HfArgumentParser: ..--preset"),
     ],
 )
 def test_wrong_options_are_a_sentence(options, message, monkeypatch):

@@ -108,7 +108,12 @@ def test_run(tmp_path, monkeypatch, capsys):
     assert len(results["cases"]) == 12
     for name, case in results["cases"].items():
         assert case["pictures"] == (2 if name.endswith("batch") else 1)
-        assert set(case["seconds"]) == {"llava-hr", "llava-hr, PIL", "llava", "llava, PIL", "released"}
+        assert set(case["seconds"]) == {
+            *("llava-hr", "llava-hr, PIL", "llava", "llava, cropped", "llava, PIL", "released")
+        }
+        assert set(case["ratios"]) == {"llava / llava-hr", "llava, cropped / llava-hr", "released / llava-hr, PIL"}
+        for ratio in case["ratios"].values():
+            assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
         for seconds in case["seconds"].values():
             assert 0 < seconds["low"] <= seconds["median"] <= seconds["high"] < 60
         assert set(case["deviations"]["llava-hr, PIL"].values()) == {0}
@@ -126,6 +131,16 @@ def test_targets_divide_the_rivals_time_by_ours():
     values = [(target["measured"]["median"], target["met"], target["target"]) for target in targets]
     assert values[:4] == [(1.5, True, "at least 1.3"), (0.5, False, "at least 1")] * 2
     assert values[4:] == [(1.5, True, "at least 1"), (0.5, False, "at least 1")] * 2
+
+
+def test_views_are_padded_or_cropped():
+    """Of a bright picture twice as wide as high: its middle alone, or all of it between bars."""
+    contenders = preprocessing.make_contenders(PreprocessingArguments(side=384))
+    picture = Image.new("RGB", (200, 100), "white")
+    for name, bars in (("llava", True), ("llava, cropped", False), ("llava-hr", True)):
+        views = contenders[name]([picture])
+        view = views["high_res_pixel_values" if name == "llava-hr" else "pixel_values"]
+        assert view.shape == (1, 3, 384, 384) and (view[0, 0, 0, 0] < 1) == bars
 
 
 def test_deviations_are_levels_of_8_bits():

@@ -13,8 +13,11 @@
 # limitations under the License.
 """A run of tiny shapes, its counts against formulas, and the shares that are derived from what was measured."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from benchmarks import roofline
 from benchmarks._common import Timing
@@ -46,7 +49,7 @@ def test_counts_are_those_of_the_formulas(tiny):
     contender = make_contender(tiny, "llava-hr-1024", "meta", torch.float32)
     arguments = RooflineArguments(batch_size=3, text_tokens=50, new_tokens=4)
     parts = roofline.make_parts(contender, arguments)
-    weights = 4 * 64 * 64 + 3 * 64 * 96  # of the language model's layer
+    weights = 4 * 64 * 64 + 3 * 64 * 128  # of the language model's layer
     tokens = 16 + 50
     attention = 4 * tokens**2 * 64
     head = 64 * 128  # for the last position alone
@@ -77,9 +80,33 @@ def test_shares_are_taken_round_by_round():
     assert results["matrix_flops_per_second"] == pytest.approx(2e6 / 1.5)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"), [({"dtype": "half"}, "--dtype must be"), ({"new_tokens": 1}, "--new_tokens must be")]
-)
-def test_wrong_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        RooflineArguments(**options)
+def test_parts_that_memory_does_not_suffice_for_are_left_out():
+    timings = {"matrix product": Timing([1]), "copy": Timing([4]), "x": Timing([2])}
+    results = roofline.describe(timings, {"x": 5, "y": 5}, {"x": 8, "y": 8}, RooflineArguments())
+    assert results["parts"].keys() == {"x"}
+
+
+def test_a_kernels_time_counts_once():
+    """A kernel is an event of its own, and its time is that of the operation that launched it as well."""
+
+    def event(key, device_type, on_cpu, on_gpu):
+        times = {"self_cpu_time_total": on_cpu, "self_device_time_total": on_gpu}
+        return SimpleNamespace(key=key, device_type=device_type, count=2, **times)
+
+    events = [
+        event("aten::mm", DeviceType.CPU, 30, 60),
+        event("gemm_kernel", DeviceType.CUDA, 0, 60),
+        event("aten::add", DeviceType.CPU, 10, 20),
+        event("add_kernel", DeviceType.CUDA, 0, 20),
+        event("cudaLaunchKernel", DeviceType.CPU, 60, 0),
+    ]
+    ranked = roofline.rank_operations(events, on_gpu=True)
+    assert [(o["operation"], o["share"]) for o in ranked[:2]] == [("aten::mm", 0.75), ("aten::add", 0.25)]
+    assert ranked[2]["share"] == 0 and ranked[0]["calls"] == 2
+    ranked = roofline.rank_operations(events, on_gpu=False, number=1)
+    assert [(o["operation"], o["share"]) for o in ranked] == [("cudaLaunchKernel", 0.6)]
+
+
+def test_wrong_options_are_named():
+    with pytest.raises(ValueError, match="--new_tokens must be"):
+        RooflineArguments(new_tokens=1)

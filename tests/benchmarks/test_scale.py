@@ -60,3 +60,11 @@ def test_a_run_measures_counts_and_draws(tmp_path, monkeypatch, capsys):
     assert results["fit"].keys() == {"vision", "text"}
     assert "GFLOP/s, at most" in capsys.readouterr().out
     assert (tmp_path / "scale-cpu.png").stat().st_size > 5000
+
+
+def test_cases_that_memory_does_not_suffice_for_are_left_out(tiny, exhaust):
+    exhaust(scale, "see", lambda contender, pixels: len(pixels["pixel_values"]) > 1)
+    arguments = ScaleArguments(repeats=1, warmup=0, batch_sizes=[1, 2], pictures=[1])
+    (results,) = scale.run(arguments)
+    assert [(row["side"], row["batch_size"]) for row in results["cases"]] == [(s, 1) for s in (384, 768, 1024, 1536)]
+    scale.draw(results, arguments)

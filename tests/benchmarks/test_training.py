@@ -13,12 +13,14 @@
 # limitations under the License.
 """A run of tiny shapes, what is trained in it, and the figures that are derived from what was measured."""
 
+import json
+
 import pytest
 import torch
 
 from benchmarks import training
 from benchmarks._common import Timing
-from benchmarks._models import make_contender
+from benchmarks._models import get_weight_bytes, make_contender, make_llava_hr
 from benchmarks.training import TrainingArguments
 
 
@@ -43,16 +45,86 @@ def test_a_run_compares_both_stages_and_draws(run_benchmark, tiny):
     fused = projector + count(model.model.vision_tower.fusion)
     assert results["pretrain"]["llava-hr-1024"]["trained_parameters"] == fused
     assert results["finetune"]["llava-hr-1024"]["trained_parameters"] == count(model)
-    assert [target["met"] in (True, False) for target in results["targets"]] == [True, True]
+    llava = make_contender(tiny, "llava-1.5-1022", "cpu", torch.float32).model
+    trained = count(llava) - count(llava.model.vision_tower)
+    assert results["finetune"]["llava-1.5-1022"]["trained_parameters"] == trained
+    assert [target["met"] in (True, False) for target in results["targets"]] == [True, True, False]
 
 
 def test_targets_compare_round_by_round():
     timings = {"llava-hr-384": Timing([10, 5]), "llava-hr-1024": Timing([11, 5.5]), "llava-1.5-1022": Timing([44, 22])}
-    targets = training.find_targets(timings)
-    assert [target["measured"]["median"] for target in targets] == pytest.approx([1.1, 0.25])
-    assert [target["met"] for target in targets] == [True, True]
+    arguments = TrainingArguments()
+    targets = training.find_targets(timings, {}, arguments)
+    assert [target["measured"]["median"] for target in targets[:2]] == pytest.approx([1.1, 0.25])
+    assert [target["met"] for target in targets] == [True, True, None]
     del timings["llava-1.5-1022"]  # as if memory had not sufficed
-    assert len(training.find_targets(timings)) == 1
+    assert [target["met"] for target in training.find_targets(timings, {}, arguments)] == [True, None, None]
+    del timings["llava-hr-1024"]
+    assert [target["met"] for target in training.find_targets(timings, {}, arguments)] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("ours", "llava", "more", "met"), [(2, 0, 2, True), (4, 2, 2, True), (2, 2, 0, False), (8, 8, None, None)]
+)
+def test_the_largest_steps_are_compared_unless_the_search_ended_first(ours, llava, more, met):
+    arguments = TrainingArguments()
+    arguments.max_batch_size = 8
+    target = training.find_targets({}, {"llava-hr-1536": ours, "llava-1.5-1022": llava}, arguments)[2]
+    assert (target["measured"] and target["measured"]["median"], target["met"]) == (more, met)
+
+
+@pytest.mark.parametrize(("fits", "largest"), [(0, 0), (1, 1), (5, 4), (100, 8)])
+def test_the_batch_is_doubled_until_memory_ends(tiny, exhaust, fits, largest):
+    arguments = TrainingArguments()
+    arguments.max_batch_size = 10
+    exhaust(training, "step", lambda model, batch, optimizer: len(batch["input_ids"]) > fits)
+    assert training.find_largest_batch(tiny, "llava-hr-384", arguments) == largest
+
+
+def test_a_model_that_memory_does_not_suffice_for_has_no_batch(tiny, exhaust):
+    arguments = TrainingArguments()
+    arguments.max_batch_size = 10
+    exhaust(training, "prepare", lambda *_: True)
+    assert training.find_largest_batch(tiny, "llava-1.5-336", arguments) == 0
+
+
+def test_a_run_goes_on_where_memory_does_not_suffice(tiny, exhaust, monkeypatch):
+    """With the search for the largest batch, which is a GPU's, in this process."""
+    arguments = TrainingArguments(repeats=1, warmup=0)
+    arguments.max_batch_size = 2
+    exhaust(training, "step", lambda model, batch, optimizer: batch["pixel_values"].shape[-1] == 1022)
+    monkeypatch.setattr(training, "in_fresh_process", lambda function, *args: (function(*args), 7))
+    monkeypatch.setattr(training, "step_alone", lambda *_: None)
+    states = [json.loads(json.dumps(results)) for results in training.run(arguments)]
+    assert [len(state["largest_batch"]) for state in states[:8]] == list(range(1, 9))
+    results = states[-1]
+    assert results["largest_batch"] == {**dict.fromkeys(results["largest_batch"], 2), "llava-1.5-1022": 0}
+    for stage in ("pretrain", "finetune"):
+        entry = results[stage].pop("llava-1.5-1022")
+        assert entry["out_of_memory"] and "seconds" not in entry
+        assert all(entry["peak_bytes"] == 7 and "seconds" in entry for entry in results[stage].values())
+    assert [target["met"] for target in results["targets"][1:]] == [None, True]
+    training.draw(results, arguments)
+
+
+def test_peaks_on_a_gpu_are_those_of_what_memory_suffices_for(tiny, exhaust, no_gpu_statistics):
+    contenders = make_llava_hr(tiny, "cpu", torch.float32)
+    arguments = TrainingArguments(repeats=1)
+    arguments.device = "cuda"
+    exhaust(training, "step", lambda model, batch, optimizer: batch["high_res_pixel_values"].shape[-1] == 1536)
+    entries, timings = training.run_stage("finetune", contenders, tiny, arguments)
+    assert entries["llava-hr-1536"]["out_of_memory"] and "llava-hr-1536" not in timings
+    model = contenders["llava-hr-384"].model
+    # two moments of each parameter, and the step of each as a float32
+    states = 2 * 4 * count(model) + 4 * len(list(model.parameters()))
+    assert entries["llava-hr-384"]["peak_bytes"] == 100 + get_weight_bytes(model) + states
+
+
+def test_eight_bits_are_for_stage_two(tiny):
+    arguments = TrainingArguments(method="full_8bit")
+    for stage, expected in (("pretrain", "AdamW"), ("finetune", "AdamW8bit")):
+        contender = make_contender(tiny, "llava-hr-1024", "cpu", torch.float32, mr_adapters=stage == "finetune")
+        assert type(training.prepare({"llava-hr-1024": contender}, stage, arguments)).__name__ == expected
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -83,7 +155,10 @@ def test_the_loss_is_on_text_alone(tiny):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"method": "sgd"}, "--method must be one of full, full_8bit, lora"), ({"dtype": "half"}, "--dtype must be")],
+    [
+        ({"method": "sgd"}, "--method must be one of full, full_8bit, lora"),
+        ({"max_batch_size": 4}, "--max_batch_size needs --device cuda"),
+    ],
 )
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):

@@ -53,7 +53,7 @@ def test_links_lead_to_files_and_headings(document):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_modules_and_recipes_exist(document):
     text = document.read_text()
-    for module in re.findall(r"-m ((?:examples|training|conversion|modeling_llava_hr)\.[a-z]\w+)", text):
+    for module in re.findall(r"-m ((?:examples|training|conversion|modeling_llava_hr|benchmarks)\.[a-z]\w+)", text):
         assert importlib.util.find_spec(module), module
     for recipe in re.findall(r"training/(?:configs|accelerate)/\w+\.yaml", text):
         assert (ROOT / recipe).exists(), recipe
