@@ -16,7 +16,7 @@ Answers about pictures: LLaVA-HR against LLaVA-1.5 with the same ViT and languag
 and in two rivals.
 
     python -m benchmarks.inference                  # small models on a CPU
-    python -m benchmarks.inference --preset full     # 7B on a GPU, with all variants
+    python -m benchmarks.inference --preset full    # 7B on a GPU, with all variants
 
 Every answer is measured in one call of `generate`, which reports each token when it is there: time to the first token,
 to the tenth (the paper's protocol: one picture, ten new tokens, prefill included, picture preparation excluded) and to

@@ -15,7 +15,7 @@
 Importing and loading: LLaVA-HR against transformers' LLaVA with the same ViT and language model.
 
     python -m benchmarks.loading                  # a model of about 0.8 GB, into a CPU's memory
-    python -m benchmarks.loading --preset full     # 7B, onto a GPU
+    python -m benchmarks.loading --preset full    # 7B, onto a GPU
 
 Imports and loads run in processes of their own. Checkpoints are bfloat16 with random weights in a temporary folder,
 just written, so that the file cache has them; 4-bit models are quantized while they are loaded. On a CPU bfloat16

@@ -15,7 +15,7 @@
 From pictures to tensors: both views of LLaVA-HR against the one view of transformers' LLaVA and the released code.
 
     python -m benchmarks.preprocessing                  # on the CPU
-    python -m benchmarks.preprocessing --preset full     # larger batches; torchvision's backends on the GPU
+    python -m benchmarks.preprocessing --preset full    # larger batches; torchvision's backends on the GPU
 
 All make views of the same size. LLaVA's is padded to a square, as LLaVA-1.5 is used, and in another row cut to one, as
 its image processor does by itself. Pictures are in memory as PIL has them, or bytes of a JPEG file.

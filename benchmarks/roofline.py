@@ -16,7 +16,7 @@ How close the parts of LLaVA-HR come to what the machine can do: FLOPs (counted 
 of a large matrix product and of a large copy, measured in the same rounds.
 
     python -m benchmarks.roofline                  # small model on a CPU
-    python -m benchmarks.roofline --preset full     # 7B on a GPU, decoding with a static cache, compiled
+    python -m benchmarks.roofline --preset full    # 7B on a GPU, decoding with a static cache, compiled
 
 Bytes are those that must be moved at least: weights, inputs and outputs of a part, and the cache. The record also says
 which operations the time to the first token goes to.

@@ -15,7 +15,7 @@
 What a training step costs: LLaVA-HR against LLaVA-1.5 with the same ViT and language model, in both stages.
 
     python -m benchmarks.training                  # small models on a CPU, everything trained with AdamW
-    python -m benchmarks.training --preset full     # 7B on one GPU, bfloat16 weights, stage 2 with AdamW in 8 bits
+    python -m benchmarks.training --preset full    # 7B on one GPU, bfloat16 weights, stage 2 with AdamW in 8 bits
 
 A step is forward, backward and optimizer on a generated batch. What is trained is what [`training.stages`] trains, in
 LLaVA-1.5 what its recipe does: the projector, then the language model as well; its ViT is frozen in both. The language
