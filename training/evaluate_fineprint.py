@@ -165,8 +165,10 @@ def evaluate(arguments: EvaluateArguments) -> dict:
         `dict`: Accuracies, mean gates by kind of question, some answers, how long it took.
 
     Raises:
-        ValueError: If the data are not there.
+        ValueError: If the data are not there, or `batch_size` is no number of questions.
     """
+    if arguments.batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, but got {arguments.batch_size}.")
     file = Path(arguments.data) / f"{arguments.split}.jsonl"
     if not file.exists():
         raise ValueError(f"`data`: {file} does not exist. Make it with `python -m training.fineprint`.")
@@ -201,11 +203,12 @@ def main() -> None:
     (arguments,) = HfArgumentParser(EvaluateArguments).parse_args_into_dataclasses()
     try:
         result = json.dumps(evaluate(arguments), indent=2)
+        print(result)
+        if arguments.output:
+            Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
+            Path(arguments.output).write_text(result + "\n", encoding="utf-8")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    if arguments.output:
-        Path(arguments.output).write_text(result + "\n", encoding="utf-8")
-    print(result)
 
 
 if __name__ == "__main__":

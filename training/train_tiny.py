@@ -298,7 +298,9 @@ def silence(model: Path, pathway: str) -> None:
     for name, weight in weights.items():
         if any(re.match(pattern, name) for pattern in UNUSED[pathway]["pretrain"]):
             weight.zero_()
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    incomplete = model / ".model.safetensors.incomplete"
+    save_file(weights, incomplete, metadata={"format": "pt"})
+    incomplete.replace(model / "model.safetensors")
 
 
 def save_final(trained: Path, output: Path) -> None:
@@ -323,11 +325,11 @@ def main() -> None:
         if step.done.exists():
             print(f"{step.done} is there already.", flush=True)
             continue
+        if step.name.endswith("pretrain"):  # not right after assembling, where a kill could come between
+            silence(output / "untrained", arguments.pathway)
         start = time.time()
         if subprocess.run(step.command, cwd=ROOT).returncode:
             sys.exit(f"error: {step.name} failed, see above. The same command goes on from there.")
-        if step.name == "assemble":
-            silence(output / "untrained", arguments.pathway)
         with (output / "seconds.jsonl").open("a") as file:
             file.write(json.dumps({"step": step.name, "seconds": round(time.time() - start)}) + "\n")
     if arguments.dry_run:
@@ -338,7 +340,8 @@ def main() -> None:
     command = [sys.executable, "-m", "training.evaluate_fineprint", f"--model={output / 'model'}", data]
     device = "cuda" if arguments.preset == "gpu" else "cpu"
     command += [f"--device={device}", f"--output={output / 'evaluation.json'}"]
-    subprocess.run(command, cwd=ROOT, check=True)
+    if subprocess.run(command, cwd=ROOT).returncode:
+        sys.exit("error: evaluation failed, see above. The same command tries it again.")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,25 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 
-from training.evaluate_fineprint import EvaluateArguments, evaluate, get_standard_error, summarize
+from training.evaluate_fineprint import EvaluateArguments, evaluate, get_standard_error, main, summarize
+from training.fineprint import FinePrintArguments, generate
+
+
+TINY = str(Path(__file__).parent.parent.parent / "examples" / "tiny-llava-hr")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fineprint") / "data"
+    generate(FinePrintArguments(output=str(folder), num_train=0, num_validation=0, num_test=6, size=256, workers=1))
+    return str(folder)
 
 
 def test_summary_counts_by_kind_scene_and_number_of_texts():
@@ -44,3 +58,38 @@ def test_standard_error():
 def test_missing_data_are_named(tmp_path):
     with pytest.raises(ValueError, match="test.jsonl"):
         evaluate(EvaluateArguments(model="none", data=str(tmp_path)))
+
+
+def test_batch_size_must_be_a_number_of_questions():
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1, but got 0"):
+        evaluate(EvaluateArguments(model="none", data="none", batch_size=0))
+
+
+def test_the_trained_model_reads_with_its_sharp_view_alone(data):
+    rows = [json.loads(line) for line in (Path(data) / "test.jsonl").read_text().splitlines()]
+    result = evaluate(EvaluateArguments(model=TINY, data=data, batch_size=5))
+    assert sum(result["accuracy"][kind]["num_questions"] for kind in ("fine", "coarse")) == len(rows)
+    assert result["accuracy"]["fine"]["accuracy"] >= 0.5
+    assert {kind: len(gates) for kind, gates in result["mean_gates"].items()} == {"coarse": 3, "fine": 3}
+    assert [sample["expected"] for sample in result["samples"]] == [
+        row["conversations"][1]["value"] for row in rows[: len(result["samples"])]
+    ]
+    blind = evaluate(EvaluateArguments(model=TINY, data=data, zero_high_res=True))
+    assert blind["accuracy"]["fine"]["accuracy"] == 0
+
+
+def test_the_command_writes_what_it_prints(data, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "new" / "evaluation.json"
+    options = [f"--model={TINY}", f"--data={data}", "--max_questions=3", "--size=56", "--high_res_size=256"]
+    monkeypatch.setattr(sys, "argv", ["evaluate_fineprint", *options, f"--output={output}"])
+    main()
+    assert capsys.readouterr().out == output.read_text()
+    result = json.loads(output.read_text())
+    assert len(result["samples"]) == 3
+    assert result["command"].startswith(f"python -m training.evaluate_fineprint --model={TINY}")
+
+
+def test_the_command_ends_with_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate_fineprint", f"--model={TINY}", f"--data={tmp_path}"])
+    with pytest.raises(SystemExit, match=r"error: `data`: .*test\.jsonl does not exist"):
+        main()

@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import json
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,12 +23,25 @@ from safetensors.torch import load_file, save_file
 from transformers import HfArgumentParser
 
 from modeling_llava_hr import get_num_image_tokens
-from training.fineprint import FinePrintArguments
+from training import train_tiny
+from training.fineprint import FinePrintArguments, generate
 from training.pretrain_language_model import PretrainLanguageModelArguments
 from training.pretrain_towers import PretrainTowersArguments
 from training.train import make_parser
-from training.train_tiny import PATCH_SIZE, PRESETS, UNUSED, TrainTinyArguments, get_low_res_size, get_steps, silence
+from training.train_tiny import (
+    PATCH_SIZE,
+    PRESETS,
+    UNUSED,
+    Course,
+    Preset,
+    TrainTinyArguments,
+    get_low_res_size,
+    get_steps,
+    silence,
+)
 
+
+TINY = Path(__file__).parent.parent.parent / "examples" / "tiny-llava-hr"
 
 PARSERS = {
     "training.fineprint": FinePrintArguments,
@@ -71,3 +87,78 @@ def test_silence_sets_one_half_of_the_fusion_to_zero(tmp_path):
     silence(tmp_path, "low_res")
     zero = {name for name, weight in load_file(tmp_path / "model.safetensors").items() if not weight.any()}
     assert zero == {"model.vision_tower.fusion.high_res_proj.weight", "model.vision_tower.fusion.high_res_proj.bias"}
+
+
+def run(monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["train_tiny", *options])
+    train_tiny.main()
+
+
+@pytest.mark.parametrize("option", ["--preset=tpu", "--pathway=none"])
+def test_wrong_choices_are_named(option, monkeypatch):
+    name, value = option.split("=")
+    with pytest.raises(SystemExit, match=f"error: {name} must be one of .*, but got '{value}'"):
+        run(monkeypatch, option)
+
+
+def test_a_dry_run_prints_every_command_and_makes_nothing(tmp_path, monkeypatch, capsys):
+    run(monkeypatch, f"--output={tmp_path}", "--dry_run")
+    printed = capsys.readouterr().out
+    for step in get_steps(TrainTinyArguments(output=str(tmp_path))):
+        assert f"-m {step.command[2]} " in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_goes_on_with_what_is_missing(tmp_path, monkeypatch, capfd):
+    """A part is not there, and its command fails. Then the model of the last stage (the tiny one) is evaluated."""
+    steps = list(get_steps(TrainTinyArguments(output=str(tmp_path))))
+    for step in steps:
+        step.done.parent.mkdir()
+        step.done.touch()
+    data = tmp_path / "fineprint-256-4"
+    shutil.rmtree(data)
+    generate(FinePrintArguments(output=str(data), num_train=0, num_validation=0, num_test=2, size=256, workers=1))
+    shutil.copytree(TINY, steps[-1].done.parent, dirs_exist_ok=True)
+
+    (tmp_path / "untrained" / "config.json").unlink()
+    with pytest.raises(SystemExit, match="error: assemble failed, see above. The same command goes on from there"):
+        run(monkeypatch, f"--output={tmp_path}")
+    (tmp_path / "untrained" / "config.json").touch()
+    capfd.readouterr()
+
+    run(monkeypatch, f"--output={tmp_path}")
+    assert capfd.readouterr().out.count("is there already") == len(steps)
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", TINY))
+    assert weights.keys() == expected.keys()
+    assert all(weight.dtype == torch.bfloat16 and weight.equal(expected[name]) for name, weight in weights.items())
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    assert evaluation["accuracy"]["coarse"]["num_questions"] > 0
+
+
+@pytest.mark.slow
+def test_every_step_runs(tmp_path, monkeypatch, capfd):
+    """The whole of `make train-tiny` with a few steps of a few pictures; the same command again trains nothing."""
+    little = ("--size=128", "--max_signs=2")
+    towers = ("--reading_steps=2", "--joint_steps=2", "--reading_batch_size=4", "--joint_batch_size=2")
+    course = Course(size=128, max_signs=2, num_train=8, steps=2, learning_rate=1e-3, batch_size=2)
+    preset = Preset(
+        towers=(*towers, *little, "--num_pictures=8", "--num_test=4"),
+        language_model=("--steps=2", "--batch_size=4", "--max_signs=2"),
+        alphabet="digits",
+        pretrain=course,
+        finetune=(course,),
+        num_test=2,
+        options=("--use_cpu=True", "--bf16=True", "--dataloader_num_workers=0"),
+    )
+    monkeypatch.setitem(PRESETS, "cpu", preset)
+    options = (f"--output={tmp_path}", "--pathway=low_res", "--workers=1")
+    run(monkeypatch, *options)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    assert not weights["model.vision_tower.fusion.high_res_proj.weight"].any()
+    assert weights["model.vision_tower.fusion.low_res_proj.weight"].any()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "seconds.jsonl").read_text().splitlines()]
+    assert steps == ["fineprint-128-2", "language model", "towers", "assemble", "0-pretrain", "1-finetune"]
+    assert json.loads((tmp_path / "evaluation.json").read_text())["accuracy"]["fine"]["num_questions"] > 0
+    capfd.readouterr()
+    run(monkeypatch, *options)
+    assert capfd.readouterr().out.count("is there already") == len(steps)
