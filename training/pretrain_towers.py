@@ -455,9 +455,9 @@ def train_reader(arguments: PretrainTowersArguments, blind: bool) -> tuple[Reade
 
 def pretrain(arguments: PretrainTowersArguments) -> dict:
     """Trains both towers and writes `vision_tower/` (a CLIP model) and `high_res_tower/` (timm's names)."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)  # first: what is wrong with it is said at once
     reader, result = train_reader(arguments, arguments.blind)
     steps = arguments.joint_steps
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     clip = make_clip(arguments, len(tokenizer), tokenizer)
     towers = Towers(reader, clip)
     config = FinePrintConfig(
@@ -493,7 +493,10 @@ def main() -> None:
     (arguments,) = HfArgumentParser(PretrainTowersArguments).parse_args_into_dataclasses()
     if not arguments.output or not arguments.tokenizer:
         sys.exit("error: --output and --tokenizer must be given.")
-    result = json.dumps(pretrain(arguments), indent=2)
+    try:
+        result = json.dumps(pretrain(arguments), indent=2)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     (Path(arguments.output) / "towers.json").write_text(result + "\n")
     print(result)
 

@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ from training.pretrain_towers import (
     draw_pictures,
     get_low_res_view,
     get_reading_loss,
+    main,
     pretrain,
 )
 
@@ -133,3 +135,18 @@ def test_towers_can_be_assembled(towers, tmp_path):
     # Layer scale is there as it was trained, near the 1 it started from
     gamma = model.state_dict()["model.vision_tower.high_res_tower.timm_model.stages.0.blocks.0.gamma"]
     assert 0.9 < gamma.mean() < 1.1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output=made"], "--output and --tokenizer must be given"),
+        (["--output=made", "--tokenizer=."], "tokenizer"),
+    ],
+)
+def test_wrong_options_are_said_before_anything_is_drawn(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pretrain_towers", *options])
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        main()
+    assert list(tmp_path.iterdir()) == []
