@@ -171,7 +171,7 @@ def draw(results: dict[str, Any], arguments: ScaleArguments) -> Figure:
         ]
         seconds = [row["seconds"]["first_token"] for row in rows]
         median, low, high = (np.array([entry[key] for entry in seconds]) for key in ("median", "low", "high"))
-        axes.errorbar(x, median, yerr=[median - low, high - median], fmt="o", capsize=3, label="measured")
+        axes.errorbar(x, median, yerr=np.stack([median - low, high - median]), fmt="o", capsize=3, label="measured")
         axes.plot(x, line, label="fitted")
         axes.set(xlabel=label, ylabel="seconds to the first token", ylim=(0, None))
         axes.legend()
