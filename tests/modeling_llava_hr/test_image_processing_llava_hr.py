@@ -25,8 +25,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
+from torchvision.transforms.v2 import functional as tvF
 from transformers import AutoImageProcessor
 
 import modeling_llava_hr.image_processing_pil_llava_hr as shared
@@ -39,6 +41,12 @@ BACKENDS = {"torchvision": LlavaHrImageProcessor, "pil": LlavaHrImageProcessorPi
 # 64 x 64 and 28 x 28 pixels: 2 x 2 features and 2 x 2 patches, so that odd pictures cost nothing
 SMALL = {"size": 28, "high_res_size": 64}
 RAW = {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
+
+# What makes the processors fast changes no result: views of these shapes, computed the plain way
+SIZES = {"size": 336, "high_res_size": 384}
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]  # CLIP's
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+SHAPES = [(500, 375), (375, 500), (401, 300), (300, 401), (40, 30), (31, 40), (384, 384), (1, 1)]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -633,3 +641,58 @@ def test_pieces_of_a_tall_picture_make_no_difference(processor, size, monkeypatc
     in_pieces = processor(picture)
     for name in whole:
         np.testing.assert_array_equal(in_pieces[name][0], whole[name][0])
+
+
+def noise(width, height):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def to_low_res(high_res):
+    return F.interpolate(high_res, (336, 336), mode="bilinear", align_corners=True)
+
+
+@pytest.mark.parametrize("width, height", SHAPES)
+def test_pil_backend_gives_the_bits_of_the_released_procedure(width, height):
+    picture, longest = noise(width, height), max(width, height)
+    square = Image.new("RGB", (longest, longest), (122, 116, 104))  # int(255 * MEAN)
+    square.paste(picture, ((longest - width) // 2, (longest - height) // 2))
+    pixels = np.asarray(square.resize((384, 384), Image.Resampling.BICUBIC)).astype(np.float64) * (1 / 255)
+    high_res = (torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) - MEAN) / STD
+    views = LlavaHrImageProcessorPil(**SIZES)([picture, picture], return_tensors="pt")
+    expected = torch.stack([high_res.contiguous()] * 2)
+    assert torch.equal(views["high_res_pixel_values"], expected)
+    assert torch.equal(views["pixel_values"], to_low_res(expected))
+
+
+@pytest.mark.parametrize("width, height", SHAPES)
+def test_torchvision_backend_gives_the_bits_of_padding_and_resizing_the_plain_way(width, height):
+    """The whole square is padded and resized, colours first in memory, and normalised out of place."""
+    pixels = torch.from_numpy(np.array(noise(width, height))).permute(2, 0, 1).contiguous()
+    longest = max(width, height)
+    square = torch.tensor([122, 116, 104], dtype=torch.uint8)[:, None, None].repeat(1, longest, longest)
+    top, left = (longest - height) // 2, (longest - width) // 2
+    square[:, top : top + height, left : left + width] = pixels
+    resized = tvF.resize(square, [384, 384], tvF.InterpolationMode.BICUBIC)
+    scale = 1 / (1 / 255)  # in double precision not quite 255
+    high_res = ((resized.float() - MEAN * scale) / (STD * scale))[None]
+    for picture in (noise(width, height), pixels):
+        views = LlavaHrImageProcessor(**SIZES)(picture, input_data_format="channels_first", return_tensors="pt")
+        assert torch.equal(views["high_res_pixel_values"], high_res)
+        # float32's rounding: torch sums in another order on one thread
+        torch.testing.assert_close(views["pixel_values"], to_low_res(high_res), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_batch_holds_what_each_picture_gives(threads):
+    before, processor = torch.get_num_threads(), LlavaHrImageProcessor(**SIZES)
+    torch.set_num_threads(threads)
+    try:
+        pictures = [noise(*shape) for shape in SHAPES]
+        together = processor(pictures, return_tensors="pt")
+        for index, picture in enumerate(pictures):
+            alone = processor(picture, return_tensors="pt")
+            for name in ("pixel_values", "high_res_pixel_values"):
+                assert torch.equal(together[name][index], alone[name][0])
+                assert together[name].is_contiguous()
+    finally:
+        torch.set_num_threads(before)
