@@ -76,8 +76,8 @@ coverage: suites ## Run the tests and measure which lines of each package they r
 		echo $$package; $(VENV)/bin/coverage report --format total --include "*/$$package/*" || exit 1; done
 
 bench: setup ## Run every benchmark, one after another; PRESET=cpu or full
-	for name in $(filter-out plan,$(BENCHMARKS)); do $(VENV)/bin/python -m benchmarks.$$name --preset $(PRESET) || exit 1; done
-	$(VENV)/bin/python -m benchmarks.plan
+	for name in $(BENCHMARKS); do \
+		$(VENV)/bin/python -m benchmarks.$$name $$([ $$name = plan ] || echo --preset $(PRESET)) || exit 1; done
 
 test-oldest: $(OLDEST)/.installed ## Run the tests with the oldest versions that setup.cfg allows
 	$(OLDEST)/bin/python tests/common/fetch_transformers_tests.py
