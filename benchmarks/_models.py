@@ -180,7 +180,7 @@ def make_llava_hr(
     model = _make(AutoModelForImageTextToText, config, device, dtype)
     return {
         f"llava-hr-{high}": Contender(
-            model, {"pixel_values": low, "high_res_pixel_values": high}, (low // shapes.vision["patch_size"]) ** 2
+            model, {"pixel_values": high, "low_res_pixel_values": low}, (low // shapes.vision["patch_size"]) ** 2
         )
         for high, low in (sides or LLAVA_HR_SIDES).items()
     }

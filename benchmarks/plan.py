@@ -191,7 +191,7 @@ def estimate_memory(contender: Contender, gpus: int, batch_size: int) -> dict[st
     Returns:
         `dict[str, float]`: Bytes by what takes them.
     """
-    model, side = contender.model, contender.sides["high_res_pixel_values"]
+    model, side = contender.model, contender.sides["pixel_values"]
     text, vision = model.config.text_config, model.config.vision_config
     positions = batch_size * (contender.num_image_tokens + TEXT_TOKENS["finetune"])
     # the ConvNeXt's number of blocks at each stride, and the values of a map there

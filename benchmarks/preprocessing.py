@@ -93,7 +93,7 @@ def prepare_as_released(pictures: list[Image.Image | bytes], side: int, low_res_
         low_res_side (`int`): Side L of the low-resolution view in pixels.
 
     Returns:
-        `dict[str, torch.Tensor]`: `pixel_values` `(pictures, 3, L, L)`, `high_res_pixel_values` `(pictures, 3, H, H)`.
+        `dict[str, torch.Tensor]`: `pixel_values` `(images, 3, H, H)`, `low_res_pixel_values` `(images, 3, L, L)`.
     """
     mean, std = (np.array(values, np.float32) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     views = []
@@ -108,13 +108,13 @@ def prepare_as_released(pictures: list[Image.Image | bytes], side: int, low_res_
         views.append(torch.from_numpy(normalized).permute(2, 0, 1))
     high_res = torch.stack(views).contiguous()
     low_res = F.interpolate(high_res, (low_res_side, low_res_side), mode="bilinear", align_corners=True)
-    return {"pixel_values": low_res, "high_res_pixel_values": high_res}
+    return {"pixel_values": high_res, "low_res_pixel_values": low_res}
 
 
 def make_contenders(arguments: PreprocessingArguments) -> dict[str, Callable[[list], dict[str, torch.Tensor]]]:
     """What is compared, by name: functions of pictures or bytes that return views."""
     side, low_res_side = arguments.side, LLAVA_HR_SIDES[arguments.side]
-    sizes = {"size": low_res_side, "high_res_size": side}
+    sizes = {"size": side, "low_res_size": low_res_side}
     llava = {"size": {"shortest_edge": side}, "crop_size": side}
     ours, ours_pil = LlavaHrImageProcessor(**sizes), LlavaHrImageProcessorPil(**sizes)
     # as LLaVA-1.5 is used: the whole picture, padded to a square
@@ -147,7 +147,7 @@ def get_deviations(views: dict[str, torch.Tensor], expected: dict[str, torch.Ten
     std = torch.tensor(OPENAI_CLIP_STD).view(3, 1, 1)
     return {
         name: ((views[name].cpu() - expected[name]) * std * 255).abs().max().item()
-        for name in ("pixel_values", "high_res_pixel_values")
+        for name in ("pixel_values", "low_res_pixel_values")
     }
 
 

@@ -95,7 +95,7 @@ def make_parts(contender: Contender, arguments: RooflineArguments) -> dict[str, 
     like = {"device": model.device, "dtype": model.dtype}
     batch_size, num_patches = arguments.batch_size, contender.num_image_tokens
     pixels = contender.make_pixels(batch_size)
-    low, high = pixels["pixel_values"], pixels["high_res_pixel_values"]
+    high, low = pixels["pixel_values"], pixels["low_res_pixel_values"]
     grid, side = int(num_patches**0.5), high.shape[-1] // tower.high_res_tower.stride
     tokens = torch.randn(batch_size, num_patches, tower.fusion.low_res_proj.in_features, **like)
     features = torch.randn(batch_size, tower.high_res_tower.num_channels, side, side, **like)

@@ -36,7 +36,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from modeling_llava_hr import LlavaHrForConditionalGeneration, LlavaHrImageProcessor, LlavaHrProcessor
+from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration, LlavaHrImageProcessor, LlavaHrProcessor
 
 
 WEIGHT_FILES = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
@@ -487,33 +487,38 @@ def get_generation_config(tokenizer: PreTrainedTokenizerBase, old_size: int, new
     )
 
 
-def get_image_processor(
-    high_res_size: int, size: int, patch_size: int, stride: int, image_aspect_ratio: str = "pad"
-) -> LlavaHrImageProcessor:
+def get_processor(
+    config: LlavaHrConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    size: int,
+    stride: int,
+    image_aspect_ratio: str = "pad",
+) -> LlavaHrProcessor:
     """
-    An image processor for two squares with sides in pixels.
+    The processor of a model with the released prompt form.
+
+    Args:
+        config ([`LlavaHrConfig`]): The model's configuration.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer, with the image token.
+        size (`int`): Side of the image in pixels.
+        stride (`int`): Pixels of the image per position of the high-resolution feature map.
+        image_aspect_ratio (`str`): `"pad"` or `"crop"`.
 
     Raises:
-        ConversionError: If the views do not fit the towers or each other.
+        ConversionError: If `size` does not fit the towers.
     """
     try:
-        return LlavaHrImageProcessor(
+        image_processor = LlavaHrImageProcessor(
             size={"height": size, "width": size},
-            high_res_size={"height": high_res_size, "width": high_res_size},
-            patch_size=patch_size,
+            low_res_size=config.low_res_size,
+            min_low_res_size=config.vision_config.image_size,
+            patch_size=config.vision_config.patch_size,
             high_res_stride=stride,
             image_aspect_ratio=image_aspect_ratio,
         )
     except ValueError as error:
-        raise ConversionError(f"The high-resolution side of {high_res_size} pixels does not fit: {error}") from None
-
-
-def get_processor(
-    image_processor: LlavaHrImageProcessor, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
-) -> LlavaHrProcessor:
-    """The processor; tokenizers of sentencepiece's kind, which mark the start of a text, get the image suffix."""
-    image_suffix = " " if tokenizer.tokenize("a")[0].startswith("▁") else ""
-    return LlavaHrProcessor(image_processor, tokenizer, chat_template=chat_template, image_suffix=image_suffix)
+        raise ConversionError(f"An image side of {size} pixels does not fit: {error}") from None
+    return LlavaHrProcessor(image_processor, tokenizer)
 
 
 def check_output(output: Path) -> None:

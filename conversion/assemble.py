@@ -48,7 +48,6 @@ from conversion._common import (
     find_source,
     find_weight_files,
     get_generation_config,
-    get_image_processor,
     get_processor,
     infer_timm_config,
     load_tokenizer,
@@ -230,7 +229,7 @@ def assemble(
     language_model: str,
     output: str,
     high_res_architecture: str | None = None,
-    high_res_size: int = 384,
+    size: int = 384,
     adapters: bool = False,
     dtype: str = "auto",
     seed: int = 0,
@@ -267,12 +266,10 @@ def assemble(
 
     model.generation_config = get_generation_config(tokenizer, vocab_size, text_config.vocab_size)
     stride = model.model.vision_tower.high_res_tower.stride
-    size = max(high_res_size // stride * vision_config.patch_size, vision_config.image_size)
-    image_processor = get_image_processor(high_res_size, size, vision_config.patch_size, stride)
     dropped = Counter((vision_dropped | high_res_dropped).values())
     notes = [f"dropped {number} tensors: {reason}" for reason, number in dropped.items()]
     notes += [f"new: {name}" for name in sorted(new)]
-    save(model, get_processor(image_processor, tokenizer), folder, notes)
+    save(model, get_processor(config, tokenizer, size, stride), folder, notes)
 
 
 def main() -> None:
@@ -282,7 +279,7 @@ def main() -> None:
     parser.add_argument("--language_model", required=True, help="causal language model: folder or Hub id")
     parser.add_argument("--output", required=True, help="new folder")
     parser.add_argument("--high_res_architecture", help="timm's name of the CNN, where its folder does not tell it")
-    parser.add_argument("--high_res_size", type=int, default=384, help="side of the high-resolution view in pixels")
+    parser.add_argument("--size", type=int, default=384, help="side of the image in pixels")
     parser.add_argument("--adapters", action="store_true", help="insert MR-Adapters that change nothing at first")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: the widest of the parts")
     parser.add_argument("--seed", type=int, default=0, help="of the new weights")

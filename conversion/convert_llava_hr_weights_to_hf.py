@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
-from transformers import AutoProcessor, CLIPVisionConfig, GenerationConfig, LlamaConfig
+from transformers import AutoProcessor, CLIPVisionConfig, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
 
 from conversion._common import (
     DTYPES,
@@ -38,7 +38,6 @@ from conversion._common import (
     find_source,
     find_weight_files,
     get_generation_config,
-    get_image_processor,
     get_processor,
     infer_timm_config,
     load_tokenizer,
@@ -49,7 +48,7 @@ from conversion._common import (
     run,
     save,
 )
-from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration, LlavaHrImageProcessor, LlavaHrProcessor
+from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration, LlavaHrProcessor
 
 
 PROJECTOR_FILE = "mm_projector.bin"
@@ -106,6 +105,8 @@ BASE_KEYS = (
 
 # Settings of the released code that this package does not have, with the one value that all published models use
 FIXED_SETTINGS = {"is_multipath_encoder": True, "mm_projector_type": "mlp2x_gelu", "mm_use_im_start_end": False}
+# Pixels per position of the ConvNeXt's feature map
+STRIDE = 32
 TEXT_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 TEXT_FIELDS_OPTIONAL = (
     "num_key_value_heads",
@@ -206,11 +207,9 @@ def _architecture(original: dict) -> str:
     return original.get("vision_tower_slow", "").rstrip("/").split("/")[-1].split(".")[0]
 
 
-def _get_image_processor(original: dict, config: LlavaHrConfig) -> LlavaHrImageProcessor:
-    high_res_size = original["input_image_size"]
-    size = max(int(high_res_size / 32 * 14), 336)  # released code
+def _get_processor(original: dict, config: LlavaHrConfig, tokenizer: PreTrainedTokenizerBase) -> LlavaHrProcessor:
     aspect_ratio = "pad" if original.get("image_aspect_ratio") == "pad" else "crop"
-    return get_image_processor(high_res_size, size, config.vision_config.patch_size, 32, aspect_ratio)
+    return get_processor(config, tokenizer, original["input_image_size"], STRIDE, aspect_ratio)
 
 
 def load_model(
@@ -304,7 +303,7 @@ def _convert_full(
     new_size = add_image_token(tokenizer, old_size)
     shapes = {entry.name: entry.meta.shape for entry in entries}
     config = infer_config(original, shapes, new_size, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-    processor = get_processor(_get_image_processor(original, config), tokenizer)
+    processor = _get_processor(original, config, tokenizer)
     model = load_model(config, entries, faults, old_size, dtype)
     model.generation_config = get_generation_config(tokenizer, old_size, new_size)
     return model, processor
@@ -327,7 +326,7 @@ def _convert_stage_1(
                 f"--base: the high-resolution tower of {base_folder} is {config.high_res_vision_config.architecture}, "
                 f"but the checkpoint was trained with {architecture}."
             )
-        processor.image_processor = _get_image_processor(original, config)
+        processor.image_processor = _get_processor(original, config, processor.tokenizer).image_processor
     base_entries, dropped, base_faults = plan(base_files, BASE_KEYS)
     vocab_size = config.text_config.vocab_size
     model = load_model(config, [*entries, *base_entries], [*faults, *base_faults], vocab_size, dtype)

@@ -28,7 +28,7 @@ def draw_views(processor, picture: Image.Image) -> Image.Image:
     views = processor.image_processor(picture, return_tensors="pt")
     side, margin = 512, 28
     canvas = Image.new("RGB", (2 * side + margin, side + margin), "white")
-    for index, (name, title) in enumerate((("pixel_values", "ViT"), ("high_res_pixel_values", "ConvNeXt"))):
+    for index, (name, title) in enumerate((("low_res_pixel_values", "ViT"), ("pixel_values", "ConvNeXt"))):
         panel = to_picture(views[name][0], processor)
         left = index * (side + margin)
         canvas.paste(panel.resize((side, side), Image.Resampling.NEAREST), (left, margin))

@@ -44,8 +44,8 @@ def main() -> None:
             return_dict=True,
             return_tensors="pt",
         ).to(model.device)
-        views = [inputs.pop(view) for view in ("pixel_values", "high_res_pixel_values")]
-        encoded = encoded or {"image": model.get_image_features(*views)}
+        pixel_values = inputs.pop("pixel_values")
+        encoded = encoded or {"image": model.get_image_features(pixel_values)}
         output = model.generate(**inputs, mm_encoder_outputs=encoded, max_new_tokens=50, do_sample=False)
         answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         is_valid = re.fullmatch(field["pattern"], answer) is not None

@@ -47,8 +47,8 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(arguments.model)
     image = processor.image_processor.fetch_images(arguments.picture)
     views = processor.image_processor(image, return_tensors="pt").to(model.device)
-    low_res, high_res = views["pixel_values"], views["high_res_pixel_values"]
-    encoded, heat = get_high_res_contribution(model, low_res, high_res)
+    low_res, high_res = views["low_res_pixel_values"], views["pixel_values"]
+    encoded, heat = get_high_res_contribution(model, high_res, low_res)
     gates = [gate.float().mean().item() for gate in encoded.mr_adapter_gates]
 
     figure = Figure(figsize=(13, 4), layout="constrained")

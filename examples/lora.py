@@ -43,7 +43,6 @@ def main() -> None:
         "data_path": arguments.data,
         "output_dir": lora,
         "size": processor.image_processor.size["height"],
-        "high_res_size": processor.image_processor.high_res_size["height"],
         "use_peft": True,
         "bf16": torch.cuda.is_available(),
         "use_cpu": not torch.cuda.is_available(),

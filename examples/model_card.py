@@ -20,7 +20,7 @@ from modeling_llava_hr import LlavaHrForConditionalGeneration, LlavaHrProcessor,
 
 
 TEMPLATE = Path(__file__).with_suffix(".md")
-TRANSFORMERS_VERSION = "5.17"  # the oldest that runs the code, as in setup.cfg
+TRANSFORMERS_VERSION = "5.18"  # the oldest that runs the code, as in setup.cfg
 TAGS = ["llava_hr", "llava", "vision", "multimodal", "high-resolution", "custom_code"]
 
 
@@ -227,8 +227,8 @@ def make_card(
         is_4bit="quantization_config" in model.config.to_dict(),
         transformers_version=TRANSFORMERS_VERSION,
         size=views.size["height"],
-        high_res_size=views.high_res_size["height"],
-        num_tokens=get_num_image_tokens(views.size["height"], views.patch_size),
+        low_res_size=views.get_low_res_size(),
+        num_tokens=get_num_image_tokens(views.get_low_res_size(), views.patch_size),
         image_aspect_ratio=views.image_aspect_ratio,
         config=model.config,
         vit=model.config.vision_config,

@@ -10,15 +10,17 @@ from transformers import (
     AutoProcessor,
 )
 
-from .configuration_llava_hr import LlavaHrConfig, get_num_image_tokens
+from .configuration_llava_hr import LlavaHrConfig, LlavaHrVisionConfig, get_low_res_size, get_num_image_tokens
 from .image_processing_llava_hr import LlavaHrImageProcessor
 from .image_processing_pil_llava_hr import LlavaHrImageProcessorPil
-from .modeling_llava_hr import LlavaHrForConditionalGeneration, LlavaHrModel
+from .modeling_llava_hr import LlavaHrForConditionalGeneration, LlavaHrModel, LlavaHrVisionModel
 from .processing_llava_hr import LlavaHrProcessor
 
 
 AutoConfig.register(LlavaHrConfig.model_type, LlavaHrConfig, exist_ok=True)
+AutoConfig.register(LlavaHrVisionConfig.model_type, LlavaHrVisionConfig, exist_ok=True)
 AutoModel.register(LlavaHrConfig, LlavaHrModel, exist_ok=True)
+AutoModel.register(LlavaHrVisionConfig, LlavaHrVisionModel, exist_ok=True)
 AutoModelForImageTextToText.register(LlavaHrConfig, LlavaHrForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(LlavaHrConfig, LlavaHrForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(LlavaHrConfig, LlavaHrProcessor, exist_ok=True)
@@ -35,5 +37,8 @@ __all__ = [
     "LlavaHrImageProcessorPil",
     "LlavaHrModel",
     "LlavaHrProcessor",
+    "LlavaHrVisionConfig",
+    "LlavaHrVisionModel",
+    "get_low_res_size",
     "get_num_image_tokens",
 ]

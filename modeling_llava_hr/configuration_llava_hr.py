@@ -13,6 +13,7 @@
 # limitations under the License.
 """LLaVA-HR configuration."""
 
+import math
 import os
 from typing import Any
 
@@ -21,13 +22,17 @@ from transformers import CONFIG_MAPPING, AutoConfig, CLIPVisionConfig, PreTraine
 from transformers.activations import ACT2FN
 
 
-# What a saved config.json tells transformers about the code that lies beside it. `save_pretrained` of a model only
-# registers that model's own class; vLLM and others need the base model as well.
+# What a saved config.json says about the code next to it. `save_pretrained` of a model only registers that model's own
+# class; vLLM, TRL and others need the base model as well.
 AUTO_MAP = {
     "AutoConfig": "configuration_llava_hr.LlavaHrConfig",
     "AutoModel": "modeling_llava_hr.LlavaHrModel",
     "AutoModelForImageTextToText": "modeling_llava_hr.LlavaHrForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_llava_hr.LlavaHrForConditionalGeneration",
+}
+VISION_AUTO_MAP = {
+    "AutoConfig": "configuration_llava_hr.LlavaHrVisionConfig",
+    "AutoModel": "modeling_llava_hr.LlavaHrVisionModel",
 }
 
 SUPPORTED_VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model")
@@ -61,32 +66,77 @@ _STRETCHING_ROPE_TYPES = ("linear", "dynamic", "yarn")
 _TIMM_SOURCES = ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
 
 
-def get_num_image_tokens(size: int, patch_size: int) -> int:
+def get_low_res_size(
+    size: int,
+    low_res_size: int | None = None,
+    *,
+    patch_size: int = 14,
+    stride: int = 32,
+    min_low_res_size: int = 336,
+) -> int:
     """
-    Number of language-model tokens that one picture takes. It depends on the low-resolution view alone
-    (section 4.1 of the paper): one token per ViT patch, no class token.
+    The one rule for the sides of the two views (section 4.1 of the paper and the released code). By default the ViT's
+    grid is as large as the high-resolution feature map, but not smaller than the grid that the ViT was trained with.
 
     Args:
-        size (`int`): Side of the square low-resolution view in pixels.
+        size (`int`): Side H of the image in pixels, as the high-resolution pathway sees it.
+        low_res_size (`int`, *optional*): Side L of the low-resolution view in pixels if it is not to follow the rule.
+        patch_size (`int`): Side of a ViT patch in pixels.
+        stride (`int`): Pixels of the image per position of the high-resolution feature map.
+        min_low_res_size (`int`): Smallest side that the rule gives in pixels: the ViT's own image size.
+
+    Returns:
+        `int`: Side of the low-resolution view in pixels, e.g. 448 for 1024.
+
+    Raises:
+        ValueError: If a side does not consist of whole patches or strides, or the feature map can neither be enlarged
+            nor pooled to the ViT's grid; the message names a pair that fits.
+    """
+    for name, value in (("size", size), ("patch_size", patch_size), ("high_res_stride", stride)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be a positive number of pixels, but got {value!r}.")
+    grid = max(round(size / stride), 1)
+    fits = f"`size={grid * stride}` with `low_res_size={max(grid, min_low_res_size // patch_size) * patch_size}` fits."
+    if size % stride:
+        raise ValueError(f"`size` ({size}) must be a positive multiple of `high_res_stride` ({stride}). {fits}")
+    if low_res_size is None:
+        low_res_size = max(grid * patch_size, min_low_res_size)
+    low_res_grid = math.isqrt(get_num_image_tokens(low_res_size, patch_size))
+    if grid > low_res_grid and grid % low_res_grid:
+        raise ValueError(
+            f"The feature map of an image with `size={size}` ({grid} x {grid}) cannot be pooled to the ViT's grid of "
+            f"`low_res_size={low_res_size}` ({low_res_grid} x {low_res_grid}): it must be at most as large, or an "
+            f"integer multiple of it. {fits}"
+        )
+    return low_res_size
+
+
+def get_num_image_tokens(low_res_size: int, patch_size: int) -> int:
+    """
+    Number of language-model tokens of one image: one per ViT patch of the low-resolution view, no class token
+    (section 4.1 of the paper).
+
+    Args:
+        low_res_size (`int`): Side of the square low-resolution view in pixels.
         patch_size (`int`): Side of a ViT patch in pixels.
 
     Returns:
         `int`: The number of tokens, e.g. 1024 for 448 pixels and patches of 14.
 
     Raises:
-        ValueError: If `size` is not a positive multiple of `patch_size`.
+        ValueError: If `low_res_size` is not a positive multiple of `patch_size`.
     """
-    if size <= 0 or size % patch_size:
+    if not isinstance(low_res_size, int) or low_res_size <= 0 or low_res_size % patch_size:
         raise ValueError(
-            f"`size` is the side of the low-resolution view and must be a positive multiple of the patch size "
-            f"{patch_size}, but got {size}. The nearest that fits is {max(round(size / patch_size), 1) * patch_size}."
+            f"`low_res_size`, the side of the low-resolution view, must be a positive multiple of the patch size "
+            f"{patch_size}, but got {low_res_size!r}."
         )
-    return (size // patch_size) ** 2
+    return (low_res_size // patch_size) ** 2
 
 
 def get_mr_adapter_layers(num_hidden_layers: int) -> list[int]:
     """
-    Where the MR-Adapters stand: before the last three of four stages of the ViT (section 5.2).
+    Positions of the MR-Adapters: before the last three of four stages of the ViT (section 5.2).
 
     Args:
         num_hidden_layers (`int`): Layers of the ViT.
@@ -98,11 +148,10 @@ def get_mr_adapter_layers(num_hidden_layers: int) -> list[int]:
     return sorted({num_hidden_layers * stage // 4 for stage in (1, 2, 3)})
 
 
-class LlavaHrConfig(PreTrainedConfig):
+class LlavaHrVisionConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`LlavaHrForConditionalGeneration`] ("Mixture-of-Resolution Adaptation for Multimodal Large
-    Language Models", arXiv 2403.03003). The defaults describe LLaVA-HR-7B as released; where paper and released code
-    differ, the released behaviour is the default and the paper's formula is one value away.
+    Configuration of [`LlavaHrVisionModel`], the two vision pathways of LLaVA-HR with their adapters and fusion, which
+    can be used and saved on their own. [`LlavaHrConfig`] has the same fields.
 
     Args:
         vision_config (`CLIPVisionConfig`, `SiglipVisionConfig` or `dict`, *optional*):
@@ -110,11 +159,6 @@ class LlavaHrConfig(PreTrainedConfig):
         high_res_vision_config (`TimmWrapperConfig` or `dict`, *optional*):
             The high-resolution pathway: a CNN of timm by its name (`architecture`), with `model_args` for other depths
             and widths. Defaults to `convnext_large_mlp`.
-        text_config (`PreTrainedConfig` or `dict`, *optional*):
-            Any attention-based causal language model of transformers. Defaults to Vicuna-7B v1.5 with an image token
-            (vocabulary padded from 32001 to 32064 entries, a multiple of 64).
-        image_token_id (`int`, *optional*, defaults to 32000):
-            Id of the token that stands for an image feature in the prompt; must lie inside the vocabulary.
         mr_adapter_layers (`list[int]`, *optional*):
             Indices of the ViT layers before which an MR-Adapter stands, ascending. Defaults to the starts of the last
             three of four equal stages (section 5.2), `[6, 12, 18]` of 24 layers. `[]` is a model after stage 1: two
@@ -131,6 +175,136 @@ class LlavaHrConfig(PreTrainedConfig):
         fusion (`str`, *optional*, defaults to `"sum"`):
             How an MR-Adapter joins the two mapped views: `"sum"` (equation 3) or `"concat"` (table 3): both side by
             side through one linear layer, which starts as the sum.
+        low_res_size (`int`, *optional*):
+            Side of the low-resolution view in pixels, a multiple of the patch size. `None`, the default, is the
+            released rule: as many patches as the high-resolution feature map has positions, but at least
+            `vision_config.image_size` pixels. See [`get_low_res_size`].
+
+    Raises:
+        ValueError: If the values contradict each other; the message says what to change.
+    """
+
+    model_type = "llava_hr_vision"
+    sub_configs = {"vision_config": AutoConfig, "high_res_vision_config": TimmWrapperConfig}
+    # Not a field, so not saved without the code: TRL reads it to find the class of a model
+    auto_map = VISION_AUTO_MAP
+    _auto_class = "AutoConfig"
+
+    vision_config: dict | PreTrainedConfig | None = None
+    high_res_vision_config: dict | PreTrainedConfig | None = None
+    mr_adapter_layers: list[int] | None = None
+    mr_adapter_gate: str = "scalar"
+    mr_adapter_gate_act: str = "tanh"
+    mr_adapter_low_res_mapping: str = "conv"
+    mr_adapter_high_res_mapping: str = "mlp"
+    fusion: str = "sum"
+    low_res_size: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.vision_config is None:
+            self.vision_config = CLIPVisionConfig(
+                hidden_size=1024,
+                intermediate_size=4096,
+                num_hidden_layers=24,
+                num_attention_heads=16,
+                image_size=336,
+                patch_size=14,
+                projection_dim=768,
+            )
+        elif isinstance(self.vision_config, dict):
+            self.vision_config = _config_from_dict("vision_config", self.vision_config, "clip_vision_model")
+        if self.high_res_vision_config is None:
+            self.high_res_vision_config = TimmWrapperConfig(architecture="convnext_large_mlp", do_pooling=False)
+        elif isinstance(self.high_res_vision_config, dict):
+            self.high_res_vision_config = _config_from_dict(
+                "high_res_vision_config", self.high_res_vision_config, "timm_wrapper"
+            )
+        if self.mr_adapter_layers is None:
+            self.mr_adapter_layers = get_mr_adapter_layers(self.vision_config.num_hidden_layers)
+        self._check_vision()
+        super().__post_init__(**kwargs)
+
+    def _check_vision(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but got {getattr(self, name)!r}.")
+
+        vision, high_res = self.vision_config, self.high_res_vision_config
+        if vision.model_type not in SUPPORTED_VISION_MODEL_TYPES:
+            raise ValueError(
+                f"`vision_config` must be of type {' or '.join(SUPPORTED_VISION_MODEL_TYPES)}, but got "
+                f"{vision.model_type!r}. Take the vision part of a CLIP or SigLIP model."
+            )
+        if high_res.model_type != "timm_wrapper":
+            raise ValueError(
+                f"`high_res_vision_config` must be a TimmWrapperConfig, but got {high_res.model_type!r}. Name a CNN "
+                'of timm, for example TimmWrapperConfig(architecture="convnext_large_mlp", do_pooling=False).'
+            )
+        check_sizes("vision_config", vision)
+        _check_timm("high_res_vision_config", high_res)
+        if vision.image_size % vision.patch_size:
+            raise ValueError(
+                f"`vision_config.image_size` ({vision.image_size}) must be a multiple of `vision_config.patch_size` "
+                f"({vision.patch_size}): the position embeddings form a square grid with one entry per patch."
+            )
+
+        layers = list(self.mr_adapter_layers or [])
+        if any(not isinstance(layer, int) or not 0 <= layer < vision.num_hidden_layers for layer in layers):
+            raise ValueError(
+                f"`mr_adapter_layers` are indices of ViT layers before which an adapter stands, from 0 to "
+                f"{vision.num_hidden_layers - 1} (`vision_config.num_hidden_layers` - 1), but got {layers}."
+            )
+        if layers != sorted(set(layers)):
+            raise ValueError(
+                f"`mr_adapter_layers` must ascend and name each layer once, but got {layers}. "
+                f"Use {sorted(set(layers))}."
+            )
+        if self.low_res_size is not None:
+            get_num_image_tokens(self.low_res_size, vision.patch_size)
+
+    # CLIP's layers look up the attention implementation in their own configuration, so that is where it is kept
+    @property
+    def _attn_implementation_internal(self) -> str | None:
+        return self.vision_config._attn_implementation_internal
+
+    @_attn_implementation_internal.setter
+    def _attn_implementation_internal(self, value: str | None) -> None:
+        self.vision_config._attn_implementation_internal = value
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Like [`PreTrainedConfig.get_config_dict`]; takes the vision fields of a whole LLaVA-HR's configuration."""
+        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if values.get("model_type") == LlavaHrConfig.model_type and cls.model_type != LlavaHrConfig.model_type:
+            names = {*LlavaHrVisionConfig.__annotations__, "dtype"} & set(values)
+            values = {"model_type": cls.model_type, **{name: values[name] for name in names}}
+        return values, kwargs
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Like [`PreTrainedConfig.save_pretrained`], with the complete `auto_map` beside a model's code."""
+        has_model_code = os.path.isfile(os.path.join(save_directory, "modeling_llava_hr.py"))
+        auto_map = type(self).auto_map
+        self.auto_map = dict(auto_map) if has_model_code else {"AutoConfig": auto_map["AutoConfig"]}
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+class LlavaHrConfig(LlavaHrVisionConfig):
+    r"""
+    Configuration of a [`LlavaHrForConditionalGeneration`] ("Mixture-of-Resolution Adaptation for Multimodal Large
+    Language Models", arXiv 2403.03003). The defaults describe LLaVA-HR-7B as released; where paper and released code
+    differ, the released behaviour is the default and the paper's formula is one value away.
+
+    Args:
+        vision_config, high_res_vision_config, mr_adapter_layers, mr_adapter_gate, mr_adapter_gate_act, \
+mr_adapter_low_res_mapping, mr_adapter_high_res_mapping, fusion, low_res_size:
+            See [`LlavaHrVisionConfig`].
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            Any attention-based causal language model of transformers. Defaults to Vicuna-7B v1.5 with an image token
+            (vocabulary padded from 32001 to 32064 entries, a multiple of 64).
+        image_token_id (`int`, *optional*, defaults to 32000):
+            Id of the token that stands for an image feature in the prompt; must lie inside the vocabulary.
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation between the projector's two linear layers.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
@@ -163,100 +337,35 @@ class LlavaHrConfig(PreTrainedConfig):
     ```"""
 
     model_type = "llava_hr"
-    sub_configs = {"vision_config": AutoConfig, "high_res_vision_config": TimmWrapperConfig, "text_config": AutoConfig}
+    sub_configs = {**LlavaHrVisionConfig.sub_configs, "text_config": AutoConfig}
+    auto_map = AUTO_MAP
+    _attn_implementation_internal = None  # its own, not the ViT's
     keys_to_ignore_at_inference = [
         "past_key_values",
         "cache",  # its name since transformers 5.24
         "image_outputs",
     ]
-    _auto_class = "AutoConfig"
 
-    vision_config: dict | PreTrainedConfig | None = None
-    high_res_vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     image_token_id: int = 32000
-    mr_adapter_layers: list[int] | None = None
-    mr_adapter_gate: str = "scalar"
-    mr_adapter_gate_act: str = "tanh"
-    mr_adapter_low_res_mapping: str = "conv"
-    mr_adapter_high_res_mapping: str = "mlp"
-    fusion: str = "sum"
     projector_hidden_act: str = "gelu"
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.vision_config is None:
-            self.vision_config = CLIPVisionConfig(
-                hidden_size=1024,
-                intermediate_size=4096,
-                num_hidden_layers=24,
-                num_attention_heads=16,
-                image_size=336,
-                patch_size=14,
-                projection_dim=768,
-            )
-        elif isinstance(self.vision_config, dict):
-            self.vision_config = _config_from_dict("vision_config", self.vision_config, "clip_vision_model")
-        if self.high_res_vision_config is None:
-            self.high_res_vision_config = TimmWrapperConfig(architecture="convnext_large_mlp", do_pooling=False)
-        elif isinstance(self.high_res_vision_config, dict):
-            self.high_res_vision_config = _config_from_dict(
-                "high_res_vision_config", self.high_res_vision_config, "timm_wrapper"
-            )
         if self.text_config is None:
             self.text_config = CONFIG_MAPPING["llama"](
                 vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5, pad_token_id=0
             )
         elif isinstance(self.text_config, dict):
             self.text_config = _config_from_dict("text_config", self.text_config, "llama")
-        if self.mr_adapter_layers is None:
-            self.mr_adapter_layers = get_mr_adapter_layers(self.vision_config.num_hidden_layers)
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
-        self._check_choices()
         super().__post_init__(**kwargs)
-
-    def _check_choices(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but got {getattr(self, name)!r}.")
-
         if self.projector_hidden_act not in ACT2FN:
             raise ValueError(
                 f"`projector_hidden_act` must be an activation of transformers ({', '.join(ACT2FN)}), but got "
                 f"{self.projector_hidden_act!r}."
             )
-
-        vision, high_res = self.vision_config, self.high_res_vision_config
-        if vision.model_type not in SUPPORTED_VISION_MODEL_TYPES:
-            raise ValueError(
-                f"`vision_config` must be of type {' or '.join(SUPPORTED_VISION_MODEL_TYPES)}, but got "
-                f"{vision.model_type!r}. Take the vision part of a CLIP or SigLIP model."
-            )
-        if high_res.model_type != "timm_wrapper":
-            raise ValueError(
-                f"`high_res_vision_config` must be a TimmWrapperConfig, but got {high_res.model_type!r}. Name a CNN "
-                'of timm, for example TimmWrapperConfig(architecture="convnext_large_mlp", do_pooling=False).'
-            )
-        check_sizes("vision_config", vision)
         check_sizes("text_config", self.text_config.get_text_config())
-        _check_timm("high_res_vision_config", high_res)
-        if vision.image_size % vision.patch_size:
-            raise ValueError(
-                f"`vision_config.image_size` ({vision.image_size}) must be a multiple of `vision_config.patch_size` "
-                f"({vision.patch_size}): the position embeddings form a square grid with one entry per patch."
-            )
-
-        layers = list(self.mr_adapter_layers or [])
-        if any(not isinstance(layer, int) or not 0 <= layer < vision.num_hidden_layers for layer in layers):
-            raise ValueError(
-                f"`mr_adapter_layers` are indices of ViT layers before which an adapter stands, from 0 to "
-                f"{vision.num_hidden_layers - 1} (`vision_config.num_hidden_layers` - 1), but got {layers}."
-            )
-        if layers != sorted(set(layers)):
-            raise ValueError(
-                f"`mr_adapter_layers` must ascend and name each layer once, but got {layers}. "
-                f"Use {sorted(set(layers))}."
-            )
         vocab_size = self.text_config.get_text_config().vocab_size
         if not 0 <= self.image_token_id < vocab_size:
             raise ValueError(
@@ -278,11 +387,15 @@ class LlavaHrConfig(PreTrainedConfig):
             return length
         return max(length, int(rope.get("original_max_position_embeddings", length) * (rope.get("factor") or 1)))
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Like [`PreTrainedConfig.save_pretrained`], with the complete `auto_map` beside a model's code."""
-        has_model_code = os.path.isfile(os.path.join(save_directory, "modeling_llava_hr.py"))
-        self.auto_map = dict(AUTO_MAP) if has_model_code else {"AutoConfig": AUTO_MAP["AutoConfig"]}
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+    def get_vision_tower_config(self) -> LlavaHrVisionConfig:
+        """The part that describes [`LlavaHrVisionModel`]; its sub-configurations are the same objects."""
+        return LlavaHrVisionConfig(
+            **{name: getattr(self, name) for name in LlavaHrVisionConfig.__annotations__},
+            dtype=self.dtype,
+            attn_implementation=self.vision_config._attn_implementation,
+            output_attentions=self.vision_config.output_attentions,
+            output_hidden_states=self.vision_config.output_hidden_states,
+        )
 
 
 def check_sizes(name: str, config: PreTrainedConfig) -> None:
@@ -335,4 +448,4 @@ def _config_from_dict(name: str, values: dict, default_model_type: str) -> PreTr
         raise ValueError(f"`{name}` is not that of a {model_type}: {' '.join(str(error).split())}") from error
 
 
-__all__ = ["LlavaHrConfig", "get_num_image_tokens"]
+__all__ = ["LlavaHrConfig", "LlavaHrVisionConfig", "get_low_res_size", "get_num_image_tokens"]

@@ -72,8 +72,8 @@ class LlavaHrEvaluation(lmms):
             Questions at a time.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Such as `"bfloat16"`; `"auto"` is the checkpoint's.
-        size, high_res_size (`int`, *optional*):
-            Sides of the low-resolution and the high-resolution view in pixels if they are not the processor's.
+        size, low_res_size (`int`, *optional*):
+            Sides of the image and of its low-resolution view in pixels, if not the processor's.
         load_in_4bit (`bool`, *optional*, defaults to `False`):
             Whether the language model's weights are quantized to 4 bits.
         attn_implementation (`str`, *optional*):
@@ -94,7 +94,7 @@ class LlavaHrEvaluation(lmms):
         batch_size: int | str = 1,
         dtype: str = "auto",
         size: int | None = None,
-        high_res_size: int | None = None,
+        low_res_size: int | None = None,
         load_in_4bit: bool = False,
         attn_implementation: str | None = None,
         revision: str = "main",
@@ -103,7 +103,7 @@ class LlavaHrEvaluation(lmms):
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"`batch_size` must be a number of 1 or more, but got {batch_size!r}: --batch_size 8")
         self.batch_size = int(batch_size)
-        self.sizes = {"size": size, "high_res_size": high_res_size}
+        self.sizes = {"size": size, "low_res_size": low_res_size}
         self.sizes = {name: value for name, value in self.sizes.items() if value is not None}
         self.accelerator = Accelerator()
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if load_in_4bit else None

@@ -19,9 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers.image_processing_backends import TorchvisionBackend
-from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import PILImageResampling, SizeDict
-from transformers.utils import TensorType
 
 from .image_processing_pil_llava_hr import (
     LlavaHrImageProcessorKwargs,
@@ -29,7 +27,6 @@ from .image_processing_pil_llava_hr import (
     array_to_rgb,
     check_picture_size,
     get_bands,
-    low_res_view,
     padding_color,
     pil_to_rgb,
     shortest_edge_size,
@@ -38,42 +35,48 @@ from .image_processing_pil_llava_hr import (
 
 class LlavaHrImageProcessor(LlavaHrImageProcessorMixin, TorchvisionBackend):
     r"""
-    Makes the two views of a picture (section 4.1 of the paper) with torchvision, in batches and on any device. Before
+    Prepares images for the two pathways (section 4.1 of the paper) with torchvision, on any device. Before
     normalisation the values are within 2/255 of [`LlavaHrImageProcessorPil`], which equals the released code.
 
-    The high-resolution view is the whole picture, padded to a square with the mean colour, or its centre, resized to
-    `high_res_size`. The low-resolution view is the high-resolution one, resized bilinearly to `size`. Both sizes are
-    free, also per call, as long as the grid of `high_res_size / high_res_stride` features is not larger than that of
-    `size / patch_size` patches, or an integer multiple of it. The number of image tokens depends on `size` alone.
+    `pixel_values` is the whole image, padded to a square with the mean colour (or its centre), resized to `size`.
+    `low_res_pixel_values` is the same, resized bilinearly to `low_res_size`; the model makes it itself where that is
+    the side saved with it or the released rule. The number of image tokens depends on `low_res_size` alone.
 
-    Anything that is a picture is one: all modes of PIL, with EXIF orientation applied and white behind transparency,
-    arrays and tensors (floats in [0, 1] are recognised as scaled), paths, URLs, base64 strings and bytes.
+    Takes all modes of PIL (EXIF orientation applied, white behind transparency), arrays and tensors (floats in [0, 1]
+    are recognised as scaled), paths, URLs, base64 strings and bytes.
 
     Args:
-        size (`int` or `dict[str, int]`, *optional*, defaults to `{"height": 448, "width": 448}`):
-            Side of the square low-resolution view in pixels, a multiple of `patch_size`.
-        high_res_size (`int` or `dict[str, int]`, *optional*, defaults to `{"height": 1024, "width": 1024}`):
-            Side of the square high-resolution view in pixels, a multiple of `high_res_stride`.
+        size (`int` or `dict[str, int]`, *optional*, defaults to `{"height": 1024, "width": 1024}`):
+            Side of the square image in pixels, a multiple of `high_res_stride`.
+        low_res_size (`int` or `dict[str, int]`, *optional*):
+            Side of the square low-resolution view in pixels, a multiple of `patch_size`. `None` is the released rule:
+            as many patches as the high-resolution feature map has positions, but at least `min_low_res_size` pixels.
+            The feature map (`size / high_res_stride` positions a side) must not be larger than the grid of patches, or
+            an integer multiple of it.
+        min_low_res_size (`int`, *optional*, defaults to 336):
+            The ViT's own image size in pixels.
         patch_size (`int`, *optional*, defaults to 14):
             Side of a ViT patch in pixels.
         high_res_stride (`int`, *optional*, defaults to 32):
-            Pixels of the high-resolution view between two features of the CNN.
+            Pixels of the image per position of the high-resolution feature map.
         image_aspect_ratio (`str`, *optional*, defaults to `"pad"`):
-            `"pad"`: the whole picture, padded to a square. `"crop"`: its centre, the shortest edge being kept whole.
+            `"pad"`: the whole image, padded to a square. `"crop"`: shortest edge to `size`, then its centre.
+        return_low_res (`bool`, *optional*, defaults to `True`):
+            Whether to return `low_res_pixel_values`.
         resample (`PILImageResampling`, *optional*, defaults to `BICUBIC`):
-            Filter for the high-resolution view.
+            Filter for resizing the image to `size`.
         do_resize (`bool`, *optional*, defaults to `True`):
-            If off, pictures must be squares of `high_res_size` already.
+            If off, images must be squares of `size` already.
         do_rescale, rescale_factor, do_normalize, image_mean, image_std, do_convert_rgb (*optional*):
-            As in other image processors; both views share them. The mean and standard deviation are CLIP's.
+            As in other image processors. The mean and standard deviation are CLIP's.
 
     Returns:
-        `BatchFeature` with `pixel_values` of shape `(images, 3, L, L)` and `high_res_pixel_values` of shape
-        `(images, 3, H, H)`, both float32.
+        `BatchFeature` with `pixel_values` of shape `(images, 3, H, H)` and `low_res_pixel_values` of shape
+        `(images, 3, L, L)`, both float32.
 
     Raises:
-        ValueError: If the sizes do not fit each other, at construction and at each call, or if something in `images`
-            cannot be used as a picture; the message says which.
+        ValueError: If the sides do not fit each other, at construction and at each call, or if something in `images`
+            cannot be used as an image; the message says which.
 
     Example:
 
@@ -81,9 +84,9 @@ class LlavaHrImageProcessor(LlavaHrImageProcessorMixin, TorchvisionBackend):
     >>> from modeling_llava_hr import LlavaHrImageProcessor
 
     >>> image_processor = LlavaHrImageProcessor()
-    >>> views = image_processor("street.jpg", size=336, high_res_size=1536, return_tensors="pt")
-    >>> views["pixel_values"].shape, views["high_res_pixel_values"].shape
-    (torch.Size([1, 3, 336, 336]), torch.Size([1, 3, 1536, 1536]))
+    >>> views = image_processor("street.jpg", size=1536, low_res_size=336, return_tensors="pt")
+    >>> views["pixel_values"].shape, views["low_res_pixel_values"].shape
+    (torch.Size([1, 3, 1536, 1536]), torch.Size([1, 3, 336, 336]))
     ```"""
 
     def process_image(
@@ -106,7 +109,6 @@ class LlavaHrImageProcessor(LlavaHrImageProcessorMixin, TorchvisionBackend):
         images: list[torch.Tensor],
         do_resize: bool,
         size: SizeDict,
-        high_res_size: SizeDict,
         resample: PILImageResampling | int,
         image_aspect_ratio: str,
         do_rescale: bool,
@@ -114,10 +116,9 @@ class LlavaHrImageProcessor(LlavaHrImageProcessorMixin, TorchvisionBackend):
         do_normalize: bool,
         image_mean: float | tuple[float, ...] | None,
         image_std: float | tuple[float, ...] | None,
-        return_tensors: str | TensorType | None,
         **kwargs: Any,
-    ) -> BatchFeature:
-        side, device = high_res_size.height, images[0].device
+    ) -> torch.Tensor:
+        side, device = size.height, images[0].device
         scale = rescale_factor if do_rescale else 1
         if do_normalize:
             mean, std = (torch.tensor(x, device=device).view(-1, 1, 1) * (1 / scale) for x in (image_mean, image_std))
@@ -132,11 +133,7 @@ class LlavaHrImageProcessor(LlavaHrImageProcessorMixin, TorchvisionBackend):
                 view.sub_(mean).div_(std)
             elif do_rescale:
                 view.mul_(scale)
-        # Each colour as a picture of its own: on one thread torch takes a fifth of the time for it
-        low_res = low_res_view(high_res.flatten(0, 1)[:, None], size).unflatten(0, (-1, 3))[:, :, 0]
-        return BatchFeature(
-            data={"pixel_values": low_res, "high_res_pixel_values": high_res}, tensor_type=return_tensors
-        )
+        return high_res
 
     def _fit(
         self,
@@ -162,7 +159,8 @@ class LlavaHrImageProcessor(LlavaHrImageProcessorMixin, TorchvisionBackend):
             rows[:, top : top + height] = self.resize(image, SizeDict(height=height, width=side), resample)
         elif height > width:
             rows, left = _fill(image, longest, side, color), (longest - width) // 2
-            for top, bottom in get_bands(longest):
+            # Bands bound the memory of a CPU's cache; on a GPU they would only add kernel launches
+            for top, bottom in [(0, longest)] if image.is_cuda else get_bands(longest):
                 band = _fill(image, bottom - top, longest, color)
                 band[:, :, left : left + width] = image[:, top:bottom]
                 rows[:, top:bottom] = self.resize(band, SizeDict(height=bottom - top, width=side), resample)

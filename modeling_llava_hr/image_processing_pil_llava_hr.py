@@ -16,10 +16,11 @@
 import base64
 import itertools
 import os
+import re
 import struct
 from collections.abc import Iterator
 from io import BytesIO
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,8 +30,8 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature, get_size_dict
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
-from transformers.utils import TensorType
-from transformers.utils.type_validators import image_size_validator
+
+from .configuration_llava_hr import get_low_res_size
 
 
 if TYPE_CHECKING:
@@ -46,13 +47,15 @@ AUTO_MAP = {
     }
 }
 
-# What the released code never goes below: the grid of CLIP ViT-L/14-336
-MIN_VIT_GRID = 24
-
 DOWNLOAD_TIMEOUT = 60  # seconds
 
 # Of a padded picture at a time: little enough for a processor's cache
 MAX_BAND_PIXELS = 2**20
+
+# A data URI, or text that is too long for a mistyped file name and has only characters of base64
+_BASE64 = re.compile(r"data:[^,]*,.*|[A-Za-z0-9+/\s]{50,}[=\s]*", re.DOTALL)
+
+_IMPORTED_BY = os.getpid()
 
 # How far arithmetic in half precision may carry a value out of its range
 ROUNDING = 1e-3
@@ -60,34 +63,43 @@ ROUNDING = 1e-3
 
 class LlavaHrImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict of transformers
     r"""
-    high_res_size (`int` or `dict[str, int]`, *optional*, defaults to `{"height": 1024, "width": 1024}`):
-        Side of the square high-resolution view in pixels, a multiple of `high_res_stride`.
+    low_res_size (`int` or `dict[str, int]`, *optional*):
+        Side of the square low-resolution view in pixels, a multiple of `patch_size`. `None` is the released rule, see
+        [`get_low_res_size`].
+    min_low_res_size (`int`, *optional*, defaults to 336):
+        Smallest side that the rule gives in pixels: the ViT's own image size.
     patch_size (`int`, *optional*, defaults to 14):
-        Side of a ViT patch in pixels; `size`, the side of the low-resolution view, is a multiple of it.
+        Side of a ViT patch in pixels.
     high_res_stride (`int`, *optional*, defaults to 32):
-        Pixels of the high-resolution view between two features of the CNN.
+        Pixels of the image per position of the high-resolution feature map; `size` is a multiple of it.
     image_aspect_ratio (`str`, *optional*, defaults to `"pad"`):
-        `"pad"`: the whole picture, padded to a square. `"crop"`: shortest edge to `high_res_size`, then its centre.
+        `"pad"`: the whole image, padded to a square. `"crop"`: shortest edge to `size`, then its centre.
+    return_low_res (`bool`, *optional*, defaults to `True`):
+        Whether to return `low_res_pixel_values` as well, the view that the model otherwise computes itself.
     """
 
-    high_res_size: Annotated[int | list[int] | tuple[int, ...] | dict[str, int] | None, image_size_validator()]
+    low_res_size: int | dict[str, int] | None
+    min_low_res_size: int
     patch_size: int
     high_res_stride: int
     image_aspect_ratio: str
+    return_low_res: bool
 
 
 class LlavaHrImageProcessorMixin:
     """Arguments, their validation, and the way from whatever a user brings to an 8-bit RGB picture."""
 
     valid_kwargs = LlavaHrImageProcessorKwargs
-    model_input_names = ["pixel_values", "high_res_pixel_values"]
+    model_input_names = ["pixel_values", "low_res_pixel_values"]
     _auto_class = "AutoImageProcessor"
 
-    size = {"height": 448, "width": 448}
-    high_res_size = {"height": 1024, "width": 1024}
+    size = {"height": 1024, "width": 1024}
+    low_res_size = None
+    min_low_res_size = 336
     patch_size = 14
     high_res_stride = 32
     image_aspect_ratio = "pad"
+    return_low_res = True
     resample = PILImageResampling.BICUBIC
     image_mean = OPENAI_CLIP_MEAN
     image_std = OPENAI_CLIP_STD
@@ -98,29 +110,42 @@ class LlavaHrImageProcessorMixin:
 
     def __init__(self, **kwargs: Unpack[LlavaHrImageProcessorKwargs]):
         super().__init__(**kwargs)
-        # A preprocessor_config.json that contradicts itself fails when it is loaded, not at the first picture
-        _check_geometry(self.size, self.high_res_size, self.patch_size, self.high_res_stride, self.image_aspect_ratio)
+        # A configuration that contradicts itself fails when it is loaded, not at the first image
+        values: dict[str, Any] = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
+        self._validate_preprocess_kwargs(**values)
+
+    def get_low_res_size(self, size: Any = None, low_res_size: Any = None, **kwargs: Any) -> int:
+        """
+        Side of the low-resolution view in pixels that a call with these arguments makes.
+
+        Args:
+            size (`int` or `dict[str, int]`, *optional*): Side of the image in pixels; the saved one by default.
+            low_res_size (`int` or `dict[str, int]`, *optional*):
+                Side of the low-resolution view in pixels; by default the saved one, or that of the released rule.
+            kwargs: `patch_size`, `high_res_stride`, `min_low_res_size`; the rest is ignored.
+
+        Raises:
+            ValueError: If the sides do not fit each other.
+        """
+        return get_low_res_size(
+            _to_side("size", self.size if size is None else size),
+            _to_side("low_res_size", self.low_res_size if low_res_size is None else low_res_size),
+            patch_size=kwargs.get("patch_size", self.patch_size),
+            stride=kwargs.get("high_res_stride", self.high_res_stride),
+            min_low_res_size=kwargs.get("min_low_res_size", self.min_low_res_size),
+        )
+
+    def _standardize_kwargs(self, low_res_size: Any = None, **kwargs: Any) -> dict[str, Any]:
+        return {**super()._standardize_kwargs(**kwargs), "low_res_size": _to_side("low_res_size", low_res_size)}
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "auto_map": AUTO_MAP}
 
-    def _standardize_kwargs(self, high_res_size: Any = None, **kwargs: Any) -> dict[str, Any]:
-        kwargs = super()._standardize_kwargs(**kwargs)
-        if high_res_size is not None and not isinstance(high_res_size, SizeDict):
-            high_res_size = SizeDict(**get_size_dict(high_res_size, param_name="high_res_size"))
-        return {**kwargs, "high_res_size": high_res_size}
-
-    def _validate_preprocess_kwargs(
-        self,
-        size: SizeDict | None,
-        high_res_size: SizeDict | None,
-        patch_size: int,
-        high_res_stride: int,
-        image_aspect_ratio: str,
-        **kwargs: Any,
-    ) -> None:
-        super()._validate_preprocess_kwargs(size=size, **kwargs)
-        _check_geometry(size, high_res_size, patch_size, high_res_stride, image_aspect_ratio)
+    def _validate_preprocess_kwargs(self, image_aspect_ratio: str, **kwargs: Any) -> None:
+        super()._validate_preprocess_kwargs(**kwargs)
+        if image_aspect_ratio not in ("pad", "crop"):
+            raise ValueError(f'`image_aspect_ratio` must be "pad" or "crop", but got {image_aspect_ratio!r}.')
+        self.get_low_res_size(**kwargs)
         for name in ("do_pad", "do_center_crop"):
             if kwargs[name]:
                 raise ValueError(f'`{name}` has no effect here. Use `image_aspect_ratio="pad"` or `"crop"`.')
@@ -147,6 +172,8 @@ class LlavaHrImageProcessorMixin:
         return images
 
     def _preprocess_image_like_inputs(self, images: Any, **kwargs: Any) -> BatchFeature:
+        if os.getpid() != _IMPORTED_BY and torch.get_num_threads() > 1:
+            torch.set_num_threads(1)  # torch's threads do not survive a fork: the first parallel operation would hang
         images = self._prepare_images_structure(images)
         pictures = []
         for index, image in enumerate(images):
@@ -163,7 +190,11 @@ class LlavaHrImageProcessorMixin:
                 )
             if all(scaled):  # `process_image` made 8-bit values of them
                 kwargs.update(do_rescale=True, rescale_factor=1 / 255)
-        return self._preprocess(pictures, **kwargs)
+        pixel_values = self._preprocess(pictures, **kwargs)
+        data = {"pixel_values": pixel_values}
+        if kwargs["return_low_res"]:
+            data["low_res_pixel_values"] = make_low_res_view(pixel_values, self.get_low_res_size(**kwargs))
+        return BatchFeature(data=data, tensor_type=kwargs["return_tensors"])
 
 
 class LlavaHrImageProcessorPil(LlavaHrImageProcessorMixin, PilBackend):
@@ -190,7 +221,6 @@ class LlavaHrImageProcessorPil(LlavaHrImageProcessorMixin, PilBackend):
         images: list[Image.Image],
         do_resize: bool,
         size: SizeDict,
-        high_res_size: SizeDict,
         resample: PILImageResampling | int,
         image_aspect_ratio: str,
         do_rescale: bool,
@@ -198,10 +228,9 @@ class LlavaHrImageProcessorPil(LlavaHrImageProcessorMixin, PilBackend):
         do_normalize: bool,
         image_mean: float | tuple[float, ...] | None,
         image_std: float | tuple[float, ...] | None,
-        return_tensors: str | TensorType | None,
         **kwargs: Any,
-    ) -> BatchFeature:
-        side = high_res_size.height
+    ) -> torch.Tensor:
+        side = size.height
         # One row per colour, one column per 8-bit value: three table look-ups instead of arithmetic on every pixel
         table = np.tile(np.arange(256) * (rescale_factor if do_rescale else 1), (3, 1)).astype(np.float32)
         if do_normalize:
@@ -215,10 +244,7 @@ class LlavaHrImageProcessorPil(LlavaHrImageProcessorMixin, PilBackend):
                 image = self._fit(image, side, resample, image_aspect_ratio, padding_color(image_mean))
             for channel, values in enumerate(image.split()):
                 np.take(table[channel], np.asarray(values), out=high_res[index, channel], mode="clip")
-        low_res = low_res_view(torch.from_numpy(high_res), size).numpy()
-        return BatchFeature(
-            data={"pixel_values": low_res, "high_res_pixel_values": high_res}, tensor_type=return_tensors
-        )
+        return torch.from_numpy(high_res)
 
     def _fit(
         self,
@@ -249,45 +275,14 @@ class LlavaHrImageProcessorPil(LlavaHrImageProcessorMixin, PilBackend):
         return rows.resize((side, side), resample)
 
 
-def _check_geometry(
-    size: SizeDict | None,
-    high_res_size: SizeDict | None,
-    patch_size: int,
-    high_res_stride: int,
-    image_aspect_ratio: str,
-) -> None:
-    """Raises ValueError unless both views are squares of whole patches whose grids the model can align."""
-    if image_aspect_ratio not in ("pad", "crop"):
-        raise ValueError(f'`image_aspect_ratio` must be "pad" or "crop", but got {image_aspect_ratio!r}.')
-    sides = {}
-    for name, value, step_name, step in (
-        ("size", size, "patch_size", patch_size),
-        ("high_res_size", high_res_size, "high_res_stride", high_res_stride),
-    ):
-        if not isinstance(step, int) or step < 1:
-            raise ValueError(f"`{step_name}` must be a positive number of pixels, but got {step!r}.")
-        if value is None or value.height is None or value.height != value.width:
-            got = None if value is None else dict(value)
-            raise ValueError(f"`{name}` must be an int or a dict with equal height and width, but got {got}.")
-        sides[name] = value.height
-    low, high = sides.values()
-    grid, high_res_grid = low // patch_size, high // high_res_stride
-    if low < 1 or low % patch_size:
-        problem = f"`size` ({low}) must be a positive multiple of `patch_size` ({patch_size})"
-    elif high < 1 or high % high_res_stride:
-        problem = f"`high_res_size` ({high}) must be a positive multiple of `high_res_stride` ({high_res_stride})"
-    elif high_res_grid > grid and high_res_grid % grid:
-        problem = (
-            f"`high_res_size` ({high}) gives a grid of {high_res_grid} x {high_res_grid} features, which cannot be "
-            f"pooled to the {grid} x {grid} patches of `size` ({low})"
-        )
-    else:
-        return
-    fitting_grid = max(round(high / high_res_stride), 1)
-    raise ValueError(
-        f"{problem}. A pair that fits: `high_res_size={fitting_grid * high_res_stride}` with "
-        f"`size={max(fitting_grid, MIN_VIT_GRID) * patch_size}`."
-    )
+def _to_side(name: str, size: Any) -> Any:
+    """The side in pixels of a square's size in any form. Raises ValueError if it is not a square's."""
+    if size is None or isinstance(size, int):
+        return size
+    sides = size if isinstance(size, SizeDict) else SizeDict(**get_size_dict(size, param_name=name))
+    if sides.height is None or sides.height != sides.width:
+        raise ValueError(f"`{name}` must be an int or a dict with equal height and width, but got {dict(sides)}.")
+    return sides.height
 
 
 def _fetch(image: Any, name: str) -> Any:
@@ -344,23 +339,22 @@ def _read_picture(source: str | bytes | bytearray | os.PathLike, name: str) -> I
     try:
         if isinstance(source, (bytes, bytearray)):
             what, file = f"{len(source)} bytes", BytesIO(source)
-        elif isinstance(source, os.PathLike) and os.path.exists(source) and not os.path.isfile(source):
-            what = f"the file {os.fspath(source)!r}"
-            raise OSError("it is a folder, a device or a pipe")  # which might never end
-        elif isinstance(source, os.PathLike) or os.path.isfile(source):
-            what, file = f"the file {os.fspath(source)!r}", source
-        elif source.startswith(("http://", "https://")):
+        elif isinstance(source, str) and source.startswith(("http://", "https://")):
             what = f"the URL {source!r}"
             response = httpx.get(source, timeout=DOWNLOAD_TIMEOUT, follow_redirects=True)
             file = BytesIO(response.raise_for_status().content)
-        else:
-            what = f"neither a URL nor an existing file, so taken as base64: {source[:100]!r}"
+        elif isinstance(source, str) and not os.path.exists(source) and _BASE64.fullmatch(source):
+            what = f"not an existing file, so read as base64: {source[:100]!r}"
             file = BytesIO(base64.decodebytes(source.split(",")[-1].encode()))
+        else:
+            what, file = f"the file {os.fspath(source)!r:.200}", source
+            if os.path.exists(source) and not os.path.isfile(source):
+                raise OSError("it is a folder, a device or a pipe")  # which might never end
         with Image.open(file) as image:
             _load(image)
             return _upright(image)
     except Exception as error:  # the network's, the file system's, and every decoder's own
-        raise ValueError(f"`{name}` cannot be read as a picture ({what}): {error}") from error
+        raise ValueError(f"`{name}` cannot be read as an image ({what}): {error!s:.300}") from error
 
 
 def _load(image: Image.Image) -> None:
@@ -532,7 +526,7 @@ def check_picture_size(index: int, height: int, width: int, side: int, do_resize
         if (height, width) != (side, side):
             raise ValueError(
                 f"Picture {index} of `images` is {width} x {height} pixels, but without `do_resize` it must be "
-                f"{side} x {side} (`high_res_size`)."
+                f"{side} x {side} (`size`)."
             )
         return
     factor = 2
@@ -567,20 +561,20 @@ def padding_color(image_mean: float | tuple[float, ...] | None) -> tuple[int, ..
     return tuple(int(mean * 255) for mean in np.broadcast_to(0 if image_mean is None else image_mean, 3))
 
 
-def low_res_view(high_res_pixel_values: torch.Tensor, size: SizeDict) -> torch.Tensor:
+def make_low_res_view(pixel_values: torch.Tensor, low_res_size: int) -> torch.Tensor:
     """
-    The low-resolution view as the released code makes it, from the normalised high-resolution view.
+    The low-resolution view as the released code makes it, from the normalised image: bilinear, corners aligned.
 
     Args:
-        high_res_pixel_values (`torch.Tensor` of shape `(images, 3, H, H)` and dtype float32): The other view.
-        size (`SizeDict`): Height and width `L` of the low-resolution view in pixels.
+        pixel_values (`torch.Tensor` of shape `(images, 3, H, H)`): Images as the high-resolution pathway sees them, of
+            any floating-point dtype.
+        low_res_size (`int`): Side L of the low-resolution view in pixels.
 
     Returns:
-        `torch.Tensor` of shape `(images, 3, L, L)` and dtype float32.
+        `torch.Tensor` of shape `(images, 3, L, L)` and dtype float32, computed in float32.
     """
-    return torch.nn.functional.interpolate(
-        high_res_pixel_values, size=(size.height, size.width), mode="bilinear", align_corners=True, antialias=False
-    )
+    size = (low_res_size, low_res_size)
+    return torch.nn.functional.interpolate(pixel_values.float(), size=size, mode="bilinear", align_corners=True)
 
 
 __all__ = ["LlavaHrImageProcessorKwargs", "LlavaHrImageProcessorPil"]

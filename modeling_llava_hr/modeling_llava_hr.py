@@ -19,6 +19,7 @@ side of the high-resolution feature map, `D` language-model width.
 """
 
 import copy
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -52,7 +53,8 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_llava_hr import LlavaHrConfig, get_num_image_tokens
+from .configuration_llava_hr import LlavaHrConfig, LlavaHrVisionConfig, get_low_res_size, get_num_image_tokens
+from .image_processing_pil_llava_hr import make_low_res_view
 
 
 _VISION_LAYERS = {"clip_vision_model": CLIPEncoderLayer, "siglip_vision_model": SiglipEncoderLayer}
@@ -69,15 +71,14 @@ _deprecate_old_name = (
     else lambda forward: forward
 )
 
-# The high-resolution pathway needs by far the most memory of what sees pictures (at 1024 pixels some 240 MB each in
-# bfloat16). Unless it is trained, so many pixels go through it at once, however many pictures there are.
-_MAX_HIGH_RES_PIXELS = 2 * 1024**2
+# The high-resolution tower dominates vision memory (about 240 MB per image at 1024 pixels in bfloat16). Unless it is
+# trained, it processes at most this many pixels per pass.
+_MAX_HIGH_RES_PIXELS = {"cuda": 8 * 1024**2, "cpu": 2 * 1024**2}
 
 _OUT_OF_MEMORY = (
-    "LLaVA-HR ran out of memory while generating. It needs less, the easiest first: with fewer pictures or prompts at "
-    "a time; with a smaller `high_res_size` or `size` of the processor (a smaller `size` also makes fewer tokens of a "
-    "picture); with a smaller `max_new_tokens` or fewer beams; in bfloat16 (`dtype=torch.bfloat16`) or in 4 bits "
-    "(`quantization_config=BitsAndBytesConfig(load_in_4bit=True)`)."
+    "LLaVA-HR ran out of memory while generating. Use, easiest first: fewer images or prompts at a time; a smaller "
+    "`size` of the processor (also fewer tokens per image); a smaller `max_new_tokens` or fewer beams; bfloat16 "
+    "(`dtype=torch.bfloat16`) or 4 bits (`quantization_config=BitsAndBytesConfig(load_in_4bit=True)`)."
 )
 
 # What 4-bit and 8-bit loading leaves as it is unless the user names modules: small beside the language model, and the
@@ -225,25 +226,6 @@ class LlavaHrGate(nn.Module):
         return self.act(self.fc2(F.gelu(self.fc1(pooled))))
 
 
-def check_grids(low_res_grid: int, high_res_grid: int) -> None:
-    """
-    Checks that a high-resolution feature map can be brought to the ViT's grid.
-
-    Args:
-        low_res_grid (`int`): Side of the ViT's grid in patches.
-        high_res_grid (`int`): Side of the high-resolution feature map in positions.
-
-    Raises:
-        ValueError: If the map is larger than the grid, but not by an integer factor.
-    """
-    if high_res_grid > low_res_grid and high_res_grid % low_res_grid:
-        raise ValueError(
-            f"The high-resolution feature map ({high_res_grid} x {high_res_grid}) cannot be pooled to the ViT's grid "
-            f"({low_res_grid} x {low_res_grid}): it must be at most as large, or an integer multiple of it. Change "
-            f"`size` or `high_res_size` of the image processor, for example 448 with 1024 or 336 with 768 pixels."
-        )
-
-
 def align_to_grid(features: torch.Tensor, grid: int) -> torch.Tensor:
     """
     Brings a square feature map to the ViT's grid (`align` of the released code): enlarged bilinearly with aligned
@@ -274,7 +256,7 @@ class LlavaHrMixtureOfResolutionAdapter(GradientCheckpointingLayer):
         F' = l + g * h                      "concat": Linear([l, g * h])
     """
 
-    def __init__(self, config: LlavaHrConfig, high_res_channels: int):
+    def __init__(self, config: LlavaHrVisionConfig, high_res_channels: int):
         super().__init__()
         hidden_size = config.vision_config.hidden_size
         self.gate_per_channel = config.mr_adapter_gate == "channel"
@@ -500,22 +482,26 @@ def _is_cnn(timm_model: nn.Module) -> bool:
 
 class LlavaHrVisionModel(LlavaHrPreTrainedModel):
     """
-    The two pathways and what joins them (sections 4.1 to 4.3): a ViT that sees the picture at low resolution, a CNN
-    that sees it at high resolution, MR-Adapters between the ViT's stages and the fusion after them. All layers of the
-    ViT run; there is no class token and no post-layernorm (released code).
+    The two pathways, the MR-Adapters between the ViT's stages and the fusion after them (sections 4.1 to 4.3). All
+    layers of the ViT run; there is no class token and no post-layernorm (released code). Loads from its own folder or
+    from that of a whole LLaVA-HR.
     """
 
+    config: LlavaHrVisionConfig
+    config_class = LlavaHrVisionConfig
+    base_model_prefix = "model.vision_tower"  # of a whole LLaVA-HR's weights
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _auto_class = "AutoModel"
     _input_embed_layer = "patch_embedding"
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?(language_model|multi_modal_projector)\.", r"^lm_head\."]
     _can_record_outputs = {
         "hidden_states": [CLIPEncoderLayer, SiglipEncoderLayer],
         "attentions": [CLIPAttention, SiglipAttention],
     }
 
-    def __init__(self, config: LlavaHrConfig):
-        # The ViT's own config, not the composite one: its layers look up the attention implementation there
-        super().__init__(config.vision_config)
+    def __init__(self, config: LlavaHrVisionConfig):
+        super().__init__(config)
         vision_config = config.vision_config
         self.high_res_tower = LlavaHrHighResVisionModel(config.high_res_vision_config)
         high_res_channels = self.high_res_tower.num_channels
@@ -542,13 +528,15 @@ class LlavaHrVisionModel(LlavaHrPreTrainedModel):
     def forward(
         self,
         pixel_values: torch.Tensor,
-        high_res_pixel_values: torch.Tensor,
+        low_res_pixel_values: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaHrVisionModelOutput:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(images, 3, L, L)`): Low-resolution view.
-            high_res_pixel_values (`torch.Tensor` of shape `(images, 3, H, H)`): High-resolution view.
+            pixel_values (`torch.Tensor` of shape `(images, 3, H, H)`):
+                Images as the high-resolution pathway sees them.
+            low_res_pixel_values (`torch.Tensor` of shape `(images, 3, L, L)`, *optional*):
+                Low-resolution views, if not the ones that the model makes itself, see [`get_low_res_size`].
 
         Returns:
             [`LlavaHrVisionModelOutput`]
@@ -556,9 +544,12 @@ class LlavaHrVisionModel(LlavaHrPreTrainedModel):
         Raises:
             ValueError: If the views do not belong together or their grids cannot be aligned.
         """
-        grid = self._check_views(pixel_values, high_res_pixel_values)
-        high_res_features = self._encode_high_res(high_res_pixel_values)
-        hidden_states = self.pre_layernorm(self.embeddings(pixel_values))
+        low_res_size = self.get_low_res_size(pixel_values, low_res_pixel_values)
+        if low_res_pixel_values is None:
+            low_res_pixel_values = make_low_res_view(pixel_values, low_res_size)
+        grid = low_res_size // self.embeddings.patch_size
+        high_res_features = self._encode_high_res(pixel_values)
+        hidden_states = self.pre_layernorm(self.embeddings(low_res_pixel_values))
 
         gates = []
         for index, layer in enumerate(self.layers):
@@ -574,34 +565,43 @@ class LlavaHrVisionModel(LlavaHrPreTrainedModel):
             mr_adapter_gates=tuple(gates),
         )
 
-    def _encode_high_res(self, high_res_pixel_values: torch.Tensor) -> torch.Tensor:
+    def _encode_high_res(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(images, 3, H, H)` -> F_vh, `(images, C, k, k)`; in several passes where that bounds memory."""
-        num_images, _, _, side = high_res_pixel_values.shape
+        num_images, _, _, side = pixel_values.shape
         keeps_activations = torch.is_grad_enabled() and any(p.requires_grad for p in self.high_res_tower.parameters())
-        chunk_size = num_images if keeps_activations else _MAX_HIGH_RES_PIXELS // side**2
-        chunks = high_res_pixel_values.split(max(1, chunk_size))
+        max_pixels = _MAX_HIGH_RES_PIXELS.get(pixel_values.device.type, _MAX_HIGH_RES_PIXELS["cpu"])
+        chunks = pixel_values.split(num_images if keeps_activations else max(1, max_pixels // side**2))
         features = [self.high_res_tower(chunk).last_hidden_state for chunk in chunks]
         return features[0] if len(features) == 1 else torch.cat(features)
 
-    def _check_views(self, pixel_values: torch.Tensor, high_res_pixel_values: torch.Tensor) -> int:
-        patch_size, stride = self.embeddings.patch_size, self.high_res_tower.stride
-        for name, view, unit in (
-            ("pixel_values", pixel_values, patch_size),
-            ("high_res_pixel_values", high_res_pixel_values, stride),
-        ):
-            if view.ndim != 4 or view.shape[-1] != view.shape[-2] or view.shape[-1] % unit:
+    def get_low_res_size(self, pixel_values: torch.Tensor, low_res_pixel_values: torch.Tensor | None = None) -> int:
+        """
+        Side of the low-resolution view in pixels: that of `low_res_pixel_values` if given, else
+        `config.low_res_size`, else the released rule, see [`~configuration_llava_hr.get_low_res_size`].
+
+        Raises:
+            ValueError: If a view is not a batch of square images, or the two do not fit each other.
+        """
+        views = {"pixel_values": pixel_values, "low_res_pixel_values": low_res_pixel_values}
+        for name, view in views.items():
+            if view is not None and (view.ndim != 4 or view.shape[-1] != view.shape[-2]):
                 raise ValueError(
-                    f"`{name}` must have the shape (images, 3, side, side) with a side that is a multiple of {unit} "
-                    f"pixels, but got {tuple(view.shape)}. The image processor makes both views."
+                    f"`{name}` must have the shape (images, 3, side, side), but got {tuple(view.shape)}. Use the "
+                    f"processor's."
                 )
-        if pixel_values.shape[0] != high_res_pixel_values.shape[0]:
+        if low_res_pixel_values is not None and low_res_pixel_values.shape[0] != pixel_values.shape[0]:
             raise ValueError(
-                f"`pixel_values` holds {pixel_values.shape[0]} pictures and `high_res_pixel_values` "
-                f"{high_res_pixel_values.shape[0]}. Both must be views of the same pictures."
+                f"`pixel_values` has {pixel_values.shape[0]} images and `low_res_pixel_values` "
+                f"{low_res_pixel_values.shape[0]}. Both must be views of the same images."
             )
-        grid = pixel_values.shape[-1] // patch_size
-        check_grids(grid, high_res_pixel_values.shape[-1] // stride)
-        return grid
+        low_res_size = self.config.low_res_size if low_res_pixel_values is None else low_res_pixel_values.shape[-1]
+        return get_low_res_size(
+            pixel_values.shape[-1],
+            low_res_size,
+            patch_size=self.embeddings.patch_size,
+            stride=self.high_res_tower.stride,
+            min_low_res_size=self.config.vision_config.image_size,
+        )
 
 
 class LlavaHrMultiModalProjector(nn.Module):
@@ -619,14 +619,6 @@ class LlavaHrMultiModalProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(image_features)))
 
 
-def _token_mismatch(num_tokens: int, num_images: int, tokens_per_image: int) -> str:
-    return (
-        f"The prompt has {num_tokens} image tokens, but {num_images} pictures give {num_images * tokens_per_image} "
-        f"features ({tokens_per_image} each). Make `input_ids` and pixels in one call of the processor, with one "
-        f"image tag for each picture, and do not cut the prompt."
-    )
-
-
 class LlavaHrModel(LlavaHrPreTrainedModel):
     """Dual-resolution vision model, projector and language model, without the language-modeling head."""
 
@@ -634,7 +626,7 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
 
     def __init__(self, config: LlavaHrConfig):
         super().__init__(config)
-        self.vision_tower = LlavaHrVisionModel(config)
+        self.vision_tower = LlavaHrVisionModel(config.get_vision_tower_config())
         self.multi_modal_projector = LlavaHrMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -642,39 +634,69 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
     @can_return_tuple
     def get_image_features(
         self,
-        pixel_values: torch.Tensor | None = None,
-        high_res_pixel_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor,
+        low_res_pixel_values: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaHrVisionModelOutput:
         """
-        Encodes pictures. The result can be handed to `forward` and `generate` as
-        `mm_encoder_outputs={"image": result}`, so that a picture is encoded once for many questions.
+        Encodes images. The result can be passed to `forward` and `generate` as `mm_encoder_outputs={"image": result}`,
+        so that an image is encoded once for many questions.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(images, 3, L, L)`): Low-resolution views.
-            high_res_pixel_values (`torch.Tensor` of shape `(images, 3, H, H)`): High-resolution views.
+            pixel_values (`torch.Tensor` of shape `(images, 3, H, H)`):
+                Images as the high-resolution pathway sees them.
+            low_res_pixel_values (`torch.Tensor` of shape `(images, 3, L, L)`, *optional*):
+                Low-resolution views. By default the model computes them from `pixel_values`, with the side
+                `config.low_res_size` or, if that is `None`, by the released rule.
 
         Returns:
             [`LlavaHrVisionModelOutput`] with `pooler_output` of shape `(images, g * g, D)`.
 
         Raises:
-            ValueError: If a view is missing, or the views do not belong together.
+            ValueError: If the views do not belong together.
         """
-        if pixel_values is None or high_res_pixel_values is None:
-            missing = "pixel_values" if pixel_values is None else "high_res_pixel_values"
-            raise ValueError(
-                f"`{missing}` is missing: LLaVA-HR needs both views of a picture, as the processor makes."
-            )
-        outputs = self.vision_tower(pixel_values, high_res_pixel_values, return_dict=True, **kwargs)
+        outputs = self.vision_tower(pixel_values, low_res_pixel_values, return_dict=True, **kwargs)
         outputs.pooler_output = self.multi_modal_projector(outputs.last_hidden_state)
         return outputs
 
     def get_image_token_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """`(batch_size, sequence_length)`, true where an image token stands in the ids, or else in the embeddings."""
+        """`(batch_size, sequence_length)`, true at the image tokens of the ids, or else of the embeddings."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         image_token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(-1)
+
+    def count_image_features(
+        self,
+        pixel_values: torch.Tensor | None,
+        low_res_pixel_values: torch.Tensor | None,
+        image_outputs: BaseModelOutputWithPooling | None,
+    ) -> list[int]:
+        """The number of features of each image, before it is encoded or from `get_image_features`."""
+        if pixel_values is None:
+            return [len(features) for features in image_outputs.pooler_output]
+        low_res_size = self.vision_tower.get_low_res_size(pixel_values, low_res_pixel_values)
+        return [get_num_image_tokens(low_res_size, self.vision_tower.embeddings.patch_size)] * len(pixel_values)
+
+    def check_image_tokens(self, num_tokens: int, features: list[int], pixel_values: torch.Tensor | None) -> None:
+        """Raises ValueError if a prompt's image tokens and its images' features differ in number."""
+        if num_tokens == sum(features):
+            return
+        made = f"{len(features)} images make" if len(features) != 1 else "1 image makes"
+        message = f"The prompt has {num_tokens} image tokens, but {made} {sum(features)} features"
+        patch_size = self.vision_tower.embeddings.patch_size
+        per_image, rest = divmod(num_tokens, len(features))
+        if pixel_values is not None and per_image and not rest and math.isqrt(per_image) ** 2 == per_image:
+            low_res_size, expected = (math.isqrt(number) * patch_size for number in (features[0], per_image))
+            raise ValueError(
+                f"{message}: an image of {pixel_values.shape[-1]} pixels gets a low-resolution view of {low_res_size} "
+                f"pixels, but the prompt was made for one of {expected}. Pass `low_res_pixel_values` of that side, as "
+                f"the processor returns for `low_res_size={expected}`, or set `low_res_size` in the model's config."
+            )
+        raise ValueError(
+            f"{message}. Make `input_ids` and `pixel_values` in one call of the processor, with one image tag per "
+            "image, and do not cut the prompt."
+        )
 
     @can_return_tuple
     @_deprecate_old_name
@@ -682,7 +704,7 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        high_res_pixel_values: torch.Tensor | None = None,
+        low_res_pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
@@ -695,10 +717,11 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Prompt with one image token for each image feature; either this or `inputs_embeds`.
-            pixel_values (`torch.Tensor` of shape `(images, 3, L, L)`, *optional*):
-                Low-resolution views of all pictures of the batch in their order in the prompts. `None` for text alone:
-                the vision model does not run then.
-            high_res_pixel_values (`torch.Tensor` of shape `(images, 3, H, H)`, *optional*): High-resolution views.
+            pixel_values (`torch.Tensor` of shape `(images, 3, H, H)`, *optional*):
+                All images of the batch in the order of their image tokens. `None` for text alone: the vision model
+                does not run then.
+            low_res_pixel_values (`torch.Tensor` of shape `(images, 3, L, L)`, *optional*):
+                Low-resolution views, if not those that the model makes, see [`LlavaHrModel.get_image_features`].
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 marks padding.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Positions.
             cache (`Cache`, *optional*): Keys and values of earlier tokens.
@@ -714,32 +737,30 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
-        has_pixels = pixel_values is not None or high_res_pixel_values is not None
         image_outputs = mm_encoder_outputs.get("image") if mm_encoder_outputs is not None else None
-        if has_pixels and image_outputs is not None:
+        if pixel_values is not None and image_outputs is not None:
             raise ValueError(
-                "Got both pixel values and `mm_encoder_outputs`. Give the pixels, or what `get_image_features` "
-                "made of them."
+                "Got both `pixel_values` and `mm_encoder_outputs`. Pass the pixels, or the result of "
+                "`get_image_features`."
             )
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if has_pixels or image_outputs is not None:
+        if pixel_values is not None or image_outputs is not None:
             mask = self.get_image_token_mask(input_ids, inputs_embeds).to(inputs_embeds.device)
-            # Counted before the towers are started: later, a GPU would have to be waited for. A count breaks the graph
-            # for torch 2.11; what is compiled was checked in its eager form.
-            num_tokens = None if torch.compiler.is_compiling() else int(mask.sum())
-        if has_pixels:
+            # Count before launching the towers to avoid a GPU sync. A count breaks the graph for torch 2.11; what is
+            # compiled was checked in its eager form.
+            if not torch.compiler.is_compiling():
+                features = self.count_image_features(pixel_values, low_res_pixel_values, image_outputs)
+                self.check_image_tokens(int(mask.sum()), features, pixel_values)
+        if pixel_values is not None:
             recorded = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
-            image_outputs = self.get_image_features(pixel_values, high_res_pixel_values, return_dict=True, **recorded)
+            image_outputs = self.get_image_features(pixel_values, low_res_pixel_values, return_dict=True, **recorded)
         if image_outputs is not None:
             image_features = image_outputs.pooler_output
-            if not isinstance(image_features, torch.Tensor):  # a list with the features of each picture
-                image_features = torch.stack(tuple(image_features))
+            if not isinstance(image_features, torch.Tensor):  # a list with the features of each image
+                image_features = torch.cat(tuple(image_features))
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-            num_images, tokens_per_image, _ = image_features.shape
-            if num_tokens is not None and num_tokens != num_images * tokens_per_image:
-                raise ValueError(_token_mismatch(num_tokens, num_images, tokens_per_image))
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_features)
 
         outputs = self.language_model(
@@ -781,12 +802,12 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, GenerationMixin):
 
     def get_image_features(
         self,
-        pixel_values: torch.Tensor | None = None,
-        high_res_pixel_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor,
+        low_res_pixel_values: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaHrVisionModelOutput:
         """See [`LlavaHrModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, high_res_pixel_values, **kwargs)
+        return self.model.get_image_features(pixel_values, low_res_pixel_values, **kwargs)
 
     @can_return_tuple
     @_deprecate_old_name
@@ -794,7 +815,7 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        high_res_pixel_values: torch.Tensor | None = None,
+        low_res_pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
@@ -807,7 +828,7 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, GenerationMixin):
     ) -> tuple | LlavaHrCausalLMOutputWithPast:
         r"""
         Args:
-            input_ids, pixel_values, high_res_pixel_values, attention_mask, position_ids, cache, past_key_values:
+            input_ids, pixel_values, low_res_pixel_values, attention_mask, position_ids, cache, past_key_values:
                 See [`LlavaHrModel.forward`], and there `inputs_embeds` and `mm_encoder_outputs` as well.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Target ids at the same positions as `input_ids` (the loss shifts them); -100 is left out of the loss.
@@ -836,7 +857,7 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
-            high_res_pixel_values=high_res_pixel_values,
+            low_res_pixel_values=low_res_pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
             **{_CACHE: past_key_values if cache is None else cache},
@@ -873,87 +894,75 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, GenerationMixin):
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(f"{_OUT_OF_MEMORY} {error}") from error
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool = False,
-        mm_encoder_outputs: dict | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if is_first_iteration or not kwargs.get("use_cache", True):
-            # later steps find the pictures in the cache (transformers 5.18 and later know this name themselves)
-            model_inputs["mm_encoder_outputs"] = mm_encoder_outputs
-        return model_inputs
-
     def _prepare_model_inputs(
         self, inputs: torch.Tensor | None, bos_token_id: torch.Tensor | None, model_kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, str | None, dict[str, Any]]:
-        """Refuses what cannot be answered before a picture is encoded or memory taken for the prompt."""
+        """Refuses what cannot be answered before an image is encoded or memory allocated for the prompt."""
         inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
         longest = self.config.context_length
         if longest is not None and inputs.shape[1] >= longest:
             raise ValueError(
                 f"The prompt has {inputs.shape[1]} tokens, but with an answer at most {longest} "
-                f"(`config.context_length`) fit into the context. Give less text, fewer pictures, or pictures of "
-                f"fewer tokens (a smaller `size` of the processor)."
+                f"(`config.context_length`) fit into the context. Use less text, fewer images, or images with fewer "
+                f"tokens (a smaller `size` of the processor)."
             )
-        has_pictures = any(
-            model_kwargs.get(key) is not None
-            # earlier turns' pictures are in the cache
-            for key in ("pixel_values", "high_res_pixel_values", "mm_encoder_outputs", _CACHE)
-        )
-        if name == "input_ids" and not has_pictures and (num_tokens := sum(self._count_image_tokens(inputs, None))):
-            raise ValueError(
-                f"The prompt has {num_tokens} image tokens, but there are no pictures. Make `input_ids` and pixels in "
-                f"one call of the processor, whose `apply_chat_template` takes a tag in a part of text for text."
-            )
+        for view in ("pixel_values", "low_res_pixel_values"):
+            if model_kwargs.get(view) is None:
+                model_kwargs.pop(view, None)  # transformers would encode `None`
+        if (encoded := model_kwargs.get("mm_encoder_outputs")) is not None:
+            # transformers reorders the features of beams in place, but the caller may want to use them again
+            model_kwargs["mm_encoder_outputs"] = {key: copy.copy(outputs) for key, outputs in encoded.items()}
+        has_images = model_kwargs.get("pixel_values") is not None or bool(encoded)
+        if name == "input_ids" or has_images:
+            mask = self.model.get_image_token_mask(*((inputs, None) if name == "input_ids" else (None, inputs)))
+            cached = model_kwargs[_CACHE].get_seq_length() if model_kwargs.get(_CACHE) is not None else 0
+            attention_mask = model_kwargs.get("attention_mask")
+            only_new = attention_mask is not None and attention_mask.shape[-1] > inputs.shape[1]
+            self._keep_new_images(mask, 0 if only_new else int(cached), model_kwargs)
         return inputs, name, model_kwargs
 
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
+    def _keep_new_images(self, mask: torch.Tensor, cached: int, model_kwargs: dict[str, Any]) -> None:
         """
-        Repeats each sample's pictures as a group with its prompt. transformers repeats each picture by itself
-        (before 5.18), or changes the encoded pictures that the caller may want to use again.
-        """
-        encoded: Any = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
-        pixels = {name: kwargs.pop(name, None) for name in ("pixel_values", "high_res_pixel_values")}
-        has_pixels = any(view is not None for view in pixels.values())
-        if expand_size > 1 and (encoded is not None or has_pixels):
-            if encoded is None:
-                # the towers run once for all copies
-                encoded, pixels = self.get_image_features(**pixels, return_dict=True), {}
-            features = encoded.pooler_output
-            features = features if isinstance(features, torch.Tensor) else torch.stack(tuple(features))
-            num_images, tokens_per_image, _ = features.shape
-            num_tokens = self._count_image_tokens(input_ids, kwargs.get("inputs_embeds"))
-            if sum(num_tokens) != num_images * tokens_per_image or any(
-                count % tokens_per_image for count in num_tokens
-            ):
-                raise ValueError(_token_mismatch(sum(num_tokens), num_images, tokens_per_image))
-            groups = torch.arange(num_images).split([count // tokens_per_image for count in num_tokens])
-            order = torch.cat([group.repeat(expand_size) for group in groups])
-            encoded = type(encoded)(**{**encoded, "pooler_output": features[order]})
-        input_ids, kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
-        )
-        kwargs.update({name: view for name, view in pixels.items() if view is not None})
-        if encoded is not None:
-            kwargs["mm_encoder_outputs"] = {"image": encoded}
-        return input_ids, kwargs
+        Checks that image tokens and images match, and removes the images whose tokens are all in the cache.
 
-    def _count_image_tokens(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> list[int]:
-        use_ids = input_ids is not None and input_ids.numel() > 0
-        mask = self.model.get_image_token_mask(input_ids if use_ids else None, inputs_embeds)
-        return mask.sum(-1).tolist()
+        Args:
+            mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): True at image tokens.
+            cached (`int`): Number of tokens in the cache.
+            model_kwargs (`dict`): Arguments of `forward`, changed in place.
+        """
+        pixel_values, low_res_pixel_values = (model_kwargs.get(n) for n in ("pixel_values", "low_res_pixel_values"))
+        image_outputs = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if pixel_values is None and image_outputs is None:
+            if num_tokens := int(mask[:, cached:].sum()):
+                raise ValueError(
+                    f"The prompt has {num_tokens} image tokens, but there are no images. Make `input_ids` and "
+                    f"`pixel_values` in one call of the processor, whose `apply_chat_template` treats a tag in a part "
+                    f"of text as text."
+                )
+            return
+        features = self.model.count_image_features(pixel_values, low_res_pixel_values, image_outputs)
+        new = int(mask[:, cached:].sum())
+        if cached and new == sum(features):
+            return  # only new images were passed
+        self.model.check_image_tokens(int(mask.sum()), features, pixel_values)
+        if not cached:
+            return
+        # The image of each image token, and the images with a token that the cache does not have
+        images = torch.repeat_interleave(torch.arange(len(features)), torch.tensor(features))
+        positions = mask.nonzero()[:, 1].cpu()
+        keep = images[positions >= cached].unique()
+        if new != sum(features[index] for index in keep.tolist()):
+            raise ValueError(
+                f"`{_CACHE}` has {cached} tokens and ends inside an image. Crop it to the start of the image, or to "
+                f"its end."
+            )
+        for view in ("pixel_values", "low_res_pixel_values"):
+            if view in model_kwargs:
+                pixels = model_kwargs.pop(view)
+                model_kwargs.update({view: pixels[keep.to(pixels.device)]} if len(keep) else {})
+        if image_outputs is not None:
+            image_outputs.pooler_output = [image_outputs.pooler_output[index] for index in keep.tolist()]
+            model_kwargs["mm_encoder_outputs"] = {"image": image_outputs} if len(keep) else {}
 
 
 __all__ = [

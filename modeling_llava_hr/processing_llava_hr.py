@@ -14,7 +14,6 @@
 """Processor class for LLaVA-HR."""
 
 import os
-from collections.abc import Iterable
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -27,16 +26,16 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from .configuration_llava_hr import get_num_image_tokens
 
 
-# Where a part of a message may have its picture
-PICTURE_KEYS = ("image", "url", "path", "base64")
+# Keys of a message's part that may hold its image
+IMAGE_KEYS = ("image", "url", "path", "base64")
 
-# Stage 2 and inference of the released models ("vicuna_v1"). Pictures come first in their message, each on a line of
-# its own, wherever they stand among the parts: so the models were trained. If a user's message is one string, its
-# tags stay where they are; in all other text a tag is text, and a space keeps it from being tokenized as a picture.
-# The space after the first token is what the released tokenization of a text's start amounts to.
-# `image_suffix` is not set here but by vLLM's users: vLLM tokenizes the prompt itself (docs/serving.md). That contents
-# are lists of parts, it finds by the loop over `message['content']`, which must stand as it is.
+# Stage 2 and inference of the released models ("vicuna_v1"). Images come first in their message, each on a line of its
+# own, wherever their parts are: so the models were trained. If a user's message is one string, its tags stay where
+# they are; in all other text a tag is text, and a space keeps it from being tokenized as an image. The space after the
+# start token and `image_suffix`, see [`get_chat_template`], give the token ids of the released code. vLLM recognises
+# contents as lists of parts by the loop over `message['content']`.
 VICUNA_V1_CHAT_TEMPLATE = """\
+{%- set image_suffix = ' ' -%}
 {%- macro text_of(content) -%}
 {%- if content is string -%}
 {{- content | replace('<image>', '< image>') -}}
@@ -58,11 +57,13 @@ helpful, detailed, and polite answers to the user's questions." -%}
 {%- if message['role'] == 'user' -%}
 {{- 'USER: ' -}}
 {%- if message['content'] is string -%}
-{{- message['content'] + ' ' -}}
+{%- for text in (message['content'] + ' ').split('<image>') -%}
+{{- ('' if loop.first else '<image>' + image_suffix if text else '<image>') + text -}}
+{%- endfor -%}
 {%- else -%}
 {%- if message['content'] -%}
 {%- for part in message['content'] -%}
-{%- if part['type'] in ('image', 'image_url') -%}{{- '<image>' + (image_suffix | default('')) + '\\n' -}}
+{%- if part['type'] in ('image', 'image_url') -%}{{- '<image>' + image_suffix + '\\n' -}}
 {%- elif part['type'] != 'text' -%}
 {{- raise_exception("A part's type must be 'text' or 'image', but got '" + part['type'] + "'.") -}}
 {%- endif -%}
@@ -80,19 +81,34 @@ helpful, detailed, and polite answers to the user's questions." -%}
 {%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
 """
 
-# Stage 1 of the released models ("plain"): picture and caption, no system text, no roles.
+# Stage 1 of the released models ("plain"): image and caption, no system text, no roles.
 PLAIN_CHAT_TEMPLATE = """\
+{%- set image_suffix = ' ' -%}
 {{- bos_token if bos_token else '' -}}
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
 {%- set content = message['content'] -%}
 {%- set text = content if content is string else (content or []) | map(attribute='text') | join('\\n') -%}
-{%- generation -%}{{- text | replace('<image>', '< image>') + '\\n' -}}{%- endgeneration -%}
+{%- generation -%}{{- image_suffix + (text | replace('<image>', '< image>')) + '\\n' -}}{%- endgeneration -%}
 {%- else -%}
 {{- '<image>' -}}
 {%- endif -%}
 {%- endfor -%}
 """
+
+
+def get_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str = VICUNA_V1_CHAT_TEMPLATE) -> str:
+    """
+    A chat template of this file for a tokenizer. The released code tokenizes the text after an image as the start of a
+    text, to which Llama's sentencepiece tokenizer adds a space: the templates' `image_suffix`. Other tokenizers get
+    none.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
+        chat_template (`str`, *optional*): `VICUNA_V1_CHAT_TEMPLATE` or `PLAIN_CHAT_TEMPLATE`.
+    """
+    marks_start = tokenizer.tokenize("a")[0].startswith("▁")
+    return chat_template if marks_start else chat_template.replace("image_suffix = ' '", "image_suffix = ''")
 
 
 class LlavaHrProcessor(ProcessorMixin):
@@ -101,16 +117,13 @@ class LlavaHrProcessor(ProcessorMixin):
 
     Args:
         image_processor ([`LlavaHrImageProcessor`] or [`LlavaHrImageProcessorPil`]):
-            Makes the two views of a picture.
+            Prepares images.
         tokenizer (`PreTrainedTokenizerBase`):
             Any tokenizer that has `image_token` as one token.
         chat_template (`str`, *optional*):
             Jinja template of the conversation; the prompt form of the released models ("vicuna_v1") by default.
         image_token (`str`, *optional*, defaults to `"<image>"`):
-            Stands for one picture in the text, and for each of its features in the expanded prompt.
-        image_suffix (`str`, *optional*, defaults to `""`):
-            Put between a picture and the text after it. `" "` for Llama's sentencepiece tokenizer gives the token ids
-            of the released code, which tokenizes the text after a picture as the start of a text.
+            Stands for one image in the text, and for each of its features in the expanded prompt.
 
     Raises:
         ValueError: If the tokenizer does not know `image_token`.
@@ -126,7 +139,7 @@ class LlavaHrProcessor(ProcessorMixin):
     ...     tokenize=True,
     ...     return_dict=True,
     ...     return_tensors="pt",
-    ...     processor_kwargs={"size": 336, "high_res_size": 1536},  # a sharper view, still 576 tokens
+    ...     processor_kwargs={"size": 1536, "low_res_size": 336},  # a sharper view, still 576 tokens
     ... )
     ```"""
 
@@ -138,10 +151,8 @@ class LlavaHrProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | dict[str, str] | None = None,
         image_token: str = "<image>",
-        image_suffix: str = "",
     ) -> None:
         self.image_token = image_token
-        self.image_suffix = image_suffix
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
             raise ValueError(
@@ -150,7 +161,7 @@ class LlavaHrProcessor(ProcessorMixin):
                 f"start from a folder made by conversion.assemble."
             )
         if chat_template is None:
-            chat_template = VICUNA_V1_CHAT_TEMPLATE
+            chat_template = get_chat_template(tokenizer)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(
@@ -161,15 +172,18 @@ class LlavaHrProcessor(ProcessorMixin):
         second one.
 
         Args:
-            images: Pictures of the texts in their order, flat or a list for each text. See [`LlavaHrImageProcessor`].
-            text (`str` or `list[str]`): Prompts with one image token for each picture.
+            images: Images of the texts in their order, flat or a list for each text. See [`LlavaHrImageProcessor`].
+            text (`str` or `list[str]`): Prompts with one image token for each image.
+            size, low_res_size (`int`, *optional*): Sides of the image and of its low-resolution view in pixels, for
+                this call.
 
         Returns:
-            `BatchFeature` with `input_ids` and `attention_mask`, `(batch_size, sequence_length)` each, and with
-            pictures `pixel_values` `(images, 3, L, L)` and `high_res_pixel_values` `(images, 3, H, H)`.
+            `BatchFeature` with `input_ids` and `attention_mask`, `(batch_size, sequence_length)` each, and with images
+            `pixel_values` `(images, 3, H, H)`. Where this call's low-resolution side differs from the one that the
+            model computes (the saved one or the released rule), also `low_res_pixel_values` `(images, 3, L, L)`.
 
         Raises:
-            ValueError: If pictures and tags differ in number, a picture cannot be used, or truncation would cut one.
+            ValueError: If images and tags differ in number, an image cannot be used, or truncation would cut one.
         """
         first = text if isinstance(text, str) or not text else text[0]
         bos_token = self.tokenizer.bos_token
@@ -182,8 +196,9 @@ class LlavaHrProcessor(ProcessorMixin):
         self, conversation: list[dict] | list[list[dict]], chat_template: str | None = None, **kwargs: Any
     ) -> str | list[str] | BatchFeature:
         """
-        Like [`ProcessorMixin.apply_chat_template`]. A picture is a part of its own: an image token that somebody wrote
-        into a part of text, an answer or the system text is text, and gets a space inside.
+        Like [`ProcessorMixin.apply_chat_template`]. An image is a part of its own: an image token in a part of text,
+        an answer or the system text is text, and gets a space inside. Keys with the value `None`, as Arrow adds them
+        to parts, are ignored.
 
         Raises:
             ValueError: If a conversation does not have the form of messages, or not the one that the template knows;
@@ -192,8 +207,11 @@ class LlavaHrProcessor(ProcessorMixin):
         is_batched = isinstance(conversation, (list, tuple)) and isinstance(
             next(iter(conversation), None), (list, tuple)
         )
-        for index, messages in enumerate(conversation if is_batched else [conversation]):
+        conversations = [
             _check_messages(messages, f"conversation[{index}]" if is_batched else "conversation")
+            for index, messages in enumerate(conversation if is_batched else [conversation])
+        ]
+        conversation = conversations if is_batched else conversations[0]
         try:
             return super().apply_chat_template(conversation, chat_template, **kwargs)
         except TemplateError as error:
@@ -213,11 +231,10 @@ class LlavaHrProcessor(ProcessorMixin):
         self, images: Any = None, text: Any = None, videos: None = None, audio: None = None, **kwargs: Any
     ) -> None:
         """
-        Checks that texts and pictures belong together, sample by sample where `images` is a list per sample.
+        Checks that texts and images belong together, sample by sample where `images` is a list per sample.
 
         Raises:
-            ValueError: If there is neither, a text is no Unicode, or the number of image tags differs from that of the
-                pictures.
+            ValueError: If there is neither, a text is not Unicode, or the numbers of image tags and images differ.
         """
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if text is None:
@@ -238,8 +255,8 @@ class LlavaHrProcessor(ProcessorMixin):
             num_images = len(make_flat_list_of_images(images)) if images is not None else 0
             if sum(num_tags) != num_images:
                 raise ValueError(
-                    f"`text` has {sum(num_tags)} {self.image_token} tags, but `images` {num_images} pictures. Give "
-                    f"one tag for each picture."
+                    f"`text` has {sum(num_tags)} {self.image_token} tags, but `images` has {num_images} images. "
+                    f"Give one tag for each image."
                 )
             return
         if len(images) != len(num_tags):
@@ -248,68 +265,41 @@ class LlavaHrProcessor(ProcessorMixin):
             if tags != len(sample_images):
                 raise ValueError(
                     f"Sample {index} has {tags} {self.image_token} tags in its text, but {len(sample_images)} "
-                    f"pictures in `images`. Give one tag for each picture."
+                    f"images in `images`. Give one tag for each image."
                 )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What the processor returns by default: without the view that the model makes itself."""
+        return [name for name in super().model_input_names if name != "low_res_pixel_values"]
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
+        low_res_size = self.image_processor.get_low_res_size(**kwargs)
+        made_by_model = low_res_size == self.image_processor.get_low_res_size(kwargs.get("size"))
+        return super()._process_images(images, **{"return_low_res": not made_by_model, **kwargs})
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        """The text that stands for picture `image_idx`: one image token for each of its features."""
-        size = image_inputs["pixel_values"][image_idx].shape[-1]
-        return self.image_token * get_num_image_tokens(size, kwargs.get("patch_size", self.image_processor.patch_size))
-
-    def get_text_with_replacements(
-        self,
-        text: list[str],
-        images_replacements: Iterable[str] = (),
-        videos_replacements: Iterable[str] = (),
-        audio_replacements: Iterable[str] = (),
-    ) -> tuple[list[str], list[list[dict]]]:
-        """Like [`ProcessorMixin.get_text_with_replacements`], with `image_suffix` after pictures that text follows."""
-        text, batch_offsets = super().get_text_with_replacements(
-            text, list(images_replacements), list(videos_replacements), list(audio_replacements)
-        )
-        if not self.image_suffix:
-            return text, batch_offsets
-        for index, offsets in enumerate(batch_offsets):
-            text[index], batch_offsets[index] = self._add_image_suffixes(text[index], offsets)
-        return text, batch_offsets
-
-    def _add_image_suffixes(self, sample: str, offsets: list[dict]) -> tuple[str, list[dict]]:
-        pieces, new_offsets, last, shift = [], [], 0, 0
-        for offset in offsets:
-            start, end = offset["new_span"]
-            new_offsets.append({**offset, "new_span": (start + shift, end + shift)})
-            pieces.append(sample[last:end])
-            last = end
-            if end < len(sample) and not sample.startswith(self.image_token, end):
-                pieces.append(self.image_suffix)
-                shift += len(self.image_suffix)
-                # An insertion of its own, one character on: an answer that begins right after a picture begins with
-                # the suffix, as its label does in the released code
-                after = offset["span"][1] + 1
-                span, new_span = (after, after), (end + shift + 1, end + shift + 1)
-                new_offsets.append(
-                    {"type": "image", "span": span, "new_span": new_span, "text": "", "replacement": self.image_suffix}
-                )
-        return "".join([*pieces, sample[last:]]), new_offsets
+        """The text that replaces the tag of image `image_idx`: one image token for each of its features."""
+        patch_size = kwargs.get("patch_size", self.image_processor.patch_size)
+        return self.image_token * get_num_image_tokens(self.image_processor.get_low_res_size(**kwargs), patch_size)
 
     def _get_num_multimodal_tokens(
         self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
         """
-        Number of image tokens for pictures that are not at hand yet; vLLM plans its memory with it.
+        Number of image tokens of images that are not available yet; vLLM plans its memory with it.
 
         Args:
-            image_sizes (`list[tuple[int, int]]`, *optional*): Heights and widths of the pictures in pixels. Only
-                their number matters: each picture becomes one square view of the same size.
+            image_sizes (`list[tuple[int, int]]`, *optional*): Heights and widths of the images in pixels. Only their
+                number matters: each image becomes one square.
+            kwargs: Arguments of the image processor: `size`, `low_res_size`.
 
         Returns:
-            `MultiModalData` with `num_image_tokens` and `num_image_patches` (1 each) for each picture.
+            `MultiModalData` with `num_image_tokens` and `num_image_patches` (1 each) for each image.
         """
         if image_sizes is None:
             return MultiModalData()
-        size = kwargs.get("size") or self.image_processor.size
-        size = size if isinstance(size, int) else size["height"]
-        num_tokens = get_num_image_tokens(size, self.image_processor.patch_size)
+        num_tokens = self.replace_image_token({}, 0, **kwargs).count(self.image_token)
         return MultiModalData(
             num_image_tokens=[num_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )
@@ -320,14 +310,16 @@ def _is_object(value: Any) -> bool:
     return is_dataclass(value) or hasattr(value, "model_dump")
 
 
-def _check_messages(messages: Any, name: str) -> None:
-    """Raises ValueError unless `messages` are ones of any chat template, with one picture in each part at most."""
+def _check_messages(messages: Any, name: str) -> list:
+    """The messages without keys that are `None`; ValueError unless each part has one image at most."""
     if not isinstance(messages, (list, tuple)):
         raise ValueError(f"`{name}` must be a list of messages, but is {messages!r:.80}.")
     if not messages:
         raise ValueError(f"`{name}` is empty: give at least one message.")
+    checked = []
     for index, message in enumerate(messages):
         if _is_object(message):
+            checked.append(message)
             continue
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"`{name}[{index}]` must be a dict with `role` and `content`, but is {message!r:.80}.")
@@ -336,17 +328,24 @@ def _check_messages(messages: Any, name: str) -> None:
             raise ValueError(
                 f"The content of `{name}[{index}]` must be a string or a list of parts, but is {content!r:.80}."
             )
-        for number, part in enumerate(content if isinstance(content, (list, tuple)) else []):
-            where = f"Part {number} of `{name}[{index}]`"
-            if _is_object(part):
-                continue
-            if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-                raise ValueError(f"{where} must be a dict with `type`, but is {part!r:.80}.")
-            if part["type"] == "text" and not isinstance(part.get("text"), str):
-                raise ValueError(f"{where} must have a string as `text`, but has {part.get('text')!r:.80}.")
-            sources = [key for key in PICTURE_KEYS if part.get(key) is not None]
-            if part["type"] == "image" and len(sources) > 1:
-                raise ValueError(f"{where} must have one picture, but has {', '.join(sources)}.")
+        if isinstance(content, (list, tuple)):
+            parts = [_check_part(part, f"Part {n} of `{name}[{index}]`") for n, part in enumerate(content)]
+            message = {**message, "content": parts}
+        checked.append(message)
+    return checked
+
+
+def _check_part(part: Any, where: str) -> Any:
+    if _is_object(part):
+        return part
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        raise ValueError(f"{where} must be a dict with `type`, but is {part!r:.80}.")
+    if part["type"] == "text" and not isinstance(part.get("text"), str):
+        raise ValueError(f"{where} must have a string as `text`, but has {part.get('text')!r:.80}.")
+    sources = [key for key in IMAGE_KEYS if part.get(key) is not None]
+    if part["type"] == "image" and len(sources) > 1:
+        raise ValueError(f"{where} must have one image, but has {', '.join(sources)}.")
+    return {key: value for key, value in part.items() if value is not None}
 
 
 __all__ = ["LlavaHrProcessor", "PLAIN_CHAT_TEMPLATE", "VICUNA_V1_CHAT_TEMPLATE"]

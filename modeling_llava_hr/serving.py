@@ -76,6 +76,21 @@ BOUNDS = {
     "top_k": (0, 1000),
     "top_p": (0, 1),
 }
+# Values of fields that transformers ignores with which ignoring them is right; any other is refused. A stream always
+# ends with the usage.
+NEUTRAL = {
+    "metadata": None,
+    "modalities": (["text"],),
+    "n": (1,),
+    "parallel_tool_calls": (True,),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "stream_options": ({"include_usage": True},),
+    "text": ({"format": {"type": "text"}},),
+    "tool_choice": ("auto", "none"),
+    "truncation": ("disabled",),
+    "user": None,
+}
 MAX_BIASES = 1024  # tokens in `logit_bias`
 MAX_STOPS = 4  # texts in `stop`, with so many characters each
 MAX_STOP_CHARACTERS = 100
@@ -155,6 +170,25 @@ def check_form(body: dict) -> None:
                 raise HTTPException(
                     400, f"Content must be text or pictures ({', '.join(PART_TYPES)}), but got {part!r:.60}."
                 )
+
+
+def check_ignored(body: dict, ignored: set[str]) -> None:
+    """
+    Refuses fields that would have no effect, such as `n=2`.
+
+    Args:
+        body (`dict`): A request in OpenAI's form.
+        ignored (`set[str]`): Names of fields that transformers accepts and ignores.
+
+    Raises:
+        fastapi.HTTPException: 400, with the name of the field.
+    """
+    from fastapi import HTTPException
+
+    for name in sorted(ignored & body.keys()):
+        neutral = NEUTRAL.get(name, ())
+        if body[name] and neutral is not None and body[name] not in neutral:
+            raise HTTPException(400, f"`{name}` has no effect on this server, but got {body[name]!r:.60}. Omit it.")
 
 
 def is_list_of_objects(value: Any) -> bool:
@@ -428,14 +462,18 @@ def build_server(
     model_manager.get_gen_models = lambda: models
     generation_state.get_manager = lambda model_id, use_cb=False: generation
 
-    def validate(body: dict, check: Callable) -> Any:
+    def validate(body: dict, check: Callable, ignored: set[str]) -> Any:
+        body.setdefault("stream", False)  # OpenAI's default, which transformers does not have everywhere
+        check_ignored(body, ignored)
         check_form(body)
         check_options(body)
         check_number("characters", len(body.get("prompt") or ""), MAX_CHARACTERS)
         return check(body)
 
     for handler in (chat_handler, response_handler, completion_handler):
-        handler._validate_request = functools.partial(validate, check=handler._validate_request)
+        handler._validate_request = functools.partial(
+            validate, check=handler._validate_request, ignored=handler._unused_fields
+        )
         convert = handler.get_processor_inputs_from_messages
         handler.get_processor_inputs_from_messages = functools.partial(convert_messages, convert)
 

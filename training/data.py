@@ -24,7 +24,7 @@ from modeling_llava_hr import LlavaHrImageProcessorPil
 IMAGE_TAG = "<image>"
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 # The smallest views: only whether they can be made matters
-PICTURE_READER = LlavaHrImageProcessorPil(size=14, high_res_size=32)
+PICTURE_READER = LlavaHrImageProcessorPil(size=32, low_res_size=14)
 
 TEXT_COLUMNS = {"messages", "prompt", "completion", "conversations"}
 MAX_MESSAGES = 20

@@ -33,7 +33,8 @@ class EvaluateArguments:
         data (`str`): Folder that [`training.fineprint`] made.
         split (`str`): `"test"` or `"validation"`.
         max_questions (`int`, *optional*): Only so many questions, from the first on.
-        size, high_res_size (`int`, *optional*): Sides of the two views in pixels if they are not the processor's.
+        size, low_res_size (`int`, *optional*): Sides of the image and of its low-resolution view in pixels, if not
+            the processor's.
         zero_high_res (`bool`): Replace the high-resolution view by zeros, to see what depends on it.
         batch_size (`int`): Questions at a time.
         device (`str`): Where to run.
@@ -44,8 +45,8 @@ class EvaluateArguments:
     data: str = field(metadata={"help": "folder that training.fineprint made"})
     split: str = field(default="test", metadata={"help": "test or validation"})
     max_questions: int | None = field(default=None, metadata={"help": "only so many questions"})
-    size: int | None = field(default=None, metadata={"help": "side of the low-resolution view in pixels"})
-    high_res_size: int | None = field(default=None, metadata={"help": "side of the high-resolution view in pixels"})
+    size: int | None = field(default=None, metadata={"help": "side of the image in pixels"})
+    low_res_size: int | None = field(default=None, metadata={"help": "side of the low-resolution view in pixels"})
     zero_high_res: bool = field(default=False, metadata={"help": "replace the high-resolution view by zeros"})
     batch_size: int = field(default=32, metadata={"help": "questions at a time"})
     device: str = field(default="cpu", metadata={"help": "where to run"})
@@ -107,7 +108,7 @@ def get_answers(
         rows (`list[dict]`): One question each.
         images (`list[Image.Image]`): Their pictures.
         zero_high_res (`bool`): Whether the high-resolution view is replaced by zeros.
-        sizes (`dict[str, int]`): `size` and `high_res_size` in pixels, as far as they are not the processor's.
+        sizes (`dict[str, int]`): `size` and `low_res_size` in pixels, as far as they are not the processor's.
 
     Returns:
         `tuple[list[str], list[list[float]]]`: Answers, and for each the mean gate of every MR-Adapter.
@@ -130,11 +131,11 @@ def get_answers(
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={"padding": True, **sizes},
+        processor_kwargs={"padding": True, "return_low_res": True, **sizes},
     ).to(model.device)
     if zero_high_res:
-        inputs["high_res_pixel_values"] = torch.zeros_like(inputs["high_res_pixel_values"])
-    views = {name: inputs.pop(name).to(model.dtype) for name in ("pixel_values", "high_res_pixel_values")}
+        inputs["pixel_values"] = torch.zeros_like(inputs["pixel_values"])
+    views = {name: inputs.pop(name) for name in ("pixel_values", "low_res_pixel_values")}
     encoded = model.model.get_image_features(**views, return_dict=True)
     output = model.generate(**inputs, mm_encoder_outputs={"image": encoded}, max_new_tokens=12, do_sample=False)
     answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -163,7 +164,7 @@ def evaluate(arguments: EvaluateArguments) -> dict:
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()][: arguments.max_questions]
     model = AutoModelForImageTextToText.from_pretrained(arguments.model).to(arguments.device).eval()
     processor = AutoProcessor.from_pretrained(arguments.model)
-    given = {"size": arguments.size, "high_res_size": arguments.high_res_size}
+    given = {"size": arguments.size, "low_res_size": arguments.low_res_size}
     sizes = {name: value for name, value in given.items() if value is not None}
     results, start = [], time.time()
     for first in tqdm(range(0, len(rows), arguments.batch_size), desc="evaluation", unit="batch"):

@@ -30,7 +30,7 @@ from transformers import (
     set_seed,
 )
 
-from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE, VICUNA_V1_CHAT_TEMPLATE
+from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE, VICUNA_V1_CHAT_TEMPLATE, get_chat_template
 from training.fineprint import (
     COLOR_NAMES,
     IGNORED,
@@ -257,7 +257,7 @@ def get_batch(
             messages, template = [{"role": "user"}, {"role": "assistant", "content": caption}], PLAIN_CHAT_TEMPLATE
         else:
             messages, template = get_messages(scene, rng), VICUNA_V1_CHAT_TEMPLATE
-        texts.append(encode(tokenizer, messages, template, grid**2))
+        texts.append(encode(tokenizer, messages, get_chat_template(tokenizer, template), grid**2))
     length = max(len(ids) for ids, _ in texts)
     input_ids = torch.full((count, length), tokenizer.pad_token_id)
     labels = torch.full((count, length), IGNORED)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, PreTrain
 
 from modeling_llava_hr import LlavaHrConfig, LlavaHrProcessor
 from modeling_llava_hr.configuration_llava_hr import get_mr_adapter_layers
-from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE, VICUNA_V1_CHAT_TEMPLATE
+from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE, VICUNA_V1_CHAT_TEMPLATE, get_chat_template
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,8 @@ class Stage:
         trainable (`str`): Regular expression that the names of the trained parameters match from their start.
         mr_adapters (`bool`): Whether the model has MR-Adapters; missing ones are inserted, zero-initialised.
         chat_template (`str`): Prompt form.
-        size (`int`): Side of the low-resolution view in pixels.
-        high_res_size (`int`): Side of the high-resolution view in pixels.
-        image_aspect_ratio (`str`): How a picture is made square: `"pad"` or `"crop"`.
+        size (`int`): Side of the image in pixels.
+        image_aspect_ratio (`str`): How an image is made square: `"pad"` or `"crop"`.
         learning_rate (`float`): Peak learning rate.
         lora_learning_rate (`float`, *optional*): The same with LoRA; `None` if the stage knows no LoRA.
     """
@@ -35,7 +34,6 @@ class Stage:
     mr_adapters: bool
     chat_template: str
     size: int
-    high_res_size: int
     image_aspect_ratio: str
     learning_rate: float
     lora_learning_rate: float | None = None
@@ -46,8 +44,7 @@ STAGES = {
         trainable=r"model\.(multi_modal_projector|vision_tower\.fusion)\.",
         mr_adapters=False,
         chat_template=PLAIN_CHAT_TEMPLATE,
-        size=336,
-        high_res_size=384,
+        size=384,
         image_aspect_ratio="crop",
         learning_rate=1e-3,
     ),
@@ -55,8 +52,7 @@ STAGES = {
         trainable="",
         mr_adapters=True,
         chat_template=VICUNA_V1_CHAT_TEMPLATE,
-        size=448,
-        high_res_size=1024,
+        size=1024,
         image_aspect_ratio="pad",
         learning_rate=2e-5,
         lora_learning_rate=2e-4,
@@ -67,13 +63,16 @@ STAGES = {
 LORA_TARGET_MODULES = r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"
 
 
-def load_config(stage: Stage, model_name_or_path: str, **kwargs: Any) -> LlavaHrConfig:
+def load_config(
+    stage: Stage, model_name_or_path: str, low_res_size: int | None = None, **kwargs: Any
+) -> LlavaHrConfig:
     """
     The configuration that a stage trains with.
 
     Args:
         stage ([`Stage`]): The stage.
         model_name_or_path (`str`): Starting point, a folder or Hub id.
+        low_res_size (`int`, *optional*): Side of the low-resolution view in pixels, if not that of the released rule.
         kwargs: Passed to `AutoConfig.from_pretrained`.
 
     Returns:
@@ -96,28 +95,30 @@ def load_config(stage: Stage, model_name_or_path: str, **kwargs: Any) -> LlavaHr
         )
     if stage.mr_adapters and not config.mr_adapter_layers:
         config.mr_adapter_layers = get_mr_adapter_layers(config.vision_config.num_hidden_layers)
+    config.low_res_size = low_res_size
     return config
 
 
 def load_processor(
-    stage: Stage, model_name_or_path: str, size: int | None = None, high_res_size: int | None = None, **kwargs: Any
+    stage: Stage, model_name_or_path: str, size: int | None = None, low_res_size: int | None = None, **kwargs: Any
 ) -> LlavaHrProcessor:
     """
-    The processor of a starting point, with the prompt form and the views of a stage.
+    The processor of a starting point, with the prompt form and the image sides of a stage.
 
     Args:
         stage ([`Stage`]): The stage.
         model_name_or_path (`str`): Starting point, a folder or Hub id.
-        size, high_res_size (`int`, *optional*): Sides of the two views in pixels if they are not the stage's.
+        size (`int`, *optional*): Side of the image in pixels, if not the stage's.
+        low_res_size (`int`, *optional*): Side of the low-resolution view in pixels, if not that of the released rule.
         kwargs: Passed to `AutoProcessor.from_pretrained`.
     """
-    size, high_res_size = size or stage.size, high_res_size or stage.high_res_size
+    size = size or stage.size
     processor = AutoProcessor.from_pretrained(model_name_or_path, **kwargs)
-    processor.chat_template = stage.chat_template
+    processor.chat_template = get_chat_template(processor.tokenizer, stage.chat_template)
     processor.image_processor = AutoImageProcessor.from_pretrained(
         model_name_or_path,
         size={"height": size, "width": size},
-        high_res_size={"height": high_res_size, "width": high_res_size},
+        low_res_size=low_res_size,
         image_aspect_ratio=stage.image_aspect_ratio,
         **kwargs,
     )

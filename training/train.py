@@ -60,7 +60,9 @@ class TrainingOptions:
             Leave broken rows out, and write which into `skipped_rows.json` (of evaluation data
             `skipped_eval_rows.json`), rather than refuse the data.
         restart (`bool`, *optional*, defaults to `False`): Remove the checkpoints in `output_dir` and start afresh.
-        size, high_res_size (`int`, *optional*): Sides of the two views in pixels, if they are not the stage's.
+        size (`int`, *optional*): Side of the image in pixels, if not the stage's.
+        low_res_size (`int`, *optional*):
+            Side of the low-resolution view in pixels, if not that of the released rule. Saved with the model.
         frozen (`list[str]`, *optional*):
             Regular expressions for names of parameters that stay as they are, besides those the stage freezes.
     """
@@ -72,8 +74,8 @@ class TrainingOptions:
     streaming: bool = field(default=False, metadata={"help": "Read on demand what `datasets` loads."})
     skip_broken: bool = field(default=False, metadata={"help": "Leave broken rows out and write down which."})
     restart: bool = field(default=False, metadata={"help": "Start afresh: remove the checkpoints in `output_dir`."})
-    size: int | None = field(default=None, metadata={"help": "Side of the low-resolution view in pixels."})
-    high_res_size: int | None = field(default=None, metadata={"help": "Side of the high-resolution view in pixels."})
+    size: int | None = field(default=None, metadata={"help": "Side of the image in pixels."})
+    low_res_size: int | None = field(default=None, metadata={"help": "Side of the low-resolution view in pixels."})
     frozen: list[str] = field(default_factory=list, metadata={"help": "Regular expressions for frozen parameters."})
 
 
@@ -161,8 +163,8 @@ def make_trainer(
         training_args.learning_rate = stage.lora_learning_rate if model_args.use_peft else stage.learning_rate
 
     revision = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
-    config = load_config(stage, model_args.model_name_or_path, **revision)
-    processor = load_processor(stage, model_args.model_name_or_path, options.size, options.high_res_size, **revision)
+    config = load_config(stage, model_args.model_name_or_path, options.low_res_size, **revision)
+    processor = load_processor(stage, model_args.model_name_or_path, options.size, options.low_res_size, **revision)
     with training_args.main_process_first(desc="reading the data"):
         train_dataset, eval_dataset = (
             load_data(

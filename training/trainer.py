@@ -33,14 +33,14 @@ from .data import get_lengths
 @dataclass
 class LlavaHrDataCollator(DataCollatorForVisionLanguageModeling):
     """
-    TRL's collator, with a picture that nothing sees in batches of text alone: its one token is masked and comes after
-    the text. So every batch uses every parameter, as in the released code: where parameters are sharded all processes
-    must run the same modules, and none gets a gradient in one process and none in another. Of samples with
-    `num_answers` it leaves the last answers alone in the labels.
+    TRL's collator, with a masked dummy image in batches of text alone, whose tokens come after the text. So every
+    batch uses every parameter, as in the released code: where parameters are sharded all processes must run the same
+    modules, and none gets a gradient in one process and none in another. Of samples with `num_answers` only the last
+    answers remain in the labels.
     """
 
     def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        """Samples -> `input_ids`, `attention_mask`, `labels`, `pixel_values`, `high_res_pixel_values`."""
+        """Samples -> `input_ids`, `attention_mask`, `labels`, `pixel_values`."""
         batch = super().torch_call(examples)
         for labels, example in zip(batch["labels"], examples, strict=True):
             if "num_answers" in example:
@@ -48,11 +48,9 @@ class LlavaHrDataCollator(DataCollatorForVisionLanguageModeling):
         if "pixel_values" in batch:
             return batch
         image_processor = self.processor.image_processor
-        for name, side in (
-            ("pixel_values", image_processor.patch_size),
-            ("high_res_pixel_values", image_processor.high_res_stride),
-        ):
-            batch[name] = torch.zeros(1, 3, side, side)
+        stride, patch_size = image_processor.high_res_stride, image_processor.patch_size
+        batch["pixel_values"] = torch.zeros(1, 3, stride, stride)
+        batch["low_res_pixel_values"] = torch.zeros(1, 3, patch_size, patch_size)  # one token
         column = torch.full_like(batch["input_ids"][:, :1], self.processor.tokenizer.pad_token_id)
         column[0] = self.processor.image_token_id
         for name, values in (

@@ -253,7 +253,7 @@ def make_page(engine: Engine) -> gr.Blocks:
             with gr.Column(scale=5, min_width=340):
                 side = gr.Radio(
                     [(f"{side} px", side) for side in engine.sides],
-                    value=engine.processor.image_processor.high_res_size["height"],
+                    value=engine.processor.image_processor.size["height"],
                     label="High-resolution side",
                     info=describe_tokens(engine),
                     elem_id="side",

@@ -128,7 +128,7 @@ def high_res_silenced(vision_tower: torch.nn.Module) -> Iterator[None]:
 
 @torch.inference_mode()
 def get_high_res_contribution(
-    model: torch.nn.Module, low_res: torch.Tensor, high_res: torch.Tensor
+    model: torch.nn.Module, pixel_values: torch.Tensor, low_res_pixel_values: torch.Tensor
 ) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
     """
     Encodes pictures, and finds out where the high-resolution pathway contributed to them. No other thread may use the
@@ -136,20 +136,20 @@ def get_high_res_contribution(
 
     Args:
         model ([`LlavaHrForConditionalGeneration`]): The model.
-        low_res (`torch.Tensor` of shape `(images, 3, L, L)`): Low-resolution views.
-        high_res (`torch.Tensor` of shape `(images, 3, H, H)`): High-resolution views.
+        pixel_values (`torch.Tensor` of shape `(images, 3, H, H)`): Images as the high-resolution pathway sees them.
+        low_res_pixel_values (`torch.Tensor` of shape `(images, 3, L, L)`): Low-resolution views.
 
     Returns:
         What `get_image_features` returns, and the heat `(images, g, g)`: the length by which each fused feature
         (equation 2 of the paper) moves if nothing of the high-resolution pathway is let through.
     """
-    encoded = model.get_image_features(low_res, high_res, return_dict=True)
+    encoded = model.get_image_features(pixel_values, low_res_pixel_values, return_dict=True)
     vision_tower = model.model.vision_tower
     stride = vision_tower.high_res_tower.stride  # the smallest view will do: nothing of it is let through
     with high_res_silenced(vision_tower):
-        silent = vision_tower(low_res, high_res[:, :, :stride, :stride], return_dict=True)
+        silent = vision_tower(pixel_values[:, :, :stride, :stride], low_res_pixel_values, return_dict=True)
     heat = (encoded.last_hidden_state - silent.last_hidden_state).float().norm(dim=-1)  # (images, g * g)
-    grid = low_res.shape[-1] // model.config.vision_config.patch_size
+    grid = low_res_pixel_values.shape[-1] // model.config.vision_config.patch_size
     return encoded, heat.unflatten(1, (grid, grid))
 
 
@@ -162,10 +162,10 @@ def get_sides(image_processor: BaseImageProcessor) -> dict[int, int]:
         image_processor ([`LlavaHrImageProcessor`] or [`LlavaHrImageProcessorPil`]): The model's.
     """
     patch_size, stride = image_processor.patch_size, image_processor.high_res_stride
-    low_res_side = image_processor.size["height"]
+    low_res_side = image_processor.get_low_res_size()
     grid = low_res_side // patch_size
     sides = {}
-    for side in (int(image_processor.high_res_size["height"] * share) for share in SIDES):
+    for side in (int(image_processor.size["height"] * share) for share in SIDES):
         high_res_grid, rest = divmod(side, stride)
         if high_res_grid and not rest:
             fits = high_res_grid <= grid or high_res_grid % grid == 0
@@ -216,7 +216,7 @@ class Engine:
             ) from error
         side = min(self.sides)
         try:
-            image_processor(image, size=self.sides[side], high_res_size=side)
+            image_processor(image, size=side, low_res_size=self.sides[side])
         except ValueError as error:
             raise ValueError(f"{Path(path).name} cannot be shown to the model. {error}") from error
         return picture
@@ -233,10 +233,10 @@ class Engine:
         image_processor = self.processor.image_processor
         low_res_side = self.sides[side]
         image = image_processor.fetch_images(picture)
-        views = image_processor(image, size=low_res_side, high_res_size=side, return_tensors="pt")
-        low_res, high_res = (views[name].to(self.model.device) for name in ("pixel_values", "high_res_pixel_values"))
+        views = image_processor(image, size=side, low_res_size=low_res_side, return_tensors="pt")
+        high_res, low_res = (views[n].to(self.model.device) for n in ("pixel_values", "low_res_pixel_values"))
         with self._lock:
-            encoded, heat = get_high_res_contribution(self.model, low_res, high_res)
+            encoded, heat = get_high_res_contribution(self.model, high_res, low_res)
         sharp = self._to_image(high_res, side)
         return Look(
             features=encoded.pooler_output,
@@ -330,7 +330,7 @@ class Engine:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"size": self.sides[side], "high_res_size": image_processor.high_res_stride},
+            processor_kwargs={"size": image_processor.high_res_stride, "low_res_size": self.sides[side]},
         )
         if inputs["input_ids"].shape[1] + self.max_new_tokens > longest:
             raise too_long

@@ -65,7 +65,7 @@ def test_a_run_goes_on_where_memory_does_not_suffice(run_benchmark, exhaust, cap
     options = ("--repeats", "1", "--warmup", "0", "--new_tokens", "10", "--batch_sizes", "1", "--variants")
     results = run_benchmark(inference, *options, "eager")
     entry = results["resolutions"]["1"].pop("llava-hr-1024")
-    assert entry == {"sides": {"pixel_values": 448, "high_res_pixel_values": 1024}, "image_tokens": 16} | {
+    assert entry == {"sides": {"pixel_values": 1024, "low_res_pixel_values": 448}, "image_tokens": 16} | {
         "out_of_memory": True
     }
     assert all("seconds" in entry for entry in results["resolutions"]["1"].values())

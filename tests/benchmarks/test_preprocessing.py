@@ -22,7 +22,7 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])  # CLIP's
 def test_the_released_procedure_gives_what_the_pil_backend_gives(width, height):
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     views = preprocessing.prepare_as_released([Image.fromarray(pixels)], 384, 336)
-    expected = LlavaHrImageProcessorPil(size=336, high_res_size=384)(Image.fromarray(pixels), return_tensors="pt")
+    expected = LlavaHrImageProcessorPil(size=384, low_res_size=336)(Image.fromarray(pixels), return_tensors="pt")
     assert views.keys() == expected.keys()
     assert all(torch.equal(view, expected[name]) for name, view in views.items())
 
@@ -46,7 +46,7 @@ def test_run(tmp_path, monkeypatch, capsys):
             assert 0 < seconds["low"] <= seconds["median"] <= seconds["high"] < 60
         assert set(case["deviations"]["llava-hr, PIL"].values()) == {0}
         # a small picture is enlarged smoothly: some pixel is rounded otherwise
-        assert 0 < case["deviations"]["llava-hr"]["high_res_pixel_values"] < 2.001
+        assert 0 < case["deviations"]["llava-hr"]["pixel_values"] < 2.001
     # eight targets, none judged since the pictures are not those it was set for
     assert [target["met"] for target in results["targets"]] == [None] * 8
     assert capsys.readouterr().out.count("(target: at least ") == 8
@@ -67,15 +67,15 @@ def test_views_are_padded_or_cropped():
     picture = Image.new("RGB", (200, 100), "white")
     for name, bars in (("llava", True), ("llava, cropped", False), ("llava-hr", True)):
         views = contenders[name]([picture])
-        view = views["high_res_pixel_values" if name == "llava-hr" else "pixel_values"]
+        view = views["pixel_values"]
         assert view.shape == (1, 3, 384, 384) and (view[0, 0, 0, 0] < 1) == bars
 
 
 def test_deviations_are_levels_of_8_bits():
-    expected = {name: torch.zeros(1, 3, 4, 4) for name in ("pixel_values", "high_res_pixel_values")}
+    expected = {name: torch.zeros(1, 3, 4, 4) for name in ("pixel_values", "low_res_pixel_values")}
     views = {name: view.clone() for name, view in expected.items()}
-    views["high_res_pixel_values"][0, 1, 2, 3] = -3 / 255 / STD[1]
-    assert get_deviations(views, expected) == {"pixel_values": 0, "high_res_pixel_values": pytest.approx(3)}
+    views["pixel_values"][0, 1, 2, 3] = -3 / 255 / STD[1]
+    assert get_deviations(views, expected) == {"low_res_pixel_values": 0, "pixel_values": pytest.approx(3)}
 
 
 @pytest.mark.parametrize("option, named", [({"side": 1000}, "--side"), ({"shrink": 0}, "--shrink")])

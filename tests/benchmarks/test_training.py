@@ -99,7 +99,7 @@ def test_peaks_on_a_gpu_are_those_of_what_memory_suffices_for(tiny, exhaust, no_
     contenders = make_llava_hr(tiny, "cpu", torch.float32)
     arguments = TrainingArguments(repeats=1)
     arguments.device = "cuda"
-    exhaust(training, "step", lambda model, batch, optimizer: batch["high_res_pixel_values"].shape[-1] == 1536)
+    exhaust(training, "step", lambda model, batch, optimizer: batch["pixel_values"].shape[-1] == 1536)
     entries, timings = training.run_stage("finetune", contenders, tiny, arguments)
     assert entries["llava-hr-1536"]["out_of_memory"] and "llava-hr-1536" not in timings
     model = contenders["llava-hr-384"].model

@@ -19,7 +19,7 @@ class LlavaHrImageProcessingTester(ImageProcessingTester):
         self.num_channels = 3
         self.min_resolution = 30
         self.max_resolution = 80
-        self.size = {"height": 56, "width": 56}
+        self.size = {"height": 64, "width": 64}
         self.image_processing_classes = self._get_image_processing_classes()
 
     def _get_image_processing_classes(self):
@@ -28,7 +28,7 @@ class LlavaHrImageProcessingTester(ImageProcessingTester):
     def prepare_image_processor_dict(self):
         return {
             "size": self.size,
-            "high_res_size": {"height": 64, "width": 64},
+            "low_res_size": 56,
             "image_aspect_ratio": "pad",
             "do_resize": True,
             "do_rescale": True,

@@ -101,10 +101,7 @@ class LlavaHrModelTester:
         inputs = {
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
-            "pixel_values": floats_tensor([self.batch_size, 3, self.image_size, self.image_size]),
-            "high_res_pixel_values": floats_tensor(
-                [self.batch_size, 3, self.high_res_image_size, self.high_res_image_size]
-            ),
+            "pixel_values": floats_tensor([self.batch_size, 3, self.high_res_image_size, self.high_res_image_size]),
         }
         return self.get_config(), inputs
 
@@ -114,7 +111,7 @@ class LlavaHrModelTester:
 @pytest.mark.filterwarnings("default:`past_key_values` is deprecated:FutureWarning")
 class LlavaHrModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (LlavaHrModel, LlavaHrForConditionalGeneration)
-    additional_model_inputs = ["pixel_values", "high_res_pixel_values"]
+    additional_model_inputs = ["pixel_values"]
     _is_composite = True
 
     def setUp(self):

@@ -23,7 +23,7 @@ class LlavaHrProcessorTest(ProcessorTesterMixin, unittest.TestCase):
     @classmethod
     def _setup_image_processor(cls):
         # 4 image tokens, so that the texts stay below the maximum lengths that the suite passes
-        return LlavaHrImageProcessor(size={"height": 28, "width": 28}, high_res_size={"height": 64, "width": 64})
+        return LlavaHrImageProcessor(size={"height": 64, "width": 64}, low_res_size=28)
 
     @classmethod
     def _setup_tokenizer(cls):
@@ -38,7 +38,3 @@ class LlavaHrProcessorTest(ProcessorTesterMixin, unittest.TestCase):
         )
         tokenizer.add_tokens("<image>", special_tokens=True)
         return tokenizer
-
-    @staticmethod
-    def prepare_processor_dict():
-        return {"image_suffix": " "}

@@ -175,10 +175,10 @@ def test_language_model_is_taken_over(language_model, parts, tmp_path):
 
 @pytest.mark.parametrize("language_model, image_suffix", [("llama", " "), ("qwen2", "")])
 def test_result_answers(language_model, image_suffix, parts, tmp_path):
-    run_assemble(parts, tmp_path / "out", language_model=language_model, adapters=True, high_res_size=128)
+    run_assemble(parts, tmp_path / "out", language_model=language_model, adapters=True, size=128)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
-    assert processor.image_suffix == image_suffix
+    assert f"image_suffix = '{image_suffix}'" in processor.chat_template
     assert processor.tokenizer.padding_side == "left" and processor.tokenizer.pad_token is not None
     content = [{"type": "image", "image": Image.new("RGB", (80, 50), "red")}, {"type": "text", "text": "What is it?"}]
     inputs = processor.apply_chat_template(
@@ -266,7 +266,7 @@ def test_result_is_a_base_for_stage_1(language_model, parts, tmp_path):
         ({"high_res_architecture": "convnext_gigantic"}, "does not know the architecture 'convnext_gigantic'"),
         ({"high_res_tower": "bert"}, "does not tell timm's name of the architecture"),
         ({"language_model": "clip"}, "--language_model: .* cannot be loaded"),
-        ({"high_res_size": 1000}, "1000"),
+        ({"size": 1000}, "1000"),
     ],
 )
 def test_parts_that_do_not_fit(kwargs, message, parts, tmp_path):

@@ -30,6 +30,7 @@ from transformers import (
 from conversion._common import ConversionError, infer_timm_config
 from conversion.convert_llava_hr_weights_to_hf import convert
 from modeling_llava_hr import LlavaHrConfig
+from modeling_llava_hr.image_processing_pil_llava_hr import make_low_res_view
 
 
 ROOT = Path(__file__).parents[2]
@@ -166,9 +167,9 @@ def test_recorded_outputs(stage, converted, tmp_path):
         step = case["logits_step"]
         torch.testing.assert_close(logits[::step], expected[f"{name}.logits_every_{step}"], atol=1e-4, rtol=1e-4)
         if images:
-            views = inputs["pixel_values"], inputs["high_res_pixel_values"]
+            pixel_values = inputs["pixel_values"]
             with torch.no_grad():
-                features = model.get_image_features(*views, return_dict=True)
+                features = model.get_image_features(pixel_values, return_dict=True)
             projected = features.pooler_output[:, ::7]
             torch.testing.assert_close(projected, expected[f"{name}.projected"], atol=1e-4, rtol=1e-4)
         if name == "case0":
@@ -178,7 +179,9 @@ def test_recorded_outputs(stage, converted, tmp_path):
             torch.testing.assert_close(fused, expected["case0.vision_features"], atol=1e-4, rtol=1e-4)
             tower = model.model.vision_tower
             with torch.no_grad():
-                embeddings = tower.pre_layernorm(tower.embeddings(views[0]))[:, ::7]
+                embeddings = tower.pre_layernorm(
+                    tower.embeddings(make_low_res_view(pixel_values, tower.get_low_res_size(pixel_values)))
+                )[:, ::7]
             torch.testing.assert_close(embeddings, expected["case0.low_res_embeddings"], atol=1e-4, rtol=1e-4)
         if is_complete:
             labels = expand_labels(case, num_image_tokens)
@@ -326,8 +329,8 @@ def test_image_processor(high_res, low_res, original_ratio, ratio, write_origina
     folder = write_original(input_image_size=high_res, image_aspect_ratio=original_ratio)
     convert(str(folder), str(tmp_path / "out"))
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
-    assert dict(processor.size) == {"height": low_res, "width": low_res}
-    assert dict(processor.high_res_size) == {"height": high_res, "width": high_res}
+    assert dict(processor.size) == {"height": high_res, "width": high_res}
+    assert processor.low_res_size is None and processor.get_low_res_size() == low_res
     assert processor.image_aspect_ratio == ratio
 
 

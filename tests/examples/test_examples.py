@@ -122,12 +122,13 @@ def test_several_pictures_alone_and_together(run):
 
 def test_resolution_changes_the_view_and_not_the_tokens(run, tiny_model):
     header, *lines = run("resolution", *SHORT).strip().splitlines()
-    assert header.split()[0] == "low-res"
+    assert header.split()[:2] == ["size", "low-res"]
     own = AutoProcessor.from_pretrained(tiny_model).image_processor
     rows = [line.split()[:3] for line in lines if line.startswith(" ")]
-    tokens = (own.size["height"] // own.patch_size) ** 2
-    sides = [own.high_res_size["height"] // part for part in (4, 2, 1)]
-    assert rows == [[str(own.size["height"]), str(side), str(tokens)] for side in sides]
+    low_res_size = own.get_low_res_size()
+    tokens = (low_res_size // own.patch_size) ** 2
+    sides = [own.size["height"] // part for part in (4, 2, 1)]
+    assert rows == [[str(side), str(low_res_size), str(tokens)] for side in sides]
 
 
 def test_four_bit_is_smaller_and_its_copy_answers_the_same(run, tmp_path):

@@ -154,6 +154,10 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\ns
         (option(generation_config=json.dumps({"num_beams": 10**6})), 400, "must not have num_beams"),
         (option(generation_config=json.dumps({"max_new_tokens": 10**9})), 400, "`max_new_tokens` must"),
         (option(logit_bias={"1000000": 5}), 400, "1000000"),
+        (option(n=2), 400, "`n` has no effect"),
+        (option(logprobs=True, top_logprobs=3), 400, "`logprobs` has no effect"),
+        (option(response_format={"type": "json_object"}), 400, "`response_format` has no effect"),
+        (option(presence_penalty=0.5), 400, "`presence_penalty` has no effect"),
     ],
 )
 def test_what_is_wrong_with_a_request_is_said_and_the_server_goes_on(client, request_, status, sentence):
@@ -211,12 +215,28 @@ def test_pages_of_other_sites_are_not_answered(client, headers):
         assert response.status == 400 and b"choices" not in response.read()
 
 
+def test_fields_at_their_neutral_value_are_accepted(client):
+    neutral = {"n": 1, "logprobs": False, "presence_penalty": 0, "response_format": {"type": "text"}, "user": "me"}
+    assert ask(client, QUESTION, **neutral).choices[0].message.content
+    with ask(client, QUESTION, stream=True, stream_options={"include_usage": True}) as stream:
+        assert list(stream)[-1].usage.completion_tokens > 0
+
+
+def test_responses_are_complete_unless_streamed(client):
+    options = {"model": client.model, "input": QUESTION, "max_output_tokens": 8, "temperature": 0}
+    text = client.responses.create(**options).output_text
+    with client.responses.create(**options, stream=True) as stream:
+        assert text and "".join(e.delta for e in stream if e.type == "response.output_text.delta") == text
+
+
 def test_other_endpoints_have_the_same_limits(client):
     path = {"role": "user", "content": [{"type": "input_image", "image_url": "/etc/passwd"}]}
     for endpoint, body, sentence in (
         ("responses", {"input": [path]}, "must be a data URL"),
         ("responses", {"input": QUESTION, "max_output_tokens": 10**9}, "`max_output_tokens` must"),
         ("completions", {"prompt": QUESTION, "max_tokens": 10**9}, "`max_tokens` must"),
+        ("responses", {"input": QUESTION, "truncation": "auto"}, "`truncation` has no effect"),
+        ("completions", {"prompt": QUESTION, "echo": True}, "`echo` has no effect"),
         ("completions", {"prompt": "?" * 500_001}, "500000 characters"),
         ("completions", {"prompt": "why? " * 3000}, "the model takes 2048"),
     ):
@@ -395,7 +415,9 @@ def test_full_memory_is_said():
     def handle(*_):
         raise AssertionError("nobody asks")
 
-    handler = SimpleNamespace(_validate_request=handle, get_processor_inputs_from_messages=handle)
+    handler = SimpleNamespace(
+        _validate_request=handle, get_processor_inputs_from_messages=handle, _unused_fields=set()
+    )
     handlers = {"completion_handler": handler, "response_handler": handler, "generation_state": SimpleNamespace()}
     manager = SimpleNamespace(force_model="folder")
     app = serving.build_server(build, manager, handler, **handlers, host="127.0.0.1")

@@ -58,7 +58,7 @@ def get_answer(engine, messages: list[dict], side: int) -> str:
 
 
 def get_trained_side(engine) -> int:
-    return engine.processor.image_processor.high_res_size["height"]
+    return engine.processor.image_processor.size["height"]
 
 
 class Counter:
@@ -83,8 +83,8 @@ class Counter:
     [
         # the pairs of the released models: section 5.2 of the paper, and 1024 x 14 / 32 = 448, 1536 x 14 / 32 = 672
         ({}, {384: 448, 512: 448, 768: 448, 1024: 448, 1536: 672}),
-        ({"size": 336, "high_res_size": 768}, {288: 336, 384: 336, 576: 336, 768: 336, 1152: 504}),
-        ({"size": 56, "high_res_size": 256, "patch_size": 7}, {96: 56, 128: 56, 192: 56, 256: 56, 384: 84}),
+        ({"size": 768, "low_res_size": 336}, {288: 336, 384: 336, 576: 336, 768: 336, 1152: 504}),
+        ({"size": 256, "low_res_size": 56, "patch_size": 7}, {96: 56, 128: 56, 192: 56, 256: 56, 384: 84}),
     ],
 )
 def test_sides_to_choose_from_are_ones_that_the_image_processor_takes(options, sides):
@@ -92,9 +92,9 @@ def test_sides_to_choose_from_are_ones_that_the_image_processor_takes(options, s
     assert space.get_sides(image_processor) == sides
     for high_res_side, low_res_side in sides.items():
         views = image_processor(
-            Image.new("RGB", (8, 8)), size=low_res_side, high_res_size=high_res_side, return_tensors="pt"
+            Image.new("RGB", (8, 8)), size=high_res_side, low_res_size=low_res_side, return_tensors="pt"
         )
-        assert views["high_res_pixel_values"].shape[-1] == high_res_side
+        assert views["pixel_values"].shape[-1] == high_res_side
 
 
 def test_weights_are_4_bit_where_bfloat16_leaves_no_room():
@@ -107,7 +107,7 @@ def test_weights_are_4_bit_where_bfloat16_leaves_no_room():
 def test_answer_is_the_pipelines(engine, side, tiny_model):
     processor = AutoProcessor.from_pretrained(tiny_model)
     # transformers 5.17's pipeline does not hand sizes of a call on
-    sizes = {"size": engine.sides[side], "high_res_size": side}
+    sizes = {"size": side, "low_res_size": engine.sides[side]}
     processor.image_processor = AutoImageProcessor.from_pretrained(tiny_model, **sizes)
     pipe = pipeline("image-text-to-text", model=str(tiny_model), processor=processor, dtype=torch.float32)
     expected = pipe([ask(QUESTION, STREET)], max_new_tokens=MAX_NEW_TOKENS, do_sample=False, return_full_text=False)
@@ -154,11 +154,11 @@ def test_nothing_of_a_silenced_pathway_gets_through(engine):
     one, other = torch.randn(2, 1, 3, 4 * stride, 4 * stride)
     with torch.no_grad():
         with space.high_res_silenced(vision_tower):
-            silent = vision_tower(low_res, one).last_hidden_state
-            torch.testing.assert_close(vision_tower(low_res, other).last_hidden_state, silent, rtol=0, atol=0)
-        heard = vision_tower(low_res, one).last_hidden_state
+            silent = vision_tower(one, low_res).last_hidden_state
+            torch.testing.assert_close(vision_tower(other, low_res).last_hidden_state, silent, rtol=0, atol=0)
+        heard = vision_tower(one, low_res).last_hidden_state
         assert not torch.equal(heard, silent)
-        assert not torch.equal(vision_tower(low_res, other).last_hidden_state, heard)
+        assert not torch.equal(vision_tower(other, low_res).last_hidden_state, heard)
 
 
 def test_heat_map_colours_where_the_heat_is():

@@ -15,7 +15,7 @@ from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration
 
 
 IMAGE_TOKEN_ID = 120
-LOW_RES, HIGH_RES, TOKENS = 56, 128, 16  # 4 x 4 patches of 14 pixels; 4 x 4 positions of 32 pixels
+SIDE, TOKENS = 128, 16  # 4 x 4 positions of 32 pixels; 4 x 4 patches of 14 pixels in a view of 56
 
 
 def make_config(**kwargs) -> LlavaHrConfig:
@@ -77,8 +77,7 @@ def make_inputs(*images_per_sample: int, seed: int = 0) -> dict[str, torch.Tenso
         "attention_mask": torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in samples]),
     }
     if num_images := sum(images_per_sample):
-        inputs["pixel_values"] = torch.randn(num_images, 3, LOW_RES, LOW_RES, generator=generator)
-        inputs["high_res_pixel_values"] = torch.randn(num_images, 3, HIGH_RES, HIGH_RES, generator=generator)
+        inputs["pixel_values"] = torch.randn(num_images, 3, SIDE, SIDE, generator=generator)
     return inputs
 
 
@@ -89,8 +88,7 @@ def take_sample(inputs: dict[str, torch.Tensor], images_per_sample: tuple[int, .
     sample["attention_mask"] = torch.ones_like(sample["input_ids"])
     start = sum(images_per_sample[:index])
     if images_per_sample[index]:
-        for name in ("pixel_values", "high_res_pixel_values"):
-            sample[name] = inputs[name][start : start + images_per_sample[index]]
+        sample["pixel_values"] = inputs["pixel_values"][start : start + images_per_sample[index]]
     return sample
 
 

@@ -41,7 +41,7 @@ SYSTEM = (
     "and polite answers to the user's questions."
 )
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "until": []}
-SIZES = {"size": 56, "high_res_size": 128}
+SIZES = {"size": 128, "low_res_size": 56}
 
 
 def draw(color: str) -> PILImage.Image:

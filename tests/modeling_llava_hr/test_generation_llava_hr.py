@@ -19,7 +19,7 @@ def generate(model, inputs, **kwargs):
 @torch.no_grad()
 def greedy_by_hand(model, sample):
     ids = sample["input_ids"]
-    pixels = {name: sample[name] for name in ("pixel_values", "high_res_pixel_values") if name in sample}
+    pixels = {"pixel_values": sample.get("pixel_values")}
     for _ in range(NEW_TOKENS):
         ids = torch.cat([ids, model(input_ids=ids, **pixels, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
     return ids[:, sample["input_ids"].shape[1] :]
@@ -121,7 +121,7 @@ def test_embeddings_in_place_of_ids(mini, model):
 
 def encode(model, inputs):
     with torch.no_grad():
-        return model.get_image_features(inputs["pixel_values"], inputs["high_res_pixel_values"])
+        return model.get_image_features(inputs["pixel_values"])
 
 
 @pytest.mark.parametrize(
@@ -153,14 +153,11 @@ def test_features_of_other_origin_can_be_given(mini, model, form):
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_what_does_not_fit_is_named_before_generation(mini, model, num_beams):
     inputs = mini.inputs(1)
-    one_view = {name: value for name, value in inputs.items() if name != "high_res_pixel_values"}
-    with pytest.raises(ValueError, match="`high_res_pixel_values` is missing"):
-        generate(model, one_view, num_beams=num_beams)
-    two = {name: inputs[name].repeat(2, 1, 1, 1) for name in ("pixel_values", "high_res_pixel_values")}
-    with pytest.raises(ValueError, match="16 image tokens, but 2 pictures"):
+    two = {"pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)}
+    with pytest.raises(ValueError, match="16 image tokens, but 2 images make 32"):
         generate(model, {**inputs, **two}, num_beams=num_beams)
     without = {**inputs, "input_ids": inputs["input_ids"].clamp(max=99)}
-    with pytest.raises(ValueError, match="0 image tokens, but 1 pictures"):
+    with pytest.raises(ValueError, match="0 image tokens, but 1 image makes 16"):
         generate(model, without, num_beams=num_beams)
 
 
@@ -171,22 +168,37 @@ def test_the_towers_run_once_per_generation(mini, model):
     assert len(calls) == 1
 
 
-def test_conversation_over_turns_with_a_kept_cache(mini, model):
-    """The second turn adds text to the first turn's cache; the picture is not seen again."""
-    inputs = mini.inputs(1)
+@pytest.mark.parametrize("given", ["text", "pixels", "encoded"])
+@pytest.mark.parametrize("new_images", [0, 1])
+def test_conversation_over_turns_with_a_kept_cache(mini, model, given, new_images):
+    """The second turn adds to the first turn's cache; images that it covers are not encoded again, new ones are."""
+    inputs, more = mini.inputs(2), mini.inputs(new_images, seed=1)
     first = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True)
-    question = torch.tensor([[7, 8, 9]])
-    ids = torch.cat([first.sequences, question], dim=1)
+    ids = torch.cat([first.sequences, more["input_ids"]], dim=1)
+    pixel_values = torch.cat([inputs["pixel_values"], *([more["pixel_values"]] if new_images else [])])
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixel_values}
+    expected = greedy_by_hand(model, whole)
+    calls = []
+    model.model.vision_tower.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
+    if given == "text":  # or the new turn's images alone
+        whole["pixel_values"] = more.get("pixel_values")
+    elif given == "encoded":
+        whole["mm_encoder_outputs"] = {"image": encode(model, whole)}
+        del whole["pixel_values"]
+        calls.clear()
     cache = "cache" if "cache" in first else "past_key_values"  # before transformers 5.24
-    second = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        **{cache: first[cache]},
-    )
-    whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    assert second[:, ids.shape[1] :].tolist() == greedy_by_hand(model, whole).tolist()
+    second = model.generate(**whole, max_new_tokens=NEW_TOKENS, do_sample=False, **{cache: first[cache]})
+    assert second[:, ids.shape[1] :].tolist() == expected.tolist()
+    assert sum(calls) == (0 if given == "encoded" else new_images)
+
+
+def test_a_cache_that_ends_inside_an_image_is_refused(mini, model):
+    inputs = mini.inputs(1)
+    first = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
+    cache = "cache" if "cache" in first else "past_key_values"
+    first[cache].crop(10 - first[cache].get_seq_length())
+    with pytest.raises(ValueError, match="has 10 tokens and ends inside an image"):
+        generate(model, inputs, **{cache: first[cache]})
 
 
 def test_image_tokens_are_never_generated(mini):

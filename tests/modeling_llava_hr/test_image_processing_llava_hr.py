@@ -10,6 +10,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -27,11 +28,11 @@ REFERENCE = Path(__file__).parent.parent / "fixtures" / "reference"
 BACKENDS = {"torchvision": LlavaHrImageProcessor, "pil": LlavaHrImageProcessorPil}
 
 # 64 x 64 and 28 x 28 pixels: 2 x 2 features and 2 x 2 patches, so that odd pictures cost nothing
-SMALL = {"size": 28, "high_res_size": 64}
+SMALL = {"size": 64, "low_res_size": 28}
 RAW = {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
 
 # What makes the processors fast changes no result: views of these shapes, computed the plain way
-SIZES = {"size": 336, "high_res_size": 384}
+SIZES = {"size": 384, "low_res_size": 336}
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]  # CLIP's
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 SHAPES = [(500, 375), (375, 500), (401, 300), (300, 401), (40, 30), (31, 40), (384, 384), (1, 1)]
@@ -82,7 +83,7 @@ def encode(image, format="PNG", **kwargs):
 
 def raw_view(processor, picture, **kwargs):
     """The high-resolution view `(3, H, H)` with values from 0 to 255."""
-    return processor(picture, **RAW, **kwargs)["high_res_pixel_values"][0]
+    return processor(picture, **RAW, **kwargs)["pixel_values"][0]
 
 
 def center(processor, picture, **kwargs):
@@ -105,7 +106,7 @@ def released_pixels(image, side):
 @pytest.mark.parametrize(
     "folder, case, sizes",
     [
-        ("stage1-384", 0, {"size": 336, "high_res_size": 384}),
+        ("stage1-384", 0, {"size": 384, "low_res_size": 336}),
         ("stage2-1024", 0, {}),
         ("stage2-1024", 1, {}),
         ("stage2-1024", 2, {}),
@@ -117,12 +118,12 @@ def test_recorded_pixels(backend, folder, case, sizes):
     paths = [REFERENCE / folder / "images" / name for name in recorded["images"]]
     views = BACKENDS[backend](**sizes)(paths, return_tensors="pt")
 
-    high_res = views["high_res_pixel_values"]
-    assert high_res.dtype == views["pixel_values"].dtype == torch.float32
+    high_res = views["pixel_values"]
+    assert high_res.dtype == views["low_res_pixel_values"].dtype == torch.float32
     assert list(high_res.shape) == recorded["high_res_pixel_values_shape"]
     # 2/255 before normalisation is 0.030 after it; PIL is to give the same bits (1e-6 is float32's own rounding)
     tolerance = 1e-6 if backend == "pil" else 2 / 255 / 0.2613 + 1e-4
-    for name, view in (("low_res", views["pixel_values"]), ("high_res", high_res)):
+    for name, view in (("low_res", views["low_res_pixel_values"]), ("high_res", high_res)):
         key = f"{recorded['name']}.{name}_pixel_values_sample"
         if key in expected:
             torch.testing.assert_close(view[:, :, ::16, ::16], expected[key], atol=tolerance, rtol=0)
@@ -144,21 +145,21 @@ def test_high_resolution_view_equals_pil(backend, width, height):
 
 def test_photographs_and_documents(backend):
     for picture in [*photographs(), draw_document(), draw_document(1700, 600)]:
-        views = BACKENDS[backend](size=672, high_res_size=1536)(picture, return_tensors="pt")
+        views = BACKENDS[backend](size=1536, low_res_size=672)(picture, return_tensors="pt")
         mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
         std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
         expected = (torch.from_numpy(released_pixels(picture, 1536).copy()) / 255 - mean) / std
         tolerance = 1e-6 if backend == "pil" else 2 / 255 / 0.2613 + 1e-4
-        torch.testing.assert_close(views["high_res_pixel_values"][0], expected, atol=tolerance, rtol=0)
+        torch.testing.assert_close(views["pixel_values"][0], expected, atol=tolerance, rtol=0)
         # align_corners: the corners of both views are the same pixels
-        corners = views["pixel_values"][..., ::671, ::671], views["high_res_pixel_values"][..., ::1535, ::1535]
+        corners = views["low_res_pixel_values"][..., ::671, ::671], views["pixel_values"][..., ::1535, ::1535]
         torch.testing.assert_close(*corners, atol=1e-5, rtol=0)
 
 
 def test_low_resolution_view_interpolates_between_aligned_corners(processor):
     # A linear ramp stays one, whatever lies between the pixels
     ramp = np.repeat(np.arange(64, dtype=np.uint8)[None, :, None], 64, axis=0).repeat(3, axis=2)
-    low_res = processor(ramp, **RAW)["pixel_values"][0]
+    low_res = processor(ramp, **RAW)["low_res_pixel_values"][0]
     np.testing.assert_allclose(low_res, np.broadcast_to(np.linspace(0, 63, 28), (3, 28, 28)), atol=1e-4)
 
 
@@ -179,16 +180,16 @@ def test_a_picture_does_not_depend_on_its_batch(processor):
         together = processor(pictures, return_tensors="pt", **kwargs)
         for index, picture in enumerate(pictures):
             alone = processor(picture, return_tensors="pt", **kwargs)
-            for name in ("pixel_values", "high_res_pixel_values"):
+            for name in ("pixel_values", "low_res_pixel_values"):
                 torch.testing.assert_close(together[name][index], alone[name][0], atol=1e-6, rtol=0)
 
 
 def test_nested_lists_and_batches_are_flattened_in_order(processor):
     pictures = [np.full((5, 5, 3), value, np.uint8) for value in (10, 20, 30)]
-    expected = processor(pictures, **RAW)["pixel_values"]
+    expected = processor(pictures, **RAW)["low_res_pixel_values"]
     assert expected[:, 0, 0, 0].tolist() == [10, 20, 30]
     for nested in ([pictures[:1], pictures[1:]], np.stack(pictures), torch.from_numpy(np.stack(pictures))):
-        assert np.array_equal(processor(nested, **RAW)["pixel_values"], expected)
+        assert np.array_equal(processor(nested, **RAW)["low_res_pixel_values"], expected)
 
 
 def test_device_is_respected():
@@ -199,27 +200,42 @@ def test_device_is_respected():
 # Sizes
 
 
-@pytest.mark.parametrize("size, high_res_size", [(336, 384), (336, 768), (448, 1024), (672, 1536), (336, 1536)])
+@pytest.mark.parametrize("size, low_res_size", [(384, 336), (768, 336), (1024, 448), (1536, 672), (1536, 336)])
 @pytest.mark.parametrize("as_dict", [True, False])
-def test_sizes_per_call(backend, size, high_res_size, as_dict):
-    sizes = {"size": size, "high_res_size": high_res_size}
+def test_sizes_per_call(backend, size, low_res_size, as_dict):
+    sizes = {"size": size, "low_res_size": low_res_size}
     if as_dict:
         sizes = {name: {"height": side, "width": side} for name, side in sizes.items()}
     views = BACKENDS[backend]()(gradient(), return_tensors="pt", **sizes)
     assert views["pixel_values"].shape == (1, 3, size, size)
-    assert views["high_res_pixel_values"].shape == (1, 3, high_res_size, high_res_size)
+    assert views["low_res_pixel_values"].shape == (1, 3, low_res_size, low_res_size)
+
+
+@pytest.mark.parametrize("size, low_res_size", [(384, 336), (768, 336), (1024, 448), (1536, 672)])  # design, section 1
+def test_the_released_rule_gives_the_other_side(backend, size, low_res_size):
+    for views in (BACKENDS[backend](size=size)(gradient()), BACKENDS[backend]()(gradient(), size=size)):
+        assert views["low_res_pixel_values"][0].shape == (3, low_res_size, low_res_size)
+
+
+def test_the_low_resolution_view_can_be_left_to_the_model(processor):
+    views = processor(gradient(), return_low_res=False)
+    assert list(views) == ["pixel_values"]
+    assert np.array_equal(views["pixel_values"], processor(gradient())["pixel_values"])
 
 
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        ({"size": 450}, ["`size` (450)", "`patch_size` (14)", "`high_res_size=1024` with `size=448`"]),
-        ({"high_res_size": 1000}, ["`high_res_size` (1000)", "`high_res_stride` (32)", "`high_res_size=992`"]),
-        ({"size": 336}, ["`high_res_size` (1024)", "32 x 32", "24 x 24", "`size` (336)", "with `size=448`"]),
-        ({"size": 0}, ["`size` (0)", "positive"]),
-        ({"high_res_size": -32}, ["`high_res_size` (-32)", "positive"]),
+        ({"low_res_size": 450}, ["`low_res_size`", "multiple of the patch size 14", "450"]),
+        ({"size": 1000}, ["`size` (1000)", "`high_res_stride` (32)", "`size=992` with `low_res_size=434` fits"]),
+        (
+            {"low_res_size": 336},
+            ["`size=1024`", "32 x 32", "24 x 24", "`low_res_size=336`", "`low_res_size=448` fits"],
+        ),
+        ({"low_res_size": 0}, ["`low_res_size`", "positive", "0"]),
+        ({"size": -32}, ["`size`", "positive", "-32"]),
         ({"size": {"height": 448, "width": 336}}, ["`size`", "equal height and width", "448", "336"]),
-        ({"high_res_size": {"shortest_edge": 1024}}, ["`high_res_size`", "shortest_edge"]),
+        ({"low_res_size": {"shortest_edge": 448}}, ["`low_res_size`", "shortest_edge"]),
         ({"patch_size": 0}, ["`patch_size`", "positive", "0"]),
         ({"image_aspect_ratio": "anyres"}, ["`image_aspect_ratio`", '"pad" or "crop"', "'anyres'"]),
     ],
@@ -232,12 +248,12 @@ def test_refused_geometry_at_construction_and_per_call(backend, arguments, named
 
 
 def test_the_pair_that_a_refusal_names_fits(backend):
-    for side in (100, 384, 700, 1000, 1100):
+    for wrong in (100, 700, 1000, 1100):
         with pytest.raises(ValueError) as error:
-            BACKENDS[backend](size=15, high_res_size=side)
-        high_res_size, size = (int(part.split("`")[0]) for part in str(error.value).split("size=")[1:])
-        assert size == max(int(high_res_size / 32 * 14), 336)
-        BACKENDS[backend](size=size, high_res_size=high_res_size)
+            BACKENDS[backend](size=wrong)
+        size, low_res_size = (int(part.split("`")[0]) for part in str(error.value).split("size=")[1:])
+        assert low_res_size == max(int(size / 32 * 14), 336)
+        BACKENDS[backend](size=size, low_res_size=low_res_size)
 
 
 def test_other_ways_to_pad_and_crop_are_refused(processor):
@@ -250,8 +266,35 @@ def test_other_ways_to_pad_and_crop_are_refused(processor):
 def test_without_resizing_a_picture_must_have_the_size(processor):
     picture = gradient(64, 64)
     assert np.array_equal(raw_view(processor, picture, do_resize=False), picture.transpose(2, 0, 1))
-    with pytest.raises(ValueError, match=r"Picture 1 of `images` is 20 x 12 pixels.*64 x 64 \(`high_res_size`\)"):
+    with pytest.raises(ValueError, match=r"Picture 1 of `images` is 20 x 12 pixels.*64 x 64 \(`size`\)"):
         processor([picture, gradient()], do_resize=False)
+
+
+def _prepare(row, image_processor):
+    return {"mean": float(image_processor(np.full((40, 30, 3), row["value"], np.uint8))["pixel_values"].mean())}
+
+
+def test_forked_processes_after_use_in_the_parent(processor):
+    """torch's threads do not survive a fork: the first parallel operation of the child would wait for them forever."""
+    rows = datasets.Dataset.from_dict({"value": [10, 90, 170, 250]})
+    expected = [_prepare(row, processor) for row in rows]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        processor([draw_document()] * 2)
+        mapped = rows.map(_prepare, num_proc=2, fn_kwargs={"image_processor": processor})
+    finally:
+        torch.set_num_threads(threads)
+    assert [row["mean"] for row in mapped] == pytest.approx([row["mean"] for row in expected])
+
+
+@pytest.mark.parametrize("name", ["receipt.jpg", "scans/receipt", "a" * 300 + ".png", "C:\\scans\\a.png"])
+def test_a_mistyped_file_name_is_called_a_missing_file(processor, name):
+    with pytest.raises(
+        ValueError, match="`images` cannot be read as an image .the file '.*(No such file|too long)"
+    ) as error:
+        processor(name)
+    assert "base64" not in str(error.value)
 
 
 # Saving and loading
@@ -271,14 +314,15 @@ def test_save_and_load(tmp_path, saved, loaded):
     after = AutoImageProcessor.from_pretrained(tmp_path, backend=loaded)
     assert type(after) is BACKENDS[loaded]
     assert after.to_dict() == before.to_dict()
-    assert (after.high_res_size, after.patch_size, after.image_aspect_ratio) == (before.high_res_size, 7, "crop")
+    assert (after.size, after.low_res_size, after.patch_size) == (before.size, 28, 7)
     assert {path.name for path in tmp_path.glob("*.py")} == {
+        "configuration_llava_hr.py",
         "image_processing_llava_hr.py",
         "image_processing_pil_llava_hr.py",
     }
     file = tmp_path / "preprocessor_config.json"
     file.write_text(file.read_text().replace('"patch_size": 7', '"patch_size": 9'))
-    with pytest.raises(ValueError, match=r"`size` \(28\).*`patch_size` \(9\)"):
+    with pytest.raises(ValueError, match="`low_res_size`.*patch size 9, but got 28"):
         AutoImageProcessor.from_pretrained(tmp_path, backend=loaded)
 
 
@@ -399,7 +443,7 @@ def test_arrays_of_any_dtype_and_layout(processor, to, dtype, scale):
     expected = raw_view(processor, Image.fromarray(pixels))
     array = (pixels * np.float64(scale)).astype(dtype)
     for layout in (array, array.transpose(2, 0, 1).copy()):
-        view = processor(to(layout), do_normalize=False, return_tensors="np")["high_res_pixel_values"][0]
+        view = processor(to(layout), do_normalize=False, return_tensors="np")["pixel_values"][0]
         np.testing.assert_allclose(view * 255, expected, atol=1e-3)  # float32's rounding of n / 255 * 255
 
 
@@ -447,10 +491,10 @@ def test_ambiguous_layouts(processor):
 
 def test_floats_without_rescaling_are_taken_as_scaled(processor):
     pixels = gradient()
-    expected = processor(pixels, return_tensors="pt")["pixel_values"]
+    expected = processor(pixels, return_tensors="pt")["low_res_pixel_values"]
     scaled = (pixels / 255).astype(np.float32)
     for array in (scaled, torch.from_numpy(scaled)):
-        values = processor(array, do_rescale=False, return_tensors="pt")["pixel_values"]
+        values = processor(array, do_rescale=False, return_tensors="pt")["low_res_pixel_values"]
         torch.testing.assert_close(values, expected, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="`do_rescale=False`.*all or none"):
         processor([scaled, pixels], do_rescale=False)
@@ -493,7 +537,7 @@ def test_refused_pictures_in_memory(processor, picture, named):
 
 
 def test_without_conversion_pictures_must_be_rgb(processor):
-    assert processor(gradient(), do_convert_rgb=False)["pixel_values"] is not None
+    assert processor(gradient(), do_convert_rgb=False)["low_res_pixel_values"] is not None
     with pytest.raises(ValueError, match="mode is RGBA.*`do_convert_rgb`"):
         processor(Image.new("RGBA", (5, 5)), do_convert_rgb=False)
     with pytest.raises(ValueError, match="4 channels.*`do_convert_rgb`"):
@@ -531,7 +575,7 @@ def test_sources(processor, tmp_path, server):
     sources = [path, str(path), content, bytearray(content), text, f"data:image/png;base64,{text}"]
     for source in [*sources, f"{server}/picture.png"]:
         assert np.array_equal(raw_view(processor, source), expected)
-    views = processor([[sources[0]], sources[1:3]], **RAW)["high_res_pixel_values"]
+    views = processor([[sources[0]], sources[1:3]], **RAW)["pixel_values"]
     assert np.array_equal(views, np.stack([expected] * 3))
 
 
@@ -540,20 +584,20 @@ def test_refused_sources(processor, tmp_path, server):
     for name, content in {"cut.png": document[: len(document) // 2], "empty.png": b"", "page.html": b"<html>"}.items():
         (tmp_path / name).write_bytes(content)
         for source in (tmp_path / name, str(tmp_path / name), f"{server}/{name}"):
-            with pytest.raises(ValueError, match=rf"`images\[1\]\[0\]` cannot be read as a picture .*{name}"):
+            with pytest.raises(ValueError, match=rf"`images\[1\]\[0\]` cannot be read as an image .*{name}"):
                 processor([[gradient()], [source]])
-        with pytest.raises(ValueError, match=rf"`images\[1\]` cannot be read as a picture \({len(content)} bytes\)"):
+        with pytest.raises(ValueError, match=rf"`images\[1\]` cannot be read as an image \({len(content)} bytes\)"):
             processor([gradient(), content])
     for source, named in {
         tmp_path / "missing.png": "missing.png.*No such file",
-        str(tmp_path / "missing.png"): "neither a URL nor an existing file.*missing.png",
+        str(tmp_path / "missing.png"): "No such file.*missing.png",
         tmp_path: "the file",
         f"{server}/missing.png": "the URL .*missing.png.*404",
         "http://127.0.0.1:1/closed.png": "the URL .*closed.png",
         "data:image/png;base64,AAAA": "base64.*AAAA",
         "ü": "base64.*ü",
     }.items():
-        with pytest.raises(ValueError, match=rf"`images` cannot be read as a picture .*{named}"):
+        with pytest.raises(ValueError, match=rf"`images` cannot be read as an image .*{named}"):
             processor(source)
 
 
@@ -561,7 +605,7 @@ def test_refused_sources(processor, tmp_path, server):
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP", "TIFF"])
 def test_truncated_files_of_every_format(processor, format, cut):
     content = encode(draw_document(), format)
-    with pytest.raises(ValueError, match=r"`images\[1\]` cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"`images\[1\]` cannot be read as an image"):
         processor([gradient(), content[: int(cut * len(content))]])
 
 
@@ -599,7 +643,7 @@ def test_the_guard_of_pil_stays_on(processor, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
     with pytest.warns(Image.DecompressionBombWarning, match="2500 pixels"):
         assert center(processor, encode(Image.new("RGB", (50, 50), "red"))) == [255, 0, 0]
-    with pytest.raises(ValueError, match="`images` cannot be read as a picture .*exceeds limit of 4000 pixels"):
+    with pytest.raises(ValueError, match="`images` cannot be read as an image .*exceeds limit of 4000 pixels"):
         processor(encode(Image.new("RGB", (70, 70))))
 
 
@@ -618,7 +662,7 @@ def test_long_pictures_need_no_square_in_memory(processor, as_array, size):
     """20000 x 20000 pixels would be over PIL's limit, and 1.2 GB."""
     picture = Image.new("RGB", size, "red")
     views = processor(np.asarray(picture) if as_array else picture)
-    assert views["high_res_pixel_values"][0].shape == (3, 64, 64)
+    assert views["pixel_values"][0].shape == (3, 64, 64)
 
 
 @pytest.mark.parametrize("size", [(90, 301), (299, 300)])
@@ -648,8 +692,8 @@ def test_pil_backend_gives_the_bits_of_the_released_procedure(width, height):
     high_res = (torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) - MEAN) / STD
     views = LlavaHrImageProcessorPil(**SIZES)([picture, picture], return_tensors="pt")
     expected = torch.stack([high_res.contiguous()] * 2)
-    assert torch.equal(views["high_res_pixel_values"], expected)
-    assert torch.equal(views["pixel_values"], to_low_res(expected))
+    assert torch.equal(views["pixel_values"], expected)
+    assert torch.equal(views["low_res_pixel_values"], to_low_res(expected))
 
 
 @pytest.mark.parametrize("width, height", SHAPES)
@@ -665,9 +709,9 @@ def test_torchvision_backend_gives_the_bits_of_padding_and_resizing_the_plain_wa
     high_res = ((resized.float() - MEAN * scale) / (STD * scale))[None]
     for picture in (noise(width, height), pixels):
         views = LlavaHrImageProcessor(**SIZES)(picture, input_data_format="channels_first", return_tensors="pt")
-        assert torch.equal(views["high_res_pixel_values"], high_res)
+        assert torch.equal(views["pixel_values"], high_res)
         # float32's rounding: torch sums in another order on one thread
-        torch.testing.assert_close(views["pixel_values"], to_low_res(high_res), atol=1e-6, rtol=0)
+        torch.testing.assert_close(views["low_res_pixel_values"], to_low_res(high_res), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -679,7 +723,7 @@ def test_a_batch_holds_what_each_picture_gives(threads):
         together = processor(pictures, return_tensors="pt")
         for index, picture in enumerate(pictures):
             alone = processor(picture, return_tensors="pt")
-            for name in ("pixel_values", "high_res_pixel_values"):
+            for name in ("pixel_values", "low_res_pixel_values"):
                 assert torch.equal(together[name][index], alone[name][0])
                 assert together[name].is_contiguous()
     finally:

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
-from transformers import Qwen2Config, SiglipVisionConfig, TimmWrapperConfig
+from transformers import AutoModel, Qwen2Config, SiglipVisionConfig, TimmWrapperConfig
 
 import modeling_llava_hr.modeling_llava_hr as modeling
-from modeling_llava_hr import LlavaHrForConditionalGeneration, LlavaHrModel
+from modeling_llava_hr import LlavaHrForConditionalGeneration, LlavaHrModel, LlavaHrVisionModel
 from modeling_llava_hr.modeling_llava_hr import LlavaHrMixtureOfResolutionAdapter, align_to_grid
 
 
@@ -166,7 +166,7 @@ def test_outputs_carry_gates_and_high_res_features(mini):
     model, inputs = mini.model(), mini.inputs(1, 2)
     with torch.no_grad():
         outputs = model(**inputs)
-        features = model.get_image_features(inputs["pixel_values"], inputs["high_res_pixel_values"])
+        features = model.get_image_features(inputs["pixel_values"])
     assert outputs.high_res_features.shape == (3, 48, 4, 4)
     assert [gate.shape for gate in outputs.mr_adapter_gates] == [(3, 1)] * 3
     assert outputs.image_hidden_states.shape == (3, mini.num_tokens, 64)
@@ -184,8 +184,9 @@ def test_outputs_carry_gates_and_high_res_features(mini):
 def test_both_views_matter(mini):
     model, inputs = mini.model(), mini.inputs(1)
     with torch.no_grad():
+        inputs["low_res_pixel_values"] = torch.randn(1, 3, 56, 56)
         logits = model(**inputs).logits
-        for name in ("pixel_values", "high_res_pixel_values"):
+        for name in ("pixel_values", "low_res_pixel_values"):
             changed = {**inputs, name: torch.randn_like(inputs[name])}
             assert (model(**changed).logits - logits).abs().max() > 1e-3, name
 
@@ -201,7 +202,7 @@ def test_text_alone_does_not_run_the_towers(mini):
     ("low", "high", "tokens"), [(56, 64, 16), (56, 128, 16), (56, 256, 16), (84, 64, 36), (84, 192, 36)]
 )
 def test_sizes_are_independent_at_run_time(mini, low, high, tokens):
-    features = mini.model().get_image_features(torch.randn(1, 3, low, low), torch.randn(1, 3, high, high))
+    features = mini.model().get_image_features(torch.randn(1, 3, high, high), torch.randn(1, 3, low, low))
     assert features.pooler_output.shape == (1, tokens, 64)
 
 
@@ -209,28 +210,75 @@ def test_sizes_are_independent_at_run_time(mini, low, high, tokens):
     ("low", "high", "expected"),
     [
         ((1, 3, 56, 56), (1, 3, 160, 160), "5 x 5.*4 x 4"),
-        ((1, 3, 50, 50), (1, 3, 128, 128), "`pixel_values`.*multiple of 14"),
-        ((1, 3, 56, 56), (1, 3, 130, 130), "`high_res_pixel_values`.*multiple of 32"),
-        ((1, 3, 56, 56), (2, 3, 128, 128), "same pictures"),
+        ((1, 3, 50, 50), (1, 3, 128, 128), "`low_res_size`.*multiple of the patch size 14"),
+        ((1, 3, 56, 56), (1, 3, 130, 130), "`size` .*multiple of `high_res_stride` .32"),
+        ((1, 3, 56, 56), (2, 3, 128, 128), "same images"),
         ((3, 56, 56), (3, 128, 128), "shape"),
         ((1, 3, 56, 70), (1, 3, 128, 128), "shape"),
     ],
 )
 def test_views_that_do_not_fit_are_named(mini, low, high, expected):
     with pytest.raises(ValueError, match=expected):
-        mini.model().get_image_features(torch.zeros(low), torch.zeros(high))
+        mini.model().get_image_features(torch.zeros(high), torch.zeros(low))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("side", "low_res_size", "expected"),
+    [
+        (64, None, 56),
+        (128, None, 56),
+        (192, None, 84),
+        (256, 56, 56),
+        (128, 84, 84),
+    ],  # the rule, else the config's side
+)
+def test_the_model_makes_the_low_resolution_view(mini, dtype, side, low_res_size, expected):
+    model = mini.model(low_res_size=low_res_size)
+    pixel_values = torch.randn(2, 3, side, side).to(dtype)
+    # in float32 whatever arrives, as corners meet; an own formula
+    view = torch.stack([bilinear_aligned(image.float().permute(1, 2, 0), expected) for image in pixel_values])
+    with torch.no_grad():
+        features = model.get_image_features(pixel_values).pooler_output
+        given = model.get_image_features(pixel_values, view.permute(0, 3, 1, 2)).pooler_output
+    assert features.shape == (2, (expected // 14) ** 2, 64)
+    torch.testing.assert_close(features, given, atol=1e-4, rtol=1e-4)
+
+
+def test_a_prompt_for_another_side_says_what_to_pass(mini):
+    model, inputs = mini.model(), mini.inputs(1)
+    inputs["pixel_values"] = torch.randn(1, 3, 256, 256)
+    named = "16 image tokens.*1 image makes 64.*256 pixels.*view of 112 pixels.*for one of 56.*`low_res_size=56`"
+    with pytest.raises(ValueError, match=named):
+        model(**inputs)
+    assert model(**inputs, low_res_pixel_values=torch.randn(1, 3, 56, 56)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, LlavaHrVisionModel])
+@pytest.mark.parametrize("source", ["tower", "whole"])
+def test_the_vision_tower_alone(mini, tmp_path, auto_class, source):
+    """Saved by itself or taken from a whole model, with every setting that the ViT's configuration does not have."""
+    model = mini.model(fusion="concat", mr_adapter_gate="channel", mr_adapter_layers=[2], low_res_size=84)
+    tower, pixel_values = model.model.vision_tower, mini.inputs(1)["pixel_values"]
+    (tower if source == "tower" else model).save_pretrained(tmp_path)
+    loaded, info = auto_class.from_pretrained(tmp_path, output_loading_info=True)
+    if source == "whole" and auto_class is AutoModel:
+        loaded = loaded.vision_tower
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        for output, expected in zip(loaded(pixel_values).values(), tower(pixel_values).values(), strict=True):
+            torch.testing.assert_close(output, expected, atol=0, rtol=0)
+    for name in ("fusion", "mr_adapter_gate", "mr_adapter_layers", "low_res_size"):
+        assert getattr(loaded.config, name) == getattr(model.config, name)
 
 
 def test_contradicting_inputs_are_named(mini):
     model, inputs = mini.model(), mini.inputs(1)
-    features = model.get_image_features(inputs["pixel_values"], inputs["high_res_pixel_values"])
-    with pytest.raises(ValueError, match="both pixel values and `mm_encoder_outputs`"):
+    features = model.get_image_features(inputs["pixel_values"])
+    with pytest.raises(ValueError, match="both `pixel_values` and `mm_encoder_outputs`"):
         model(**inputs, mm_encoder_outputs={"image": features})
-    with pytest.raises(ValueError, match="`high_res_pixel_values` is missing"):
-        model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"])
-    with pytest.raises(ValueError, match="16 image tokens.*2 pictures give 32"):
-        two = {name: inputs[name].repeat(2, 1, 1, 1) for name in ("pixel_values", "high_res_pixel_values")}
-        model(input_ids=inputs["input_ids"], **two)
+    with pytest.raises(ValueError, match="16 image tokens.*2 images make 32"):
+        model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"].repeat(2, 1, 1, 1))
     with pytest.raises(ValueError, match="Exactly one"):
         model()
 
@@ -393,7 +441,7 @@ def test_batch_norms_keep_their_statistics_in_training(mini):
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
     assert buffers
     inputs = mini.inputs(1)
-    inputs["high_res_pixel_values"] = inputs["high_res_pixel_values"][..., :32, :32]
+    inputs["pixel_values"] = inputs["pixel_values"][..., :32, :32]
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     for name, buffer in model.named_buffers():
         if name in buffers:
@@ -480,16 +528,16 @@ def test_loss_ignores_masked_labels(mini):
 def test_many_pictures_go_through_the_high_resolution_tower_in_chunks(mini, monkeypatch):
     """Bounded memory, the same features, and one pass where the tower is trained."""
     model, inputs = mini.model(), mini.inputs(2, 3)
-    views = (inputs["pixel_values"], inputs["high_res_pixel_values"])
+    pixel_values = inputs["pixel_values"]
     sizes = []
     model.model.vision_tower.high_res_tower.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     with torch.no_grad():
-        whole = model.get_image_features(*views)
-        monkeypatch.setattr(modeling, "_MAX_HIGH_RES_PIXELS", 2 * views[1].shape[-1] ** 2)
-        chunked = model.get_image_features(*views)
-    with_gradients = model.get_image_features(*views)
+        whole = model.get_image_features(pixel_values)
+        monkeypatch.setitem(modeling._MAX_HIGH_RES_PIXELS, "cpu", 2 * pixel_values.shape[-1] ** 2)
+        chunked = model.get_image_features(pixel_values)
+    with_gradients = model.get_image_features(pixel_values)
     model.model.vision_tower.high_res_tower.requires_grad_(False)
-    frozen = model.get_image_features(*views)
+    frozen = model.get_image_features(pixel_values)
     assert sizes == [5, 2, 2, 1, 5, 2, 2, 1] and frozen.pooler_output.requires_grad
     # convolutions may sum in another order for another batch size
     torch.testing.assert_close(chunked.high_res_features, whole.high_res_features, rtol=1e-5, atol=1e-6)

@@ -14,7 +14,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
-from modeling_llava_hr import LlavaHrProcessor
+from modeling_llava_hr import LlavaHrImageProcessor, LlavaHrProcessor
 from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE, VICUNA_V1_CHAT_TEMPLATE
 
 
@@ -88,7 +88,8 @@ def test_recorded_prompts_and_ids(processors, stage, case):
     if "prompt" in case:
         generation = messages[-1]["role"] == "user"
         prompt = processor.apply_chat_template(messages, add_generation_prompt=generation)
-        assert prompt == "<s> " + case["prompt"]
+        # the space makes the tokenizer treat what follows as the start of a text, as the released code does
+        assert prompt == "<s> " + case["prompt"].replace("<image>", "<image> ")
     inputs = tokenize(processor, messages, chat_template=template)
     num_tokens = {"stage1-384": 576, "stage2-1024": 1024}[stage]
     ids = collapse(processor, inputs["input_ids"][0].tolist(), num_tokens)[0]
@@ -96,8 +97,6 @@ def test_recorded_prompts_and_ids(processors, stage, case):
     if "prompt" in case:  # in two steps: the template's text begins with the start token, which stays alone
         text = processor(text=prompt, images=images or None, return_tensors="pt")
         assert torch.equal(text["input_ids"], inputs["input_ids"])
-        plain = processor(text=case["prompt"], images=images or None, return_tensors="pt")
-        assert torch.equal(plain["input_ids"], inputs["input_ids"])
     if "sequence_length" in case:
         assert inputs["input_ids"].shape[1] == case["sequence_length"]
 
@@ -158,13 +157,14 @@ def text_after_last_system_sentence(prompt):
     [
         ("Hello", "USER: Hello ASSISTANT:"),
         ([{"type": "text", "text": "Hello"}], "USER: Hello ASSISTANT:"),
-        ("<image>\nWhat?", "USER: <image>\nWhat? ASSISTANT:"),
-        ("Compare <image> and <image>.", "USER: Compare <image> and <image>. ASSISTANT:"),
-        ([{"type": "image"}, {"type": "text", "text": "What?"}], "USER: <image>\nWhat? ASSISTANT:"),
-        ([{"type": "text", "text": "What?"}, {"type": "image"}], "USER: <image>\nWhat? ASSISTANT:"),
+        ("<image>\nWhat?", "USER: <image> \nWhat? ASSISTANT:"),
+        ("Compare <image> and <image>.", "USER: Compare <image>  and <image> . ASSISTANT:"),
+        ("<image><image>\nWhat?", "USER: <image><image> \nWhat? ASSISTANT:"),
+        ([{"type": "image"}, {"type": "text", "text": "What?"}], "USER: <image> \nWhat? ASSISTANT:"),
+        ([{"type": "text", "text": "What?"}, {"type": "image"}], "USER: <image> \nWhat? ASSISTANT:"),
         (
             [{"type": "image"}, {"type": "text", "text": "A"}, {"type": "image"}, {"type": "text", "text": "B"}],
-            "USER: <image>\n<image>\nA\nB ASSISTANT:",
+            "USER: <image> \n<image> \nA\nB ASSISTANT:",
         ),
     ],
 )
@@ -191,7 +191,7 @@ def test_unknown_parts_are_named(processor):
     with pytest.raises(Exception, match="'text' or 'image', but got 'audio'"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "audio"}]}])
     url = [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "Hi"}]
-    assert "<image>\nHi" in processor.apply_chat_template([{"role": "user", "content": url}])
+    assert "<image> \nHi" in processor.apply_chat_template([{"role": "user", "content": url}])
 
 
 @pytest.mark.parametrize("role", ["tool", "human"])
@@ -208,8 +208,10 @@ def test_text_between_pictures_is_tokenized_as_the_start_of_a_text(request, kind
     """Independent: the released code tokenizes each piece by itself, with sentencepiece, and joins them."""
     processor = AutoProcessor.from_pretrained(request.getfixturevalue(kind))
     sentencepiece = SentencePieceProcessor(str(REFERENCE / "stage2-1024" / "checkpoint" / "tokenizer.model"))
-    inputs = processor(images=[Image.new("RGB", (8, 8))] * 2, text="<image>".join(pieces))
-    first, second, third = map(sentencepiece.encode, pieces)
+    message = {"role": "user", "content": "<image>".join(pieces)}
+    text = processor.apply_chat_template([{"role": "system", "content": ""}, message])
+    inputs = processor(images=[Image.new("RGB", (8, 8))] * 2, text=text)
+    first, second, third = map(sentencepiece.encode, ("USER: " + pieces[0], pieces[1], pieces[2] + " "))
     ids = collapse(processor, inputs["input_ids"][0], 1024)[0]
     assert ids == [sentencepiece.bos_id(), *first, -200, *second, -200, *third]
 
@@ -239,8 +241,8 @@ def make_bpe_tokenizer():
 def test_other_tokenizers_get_no_extra_space(processor):
     other = LlavaHrProcessor(processor.image_processor, make_bpe_tokenizer())
     assert other.apply_chat_template([{"role": "user", "content": "Hi"}]).startswith("A chat between")
-    inputs = other(images=Image.new("RGB", (8, 8)), text="<image>\nHi")
-    assert other.tokenizer.decode(inputs["input_ids"][0]).replace("<image>", "") == "\nHi"
+    for content in ("<image>\nHi", [{"type": "image"}, {"type": "text", "text": "Hi"}]):
+        assert "USER: <image>\nHi " in other.apply_chat_template([{"role": "user", "content": content}])
 
 
 def test_a_tokenizer_without_the_image_token_is_refused(processor):
@@ -250,38 +252,68 @@ def test_a_tokenizer_without_the_image_token_is_refused(processor):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "low", "high", "tokens"),
+    ("sizes", "size", "low_res_size", "tokens"),
     [
-        ({"size": 336, "high_res_size": 384}, 336, 384, 576),
-        ({"size": 336, "high_res_size": 768}, 336, 768, 576),
-        ({}, 448, 1024, 1024),
-        ({"size": {"height": 672, "width": 672}, "high_res_size": {"height": 1536, "width": 1536}}, 672, 1536, 2304),
-        ({"size": 336, "high_res_size": 1536}, 336, 1536, 576),
+        ({"size": 384}, 384, None, 576),
+        ({"size": 768, "low_res_size": 336}, 768, None, 576),
+        ({}, 1024, None, 1024),
+        ({"size": {"height": 1536, "width": 1536}, "low_res_size": {"height": 672, "width": 672}}, 1536, None, 2304),
+        ({"size": 1536, "low_res_size": 336}, 1536, 336, 576),
+        ({"low_res_size": 672}, 1024, 672, 2304),
     ],
 )
-def test_sizes_can_be_given_per_call(processor, sizes, low, high, tokens):
+def test_sizes_can_be_given_per_call(processor, sizes, size, low_res_size, tokens):
+    """The low-resolution view is returned where the model would not make the same one (`low_res_size` is not None)."""
     image = Image.new("RGB", (60, 40), "red")
     messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Hi"}]}]
     for inputs in (
         processor(images=image, text="<image>\nHi", return_tensors="pt", **sizes),
+        processor(images=image, text="<image>\nHi", return_tensors="pt", images_kwargs=sizes),
         tokenize(processor, messages, processor_kwargs=sizes),
     ):
-        assert inputs["pixel_values"].shape == (1, 3, low, low)
-        assert inputs["high_res_pixel_values"].shape == (1, 3, high, high)
+        assert inputs["pixel_values"].shape == (1, 3, size, size)
+        assert ("low_res_pixel_values" in inputs) == (low_res_size is not None)
+        if low_res_size is not None:
+            assert inputs["low_res_pixel_values"].shape == (1, 3, low_res_size, low_res_size)
         assert (inputs["input_ids"] == processor.image_token_id).sum() == tokens
-    if "high_res_size" in sizes:
-        data = processor._get_num_multimodal_tokens(image_sizes=[(40, 60), (9, 9)], **sizes)
-        assert data["num_image_tokens"] == [tokens] * 2 and data["num_image_patches"] == [1, 1]
+    data = processor._get_num_multimodal_tokens(image_sizes=[(40, 60), (9, 9)], **sizes)
+    assert data["num_image_tokens"] == [tokens] * 2 and data["num_image_patches"] == [1, 1]
+
+
+def test_a_saved_low_resolution_side_is_the_models(processor, tmp_path):
+    """What differs from the saved side travels with the inputs; the saved side itself does not."""
+    processor.image_processor = LlavaHrImageProcessor(size=768, low_res_size=336)
+    processor.save_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    image = Image.new("RGB", (8, 8))
+    for sizes, names in (
+        ({}, {"pixel_values"}),
+        ({"size": 1536}, {"pixel_values"}),
+        ({"size": 1536, "low_res_size": 672}, {"pixel_values", "low_res_pixel_values"}),
+    ):
+        inputs = processor(images=image, text="<image>\nHi", return_tensors="pt", **sizes)
+        assert set(inputs) - {"input_ids", "attention_mask"} == names
+        assert (inputs["input_ids"] == processor.image_token_id).sum() == (sizes.get("low_res_size", 336) // 14) ** 2
+
+
+def test_keys_without_a_value_are_ignored(processor):
+    """Arrow gives each part the keys of all parts."""
+    image = Image.new("RGB", (8, 8), "red")
+    parts = [{"type": "image", "image": image}, {"type": "text", "text": "Hi"}]
+    arrow = [{"type": None, "text": None, "image": None, "path": None, **part} for part in parts]
+    expected, inputs = (tokenize(processor, [{"role": "user", "content": content}]) for content in (parts, arrow))
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    assert arrow[1]["image"] is None  # the caller's messages stay as they are
 
 
 def test_count_mismatches_are_named(processor):
     image = Image.new("RGB", (8, 8))
     with pytest.raises(ValueError, match="2.*1"):
         processor(images=[image], text="<image>\n<image>\nHi")
-    with pytest.raises(ValueError, match="no images|1 <image> tags, but `images` 0 pictures"):
+    with pytest.raises(ValueError, match="no images|1 <image> tags, but `images` has 0 images"):
         processor(text="<image>\nHi")
     # as many tags as pictures in all, but not in each sample
-    with pytest.raises(ValueError, match="Sample 0 has 2 <image> tags in its text, but 1 pictures"):
+    with pytest.raises(ValueError, match="Sample 0 has 2 <image> tags in its text, but 1 images"):
         processor(images=[[image], [image]], text=["<image>\n<image>\nHi", "Hi"])
     with pytest.raises(ValueError, match="1 lists, but `text` has 2"):
         processor(images=[[image, image]], text=["<image>\nHi", "<image>\nHi"])
@@ -311,7 +343,7 @@ def test_save_and_load_twice(tmp_path, processor):
     for name in ("a", "b"):
         processor.save_pretrained(tmp_path / name)
         processor = AutoProcessor.from_pretrained(tmp_path / name)
-    assert isinstance(processor, LlavaHrProcessor) and processor.image_suffix == " "
+    assert isinstance(processor, LlavaHrProcessor)
     again = processor(images=[image, image], text=text, return_tensors="pt")
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 

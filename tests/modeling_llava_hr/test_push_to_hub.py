@@ -51,8 +51,8 @@ save_file({name: weight.clone() for name, weight in model.state_dict().items()},
 image = Image.new("RGB", (50, 40), "teal")
 for backend, name in (("torchvision", "LlavaHrImageProcessor"), ("pil", "LlavaHrImageProcessorPil")):
     pixels = load(AutoImageProcessor, name, backend=backend)(image, return_tensors="pt")
-    assert pixels["pixel_values"].shape == (1, 3, 336, 336)
-    assert pixels["high_res_pixel_values"].shape == (1, 3, 384, 384)
+    assert pixels["low_res_pixel_values"].shape == (1, 3, 336, 336)
+    assert pixels["pixel_values"].shape == (1, 3, 384, 384)
 tokenizer = AutoTokenizer.from_pretrained(repo_id, **trust)
 assert tokenizer.decode(tokenizer("Hi", add_special_tokens=False)["input_ids"]) == "Hi"
 

@@ -35,7 +35,7 @@ processor = AutoProcessor.from_pretrained(folder, **trust)
 for backend, name in (("torchvision", "LlavaHrImageProcessor"), ("pil", "LlavaHrImageProcessorPil")):
     image_processor = AutoImageProcessor.from_pretrained(folder, backend=backend, **trust)
     assert type(image_processor).__name__ == name, type(image_processor)
-    assert image_processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 448, 448)
+    assert image_processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 1024, 1024)
 
 messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Hi"}]}]
 pipe = pipeline("image-text-to-text", model=folder, **trust)

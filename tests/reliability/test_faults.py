@@ -292,7 +292,7 @@ def test_out_of_memory_says_what_needs_less(full_memory):
     pipe = pipeline("image-text-to-text", model=full_memory, processor=processor)
     with pytest.raises(torch.OutOfMemoryError) as error:
         pipe([{"role": "user", "content": content}], max_new_tokens=4, do_sample=False)
-    for knob in ("fewer pictures", "high_res_size", "`size`", "max_new_tokens", "bfloat16", "load_in_4bit=True"):
+    for knob in ("fewer images", "`size`", "max_new_tokens", "bfloat16", "load_in_4bit=True"):
         assert knob in str(error.value)
     assert "Tried to allocate 2.00 GiB" in str(error.value)
     # the same call works once there is memory, and other errors are not touched
@@ -317,7 +317,7 @@ runpy.run_module("examples.caption_folder", run_name="__main__", alter_sys=True)
 def test_out_of_memory_ends_batch_inference_with_one_message(commands, pictures, tmp_path):
     output = tmp_path / "answers.jsonl"
     ended = commands.run(None, *caption_arguments(pictures, output)[1:], code=RUNS_OUT)
-    assert_one_message(ended, "ran out of memory", "fewer pictures", "CUDA out of memory.")
+    assert_one_message(ended, "ran out of memory", "fewer images", "CUDA out of memory.")
     assert output.read_text() == ""
     assert commands.run(*caption_arguments(pictures, output)).status == 0
     assert output.read_text().count("answer") == 4

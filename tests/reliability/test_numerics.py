@@ -88,8 +88,8 @@ def compute(model, inputs: BatchFeature) -> tuple[torch.Tensor, torch.Tensor]:
 def test_half_precision_stays_near_float32_at_every_resolution(converted, sides):
     """The layout of the published checkpoints, whose weights are bfloat16: what differs is the arithmetic alone."""
     model, processor = load(converted["stage2-1024"])
-    inputs = ask(processor, PICTURES[:1], size=sides[0], high_res_size=sides[1])
-    assert inputs["high_res_pixel_values"].shape[-1] == sides[1]
+    inputs = ask(processor, PICTURES[:1], size=sides[1], low_res_size=sides[0])
+    assert inputs["pixel_values"].shape[-1] == sides[1]
     expected = compute(model, inputs)
     for dtype in HALF:
         actual = compute(load(converted["stage2-1024"], dtype)[0], inputs)
@@ -120,7 +120,7 @@ def test_pictures_of_one_color_give_finite_numbers(converted, dtype, backend):
     colors = ["black", "white", (127, 127, 127), (122, 116, 104), (255, 0, 0)]  # the fourth is CLIP's mean
     shapes = [(64, 64), (1, 1), (300, 10)]
     pictures = [Image.new("RGB", shape, color) for color in colors for shape in shapes]
-    for folder, sizes in ((TINY_MODEL, {}), (converted["stage2-1024"], {"size": 56, "high_res_size": 128})):
+    for folder, sizes in ((TINY_MODEL, {}), (converted["stage2-1024"], {"size": 128, "low_res_size": 56})):
         model, processor = load(folder, dtype)
         if backend == "pil":
             processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
@@ -160,8 +160,8 @@ def test_a_chat_is_answered_alike_alone_and_in_a_batch(dtype):
         kept = batch["attention_mask"][index].bool()
         single = BatchFeature({"input_ids": batch["input_ids"][index : index + 1, kept]})
         single["attention_mask"] = torch.ones_like(single["input_ids"])
-        for name in ("pixel_values", "high_res_pixel_values") if pictures else ():
-            single[name] = batch[name][start : start + len(pictures)]
+        if pictures:
+            single["pixel_values"] = batch["pixel_values"][start : start + len(pictures)]
         start += len(pictures)
         errors.append(difference(compute(model, single)[1][0], logits[index, kept].float()))
         assert torch.equal(generate(model, single)[0], answers[index])

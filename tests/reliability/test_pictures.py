@@ -40,7 +40,7 @@ ROOT = Path(__file__).parent.parent.parent
 TINY_MODEL = str(ROOT / "examples" / "tiny-llava-hr")
 
 # 64 x 64 and 28 x 28 pixels: 2 x 2 features and 2 x 2 patches
-SMALL = {"size": 28, "high_res_size": 64}
+SMALL = {"size": 64, "low_res_size": 28}
 GOOD = draw()
 
 MAX_SECONDS = 30  # for one picture, on a busy machine; the slowest usually needs a fraction of a second
@@ -188,13 +188,13 @@ def small_bombs(monkeypatch):
 def processor():
     """The tiny model's, with views so small that only reading takes time."""
     processor = AutoProcessor.from_pretrained(TINY_MODEL)
-    processor.image_processor = LlavaHrImageProcessor(size=56, high_res_size=64, patch_size=7)
+    processor.image_processor = LlavaHrImageProcessor(size=64, low_res_size=56, patch_size=7)
     return processor
 
 
 def check_views(odd: Odd, views: dict) -> None:
     """Shapes, and values that a picture can have."""
-    low, high = views["pixel_values"], views["high_res_pixel_values"]
+    low, high = views["low_res_pixel_values"], views["pixel_values"]
     statistics = LlavaHrImageProcessor.image_mean, LlavaHrImageProcessor.image_std
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in statistics)
     assert low.dtype == high.dtype == torch.float32
@@ -224,9 +224,9 @@ def test_image_processors(num_examples, tmp_path, capsys):
     def check(odd, results):
         for views, good in zip(results, alone, strict=True):
             check_views(odd, views)
-            for name in ("pixel_values", "high_res_pixel_values"):
+            for name in ("pixel_values", "low_res_pixel_values"):
                 torch.testing.assert_close(views[name][:1], good[name], atol=1e-5, rtol=0)
-        for name in ("pixel_values", "high_res_pixel_values"):
+        for name in ("pixel_values", "low_res_pixel_values"):
             assert len(results[0][name]) == len(results[1][name]) > 1, odd
             assert (results[0][name] - results[1][name]).abs().max() <= TOLERANCE, odd
 
@@ -253,7 +253,7 @@ def test_processor(num_examples, processor, tmp_path, capsys):
 
     def check(odd, inputs):
         assert (inputs["input_ids"] == processor.image_token_id).sum() == 2 * 64, odd
-        assert inputs["pixel_values"].shape == (2, 3, 56, 56), odd
+        assert inputs["pixel_values"].shape == (2, 3, 64, 64), odd
         assert torch.isfinite(inputs["pixel_values"]).all(), odd
 
     fuzz(odd_pictures(tmp_path), num_examples, lambda odd: tally(odd, use, check))
@@ -349,7 +349,7 @@ def test_bombs_by_their_headers_are_refused_at_pillows_own_limit(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1024 * 1024 * 1024 // 4 // 3)
     before = measure_memory()
     for name in ("PNG bomb by its header", "GIF bomb by its header", "BMP bomb by its header"):
-        with pytest.raises(ValueError, match=r"`images\[1\]` cannot be read as a picture"):
+        with pytest.raises(ValueError, match=r"`images\[1\]` cannot be read as an image"):
             LlavaHrImageProcessor(**SMALL)([GOOD, make_files()[name]])
     assert measure_memory() - before < MAX_GROWTH["short"]
 

@@ -268,7 +268,7 @@ def test_counts_and_contents_of_others_are_not_shown(client):
 def test_nothing_that_is_written_is_html(browser, address):
     with open_page(browser, address) as page:
         engine = import_engine().Engine(str(TINY_MODEL), MAX_NEW_TOKENS)
-        side = engine.processor.image_processor.high_res_size["height"]
+        side = engine.processor.image_processor.size["height"]
         text = "\n".join(HOSTILE)
         messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
         *_, (said, _, _) = engine.answer(messages, side)
@@ -292,7 +292,7 @@ def test_name_of_a_file_is_not_html(browser, address):
 )
 def test_visitors_do_not_get_each_others_answers(browser, address, num_users, num_turns, tmp_path, capsys):
     engine = import_engine().Engine(str(TINY_MODEL), MAX_NEW_TOKENS)
-    side = engine.processor.image_processor.high_res_size["height"]
+    side = engine.processor.image_processor.size["height"]
     pictures, chats, views = [], [[] for _ in range(num_users)], []
     for index in range(num_users):
         file, scene = draw_sample(FinePrintConfig(size=256, min_signs=2), "test", index)

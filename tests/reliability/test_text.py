@@ -50,7 +50,7 @@ def processors(tmp_path_factory):
         convert(str(REFERENCE / stage / "checkpoint"), str(folder))
         processors[stage] = AutoProcessor.from_pretrained(folder)
     for processor in processors.values():
-        processor.image_processor = LlavaHrImageProcessor(size=28, high_res_size=64)
+        processor.image_processor = LlavaHrImageProcessor(size=64, low_res_size=28)
     return processors
 
 
@@ -150,7 +150,7 @@ def test_image_tokens_are_those_of_the_pictures(processors, name, num_examples, 
         assert sum(runs) == num_pictures * NUM_TOKENS and all(run % NUM_TOKENS == 0 for run in runs)
         assert ("pixel_values" in inputs) == (num_pictures > 0)
         if num_pictures:
-            assert len(inputs["pixel_values"]) == len(inputs["high_res_pixel_values"]) == num_pictures
+            assert len(inputs["pixel_values"]) == num_pictures
         count[0] += 1
         count[1] += "<image>" in str([part for m in messages for part in m["content"] if part != picture()])
 
@@ -237,7 +237,7 @@ def test_tags_in_a_string_need_their_pictures(processors):
 def test_a_part_has_one_picture(processors):
     """With two, a tag elsewhere would have one to stand for."""
     messages = [user(picture(image=PICTURE, path="a.png")), {"role": "user", "content": "<image>"}]
-    with pytest.raises(ValueError, match=r"Part 0 of `conversation\[0\]` must have one picture, but has image, path"):
+    with pytest.raises(ValueError, match=r"Part 0 of `conversation\[0\]` must have one image, but has image, path"):
         tokenize(processors["tiny"], messages)
 
 
@@ -286,7 +286,7 @@ def test_image_tokens_without_pictures_are_not_generated_from(processors, model)
     """Who calls the tokenizer alone gets around the processor's check."""
     ids = processors["tiny"].tokenizer("What is an <image>?", return_tensors="pt")["input_ids"]
     assert (ids == model.config.image_token_id).sum() == 1
-    with pytest.raises(ValueError, match="1 image tokens, but there are no pictures"):
+    with pytest.raises(ValueError, match="1 image tokens, but there are no images"):
         model.generate(ids, max_new_tokens=1)
 
 
@@ -337,7 +337,7 @@ def test_prompts_beyond_the_context_are_refused_before_a_picture_is_encoded(mode
     try:
         pictures = [picture()] * (longest // 64)
         messages = [user(*pictures, text("What?"))]
-        sizes = {"processor_kwargs": {"size": 56, "high_res_size": 64}}
+        sizes = {"processor_kwargs": {"size": 64, "low_res_size": 56}}
         inputs = tokenize(processor, messages, **sizes)
         for options in ({}, {"num_beams": 3}, {"use_cache": False}, {"cache_implementation": "static"}):
             with pytest.raises(ValueError, match=sentence):

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 COLORS = ("red", "green", "blue", "black")
 # Small views: 4 x 4 patches of 14 pixels, and as many features of the CNN
-VIEWS = ("--size", "56", "--high_res_size", "128")
+VIEWS = ("--size", "128", "--low_res_size", "56")
 OPTIONS = (
     *VIEWS,
     *("--use_cpu", "--bf16", "false", "--gradient_checkpointing", "false", "--report_to", "none"),

@@ -149,9 +149,9 @@ def test_ids_and_labels_equal_the_recordings(mini, miniature, tmp_path):
                 rows.append({"id": folder, **image, "conversations": turns})
                 cases.append(case)
         data = load_data(str(write(tmp_path / f"{stage}.jsonl", rows, "jsonl")), plain=stage == "pretrain")
-        processor = load_processor(STAGES[stage], miniature, 56, 128)
+        processor = load_processor(STAGES[stage], miniature, 128, 56)
         batch = LlavaHrDataCollator(processor, assistant_only_loss=True)([data[0], data[1]])
-        assert len(cases) == 2 and batch["pixel_values"].shape[1:] == (3, 56, 56)
+        assert len(cases) == 2 and batch["pixel_values"].shape[1:] == (3, 128, 128)
         for index, case in enumerate(cases):
             row = {name: batch[name][index] for name in ("input_ids", "attention_mask", "labels")}
             ids, labels = collapse(row, processor.image_token_id)
@@ -206,9 +206,9 @@ def test_training_refuses_broken_rows_with_the_same_messages(broken, tmp_path):
 def test_a_broken_picture_is_named_when_its_turn_comes(broken, miniature, tmp_path):
     rows = [row for row, _ in read_rows(broken) if row.get("id") in ("good", "cut")]
     data = load_data(str(write(tmp_path / "two.json", rows, "json")))
-    collator = LlavaHrDataCollator(load_processor(STAGES["finetune"], miniature, 56, 128))
-    assert collator([data[0]])["pixel_values"].shape == (1, 3, 56, 56)
-    with pytest.raises(ValueError, match="cannot be read as a picture.*cut.jpg.*truncated"):
+    collator = LlavaHrDataCollator(load_processor(STAGES["finetune"], miniature, 128, 56))
+    assert collator([data[0]])["pixel_values"].shape == (1, 3, 128, 128)
+    with pytest.raises(ValueError, match="cannot be read as an image.*cut.jpg.*truncated"):
         collator([data[1]])
 
 
@@ -277,8 +277,8 @@ def test_pictures_are_found_beside_the_file_that_names_them(miniature, tmp_path,
     name = ["red.png"] if form == "messages" else "red.png"
     rows = [{form: turns, "images" if form == "messages" else "image": name}]
     path = write(tmp_path / "rows.jsonl", rows, "jsonl")
-    collator = LlavaHrDataCollator(load_processor(STAGES["finetune"], miniature, 56, 128))
-    assert collator(list(load_data(str(path))))["pixel_values"].shape == (1, 3, 56, 56)
+    collator = LlavaHrDataCollator(load_processor(STAGES["finetune"], miniature, 128, 56))
+    assert collator(list(load_data(str(path))))["pixel_values"].shape == (1, 3, 128, 128)
 
 
 @pytest.mark.parametrize("name", ["https://example.com/street.png", "../street.png"])
@@ -337,7 +337,7 @@ def test_any_data_set_gives_the_same_labels(miniature, tmp_path, form, place, st
     path = tmp_path / ("rows.parquet" if place == "parquet" else "rows")
     dataset.to_parquet(path) if place == "parquet" else dataset.save_to_disk(path)
     data = load_data(str(path), streaming=streaming, batch_size=1)
-    processor = load_processor(STAGES["finetune"], miniature, 56, 128)
+    processor = load_processor(STAGES["finetune"], miniature, 128, 56)
     batch = LlavaHrDataCollator(processor, assistant_only_loss=True)(list(data))
     assert len(batch["pixel_values"]) == (3 if form in ("messages", "prompt-completion") else 4)
     answer = processor.tokenizer("Red.</s>", add_special_tokens=False)["input_ids"]
@@ -359,7 +359,7 @@ def test_answers_inside_a_prompt_are_not_learned(miniature, tmp_path, streaming)
     features = Features({"prompt": MESSAGE, "completion": MESSAGE, "image": Image()})
     Dataset.from_dict({**rows, "image": IMAGES}, features=features).save_to_disk(tmp_path / "rows")
     data = load_data(str(tmp_path / "rows"), streaming=streaming, batch_size=1)
-    processor = load_processor(STAGES["finetune"], miniature, 56, 128)
+    processor = load_processor(STAGES["finetune"], miniature, 128, 56)
     batch = LlavaHrDataCollator(processor, assistant_only_loss=True)(list(data))
     answer = processor.tokenizer("Red.</s>", add_special_tokens=False)["input_ids"]
     learned = [labels[labels != -100].tolist() for labels in batch["labels"]]

@@ -68,7 +68,7 @@ def test_the_trained_model_reads_with_its_sharp_view_alone(data):
 
 def test_the_command_writes_what_it_prints(data, tmp_path, monkeypatch, capsys):
     output = tmp_path / "new" / "evaluation.json"
-    options = [f"--model={TINY}", f"--data={data}", "--max_questions=3", "--size=56", "--high_res_size=256"]
+    options = [f"--model={TINY}", f"--data={data}", "--max_questions=3", "--size=256", "--low_res_size=56"]
     monkeypatch.setattr(sys, "argv", ["evaluate_fineprint", *options, f"--output={output}"])
     main()
     assert capsys.readouterr().out == output.read_text()

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_llava_hr.processing_llava_hr import VICUNA_V1_CHAT_TEMPLATE
+from modeling_llava_hr.processing_llava_hr import get_chat_template
 from training.fineprint import (
     IGNORED,
     SCENES,
@@ -72,9 +72,9 @@ def test_chat_is_what_the_processor_makes_of_it(trained, scenes):
     tokenizer = AutoTokenizer.from_pretrained(trained[0])
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     messages = get_messages(scenes[0], np.random.default_rng(1))
-    ids, labels = encode(tokenizer, messages, VICUNA_V1_CHAT_TEMPLATE, 16)
+    ids, labels = encode(tokenizer, messages, get_chat_template(tokenizer), 16)
 
-    image_processor = LlavaHrImageProcessorPil(size=28, high_res_size=128, patch_size=7)
+    image_processor = LlavaHrImageProcessorPil(size=128, low_res_size=28, patch_size=7)
     processor = LlavaHrProcessor(image_processor, tokenizer)
     text = [{"type": "text", "text": messages[0]["content"].removeprefix(f"{IMAGE_TOKEN}\n")}]
     first = {"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (128, 128))}, *text]}

@@ -101,9 +101,9 @@ def test_texts_count_only_without_a_fault():
 def test_low_res_view_is_the_image_processors():
     from modeling_llava_hr import LlavaHrImageProcessorPil
 
-    processor = LlavaHrImageProcessorPil(size=28, high_res_size=128)
+    processor = LlavaHrImageProcessorPil(size=128, low_res_size=28)
     views = processor(torch.randint(0, 256, (3, 128, 128), dtype=torch.uint8), return_tensors="pt")
-    torch.testing.assert_close(get_low_res_view(views["high_res_pixel_values"], 28 / 128), views["pixel_values"])
+    torch.testing.assert_close(get_low_res_view(views["pixel_values"], 28 / 128), views["low_res_pixel_values"])
 
 
 def test_towers_can_be_assembled(towers, tmp_path):
@@ -115,7 +115,7 @@ def test_towers_can_be_assembled(towers, tmp_path):
         str(folder / "high_res_tower"),
         str(root / "lm"),
         str(tmp_path / "model"),
-        high_res_size=128,
+        size=128,
     )
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
     assert model.config.high_res_vision_config.model_args == {"depths": DEPTHS, "dims": DIMS}

@@ -19,7 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
-from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE, VICUNA_V1_CHAT_TEMPLATE
+from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE, get_chat_template
 from training.data import load_data
 from training.stages import STAGES
 from training.train import make_parser
@@ -89,19 +89,20 @@ def test_finetuning_inserts_adapters_and_moves_everything(mini, pretrained, fine
 
 def test_each_stage_saves_its_prompt_form_and_views(pretrained, finetuned):
     plain, chat = AutoProcessor.from_pretrained(pretrained), AutoProcessor.from_pretrained(finetuned)
-    assert plain.chat_template == PLAIN_CHAT_TEMPLATE and chat.chat_template == VICUNA_V1_CHAT_TEMPLATE
+    assert plain.chat_template == get_chat_template(plain.tokenizer, PLAIN_CHAT_TEMPLATE)
+    assert chat.chat_template == get_chat_template(chat.tokenizer)
     assert (plain.image_processor.image_aspect_ratio, chat.image_processor.image_aspect_ratio) == ("crop", "pad")
-    assert (chat.image_processor.size.height, chat.image_processor.high_res_size.height) == (56, 128)
+    assert (chat.image_processor.size.height, chat.image_processor.get_low_res_size()) == (128, 56)
 
 
 def test_stages_are_those_of_the_paper():
     """Section 5.2 of the paper and the released scripts."""
-    stages = {name: (s.learning_rate, s.size, s.high_res_size, s.image_aspect_ratio) for name, s in STAGES.items()}
-    assert stages == {"pretrain": (1e-3, 336, 384, "crop"), "finetune": (2e-5, 448, 1024, "pad")}
+    stages = {name: (s.learning_rate, s.size, s.image_aspect_ratio) for name, s in STAGES.items()}
+    assert stages == {"pretrain": (1e-3, 384, "crop"), "finetune": (2e-5, 1024, "pad")}
 
 
 def test_finetuning_goes_on_with_growing_views_and_frozen_parts(mini, finetuned, data, tmp_path):
-    options = ("--max_steps", "2", "--size", "112", "--high_res_size", "256", "--learning_rate", "1e-3")
+    options = ("--max_steps", "2", "--size", "256", "--low_res_size", "112", "--learning_rate", "1e-3")
     frozen = ("--frozen", r"model\.vision_tower\.high_res_tower\.", r"model\.language_model\.")
     mini.train("finetune", finetuned, data / "train.jsonl", tmp_path, *options, *frozen)
     before, after = load_weights(finetuned), load_weights(tmp_path)
@@ -110,7 +111,9 @@ def test_finetuning_goes_on_with_growing_views_and_frozen_parts(mini, finetuned,
     expected = {name for name in after if "high_res_tower" in name or "language_model" in name}
     assert expected <= stayed
     assert all(".gate." in name for name in stayed - expected)  # tanh may be saturated
-    assert AutoProcessor.from_pretrained(tmp_path).image_processor.high_res_size.height == 256
+    image_processor = AutoProcessor.from_pretrained(tmp_path).image_processor
+    assert (image_processor.size.height, image_processor.low_res_size) == (256, 112)
+    assert AutoConfig.from_pretrained(tmp_path).low_res_size == 112  # what the model makes itself
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,7 @@ def test_finetuning_goes_on_with_growing_views_and_frozen_parts(mini, finetuned,
         ("finetune", ("--frozen", "nothing"), "matches no parameter"),
         ("finetune", ("--frozen", "model", "lm_head"), "Nothing is left to train"),
         ("finetune", ("--use_peft", "--frozen", "model"), "`frozen` does not go with `use_peft`"),
-        ("finetune", ("--high_res_size", "100"), "must be a positive multiple of"),
+        ("finetune", ("--size", "100"), "must be a positive multiple of"),
     ],
 )
 def test_what_does_not_fit_is_refused(mini, finetuned, data, tmp_path, stage, options, message):

@@ -68,9 +68,9 @@ def test_order_depends_on_seed_and_epoch_alone():
 def stage2(miniature):
     """The miniature as stage 2 starts with it, and its processor for small views."""
     torch.manual_seed(0)
-    config = load_config(STAGES["finetune"], str(miniature))
+    config = load_config(STAGES["finetune"], str(miniature), low_res_size=56)
     model = AutoModelForImageTextToText.from_pretrained(miniature, config=config, dtype=torch.float32)
-    return model, load_processor(STAGES["finetune"], str(miniature), 56, 128)
+    return model, load_processor(STAGES["finetune"], str(miniature), 128, 56)
 
 
 def test_texts_alone_give_the_same_loss_and_a_gradient_for_everything(stage2, data):

@@ -68,7 +68,7 @@ for chat in chats:
 # two things that vLLM does not take from the folder
 logit_bias = {token: -100.0 for token in model.generation_config.suppress_tokens or []}
 sampling = vllm.SamplingParams(temperature=0, max_tokens=num_tokens, logit_bias=logit_bias)
-options = {"chat_template_kwargs": {"image_suffix": processor.image_suffix}, "use_tqdm": False}
+options = {"use_tqdm": False}
 for name, outputs in (
     ("BATCH", llm.chat(chats, sampling, **options)),
     ("ALONE", [llm.chat(chat, sampling, **options)[0] for chat in chats]),
@@ -108,7 +108,10 @@ def model_folder(request, tmp_path_factory):
     convert(str(ROOT / "tests" / "fixtures" / "reference" / "stage2-1024" / "checkpoint"), str(folder))
     # vLLM's attention on the CPU has no heads of 16 channels; small views take less time
     edit(folder / "config.json", "text_config", num_attention_heads=2, num_key_value_heads=2, head_dim=32)
-    edit(folder / "processor_config.json", "image_processor", size=square(112), high_res_size=square(256))
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | {"low_res_size": 112})
+    )
+    edit(folder / "processor_config.json", "image_processor", size=square(256), low_res_size=112)
     return folder
 
 
