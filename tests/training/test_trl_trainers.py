@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TRL's own trainers, as shipped, on the tiny model: conversational data with `images`, no code of ours between."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+
+import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
+
+
+# TRL 1.16 on transformers 5.24, and its experimental parts
+pytestmark = pytest.mark.filterwarnings("default")
+
+ROOT = Path(__file__).parent.parent.parent
+TINY_MODEL = str(ROOT / "examples" / "tiny-llava-hr")
+QUESTION, RIGHT, WRONG = "What does the green sign say?", "1471", "9999"
+
+
+def answer(text: str) -> list[dict]:
+    return [{"role": "assistant", "content": text}]
+
+
+def make_rows(num_images: int, **columns) -> Dataset:
+    """Four rows of one prompt with so many images each; the columns are the same in every row."""
+    with Image.open(ROOT / "examples" / "pictures" / "street.jpg") as file:
+        image = file.convert("RGB")
+    prompt = [{"role": "user", "content": QUESTION}]
+    return Dataset.from_list([{"prompt": prompt, "images": [image] * num_images, **columns}] * 4)
+
+
+def reward_by_place(completions, **kwargs) -> list[float]:
+    """Differs within each group, so that every step has an advantage to learn from."""
+    return [float(index % 2) for index in range(len(completions))]
+
+
+def make_trainer(kind: str, folder: Path, num_images: int = 1, model=None, **options):
+    """A trainer of two steps with the tiny model in float32."""
+    preferences = {"chosen": answer(RIGHT), "rejected": answer(WRONG)}
+    trainer_class, config_class, columns, arguments = {
+        "sft": (SFTTrainer, SFTConfig, {"completion": answer(RIGHT)}, {"max_length": None}),
+        "dpo": (DPOTrainer, DPOConfig, preferences, {"max_length": None}),
+        "grpo": (GRPOTrainer, GRPOConfig, {}, {"beta": 0.1}),
+        "rloo": (RLOOTrainer, RLOOConfig, {}, {"beta": 0.1}),
+        "reward": (RewardTrainer, RewardConfig, preferences, {"max_length": None}),
+    }[kind]
+    if kind in ("grpo", "rloo"):
+        arguments |= {"num_generations": 2, "max_completion_length": 4}
+        options["reward_funcs"] = reward_by_place
+    config = config_class(
+        output_dir=str(folder),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        **arguments,
+    )
+    if model is None:
+        model = AutoModelForImageTextToText.from_pretrained(TINY_MODEL, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(TINY_MODEL)
+    rows = make_rows(num_images, **columns)
+    return trainer_class(model=model, args=config, train_dataset=rows, processing_class=processor, **options)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("num_images", [1, 2])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo", "rloo"])
+def test_two_steps(kind, num_images, lora, tmp_path):
+    """With gradient checkpointing, which TRL switches on; "all-linear" takes towers and language model."""
+    options = {"peft_config": LoraConfig(target_modules="all-linear", r=4)} if lora else {}
+    trainer = make_trainer(kind, tmp_path, num_images, **options)
+    assert trainer.args.gradient_checkpointing
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2 and all(torch.tensor(losses).isfinite())
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all("lora_" in name for name in moved) == lora
+    for part in ("high_res_tower", "mr_adapters", "vision_tower.layers", "language_model"):
+        assert any(part in name for name in moved), part
+
+
+def test_log_probabilities_of_dpo_are_those_of_the_model(tmp_path):
+    """By hand from `model(**inputs)`: the sum over the answer's tokens and the end token."""
+    trainer = make_trainer("dpo", tmp_path)
+    model, processor = trainer.model.eval(), trainer.processing_class
+    expected = {}
+    for name in ("chosen", "rejected"):
+        row = trainer.train_dataset[0]
+        parts = [{"type": "image", "image": row["images"][0]}, {"type": "text", "text": QUESTION}]
+        chat = [{"role": "user", "content": parts}]
+        prompt, whole = (
+            processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **options)
+            for messages, options in ((chat, {"add_generation_prompt": True}), (chat + row[name], {}))
+        )
+        length = prompt["input_ids"].shape[1]
+        with torch.no_grad():
+            log_probabilities = model(**whole).logits[0, length - 1 : -1].log_softmax(-1)
+        ids = whole["input_ids"][0, length:]
+        assert processor.decode(ids).strip() == f"{row[name][0]['content']}</s>"
+        expected[f"logps/{name}"] = log_probabilities.gather(1, ids[:, None]).sum().item()
+    metrics = trainer.evaluate(trainer.train_dataset)
+    assert {name: metrics[f"eval_{name}"] for name in expected} == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_folder_alone_is_enough(tmp_path):
+    """TRL finds the class of a folder's model by itself; such a folder has none of the code."""
+    trainer = make_trainer("sft", tmp_path, model=TINY_MODEL)
+    assert type(trainer.model).__name__ == "LlavaHrForConditionalGeneration"
+    trainer.train()
+
+
+def make_llava():
+    text = LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    return AutoModelForImageTextToText.from_config(LlavaConfig(vision_config=vision, text_config=text))
+
+
+def test_reward_models_are_not_for_images(tmp_path):
+    """transformers has no sequence classification of image and text: its own Llava fails in the same way."""
+    models = (make_llava(), AutoModelForImageTextToText.from_pretrained(TINY_MODEL))
+    for model in models:
+        with pytest.raises(ValueError, match="reward models require `num_labels=1`"):
+            make_trainer("reward", tmp_path, model=model)
+        folder = tmp_path / type(model).__name__
+        model.save_pretrained(folder)
+        with pytest.raises(ValueError, match="Unrecognized configuration class.*AutoModelForSequenceClassification"):
+            make_trainer("reward", tmp_path, model=str(folder))
