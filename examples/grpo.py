@@ -49,7 +49,7 @@ def main() -> None:
         num_generations=8,
         per_device_train_batch_size=64,
         max_completion_length=8,
-        learning_rate=5e-5,
+        learning_rate=1e-4,
         temperature=1.0,
         logging_steps=5,
         gradient_checkpointing=False,
@@ -63,7 +63,7 @@ def main() -> None:
         ),
         reward_funcs=exact_match,
         args=arguments,
-        train_dataset=Dataset.from_list(make_questions("train", 400)),
+        train_dataset=Dataset.from_list(make_questions("train", 24)),
         processing_class=AutoProcessor.from_pretrained(model_arguments.model_name_or_path),
         peft_config=get_peft_config(model_arguments),
     )

@@ -18,7 +18,7 @@ def test_python_snippets_run(tmp_path, monkeypatch, capsys):
     convert(str(checkpoint), "llava-hr-7b-sft-1024-hf")
     Image.new("RGB", (60, 40), "navy").save("street.png")
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(snippets) == 5
+    assert len(snippets) == 6
     namespace = {}
     for snippet in snippets:
         exec(snippet, namespace)
