@@ -3,8 +3,11 @@
 
 import pytest
 import torch
-from transformers import TextIteratorStreamer
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, StaticCache, TextIteratorStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from modeling_llava_hr.modeling_llava_hr import _CACHE
 
 
 NEW_TOKENS = 6
@@ -57,6 +60,20 @@ def test_batch_of_text_alone(mini, model):
 def test_caches_give_the_same_tokens(model, batch, cache):
     kwargs = {"use_cache": False} if cache == "none" else {"cache_implementation": cache}
     assert torch.equal(generate(model, batch, **kwargs), generate(model, batch))
+
+
+def test_one_static_cache_decodes_all_prompts_in_one_graph(mini, model):
+    """As transformers compiles decoding on a GPU; here by its switch for all devices, and without inductor."""
+    model.generation_config.compile_config = CompileConfig(backend="aot_eager", mode=None)
+    model.generation_config.compile_config._compile_all_devices = True
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=128)
+    torch._dynamo.reset()
+    counters.clear()
+    for pictures in (1, 3, 0):
+        inputs = mini.inputs(pictures)
+        cache.reset()
+        assert torch.equal(generate(model, inputs, **{_CACHE: cache}), generate(model, inputs))
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("num_beams", [2, 3])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from transformers import AutoModel, Qwen2Config, SiglipVisionConfig, TimmWrapperConfig
+from transformers.utils import is_flash_attn_2_available
 
 import modeling_llava_hr.modeling_llava_hr as modeling
 from modeling_llava_hr import LlavaHrForConditionalGeneration, LlavaHrModel, LlavaHrVisionModel
@@ -299,7 +300,7 @@ def test_attention_implementations_agree_and_reach_both_transformers(tmp_path, m
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention needs a CUDA device")
+@pytest.mark.skipif(not is_flash_attn_2_available(), reason="needs a CUDA device and the package flash-attn")
 def test_flash_attention(tmp_path, mini):
     model, inputs = mini.model(), mini.inputs(1, 0, 2)
     model.save_pretrained(tmp_path)
