@@ -8,15 +8,16 @@ VENV := .venv
 OLDEST := .venv-oldest
 LMMS_EVAL := .venv-lmms-eval
 VLLM := .venv-vllm
+GPU_IMAGE := .venv-gpu-image
 PIP_INSTALL := -m pip install --disable-pip-version-check
 
 PRESET ?= cpu
-BENCHMARKS ?= inference training preprocessing loading roofline scale plan
+MINUTES ?= 12
 PYTEST_ARGS ?= -q --numprocesses 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suites lint types licences audit check format test test-long test-oldest test-lmms-eval test-vllm coverage \
-	bench demo space train-tiny build clean
+.PHONY: help setup suites lint types licences audit check format test test-long test-oldest test-gpu-image test-lmms-eval test-vllm \
+	coverage bench demo space train-tiny build clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,9 +76,8 @@ coverage: suites ## Run the tests and measure which lines of each package they r
 	for package in modeling_llava_hr conversion training; do \
 		echo $$package; $(VENV)/bin/coverage report --format total --include "*/$$package/*" || exit 1; done
 
-bench: setup ## Run every benchmark, one after another; PRESET=cpu or full
-	for name in $(BENCHMARKS); do \
-		$(VENV)/bin/python -m benchmarks.$$name $$([ $$name = plan ] || echo --preset $(PRESET)) || exit 1; done
+bench: setup ## Run the benchmarks within MINUTES; PRESET=cpu or full
+	$(VENV)/bin/python -m benchmarks.run --preset $(PRESET) --minutes $(MINUTES)
 
 test-oldest: $(OLDEST)/.installed ## Run the tests with the oldest versions that setup.cfg allows
 	$(OLDEST)/bin/python tests/common/fetch_transformers_tests.py
@@ -89,6 +89,14 @@ $(OLDEST)/.installed: setup.cfg pyproject.toml
 	$(OLDEST)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(OLDEST)
 	sed -n 's/^ *\([A-Za-z0-9_.-]*\)>=\([0-9.]*\)$$/\1==\2/p' setup.cfg | sort -u > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python $(PIP_INSTALL) --constraint $(OLDEST)/constraints.txt --editable ".[test]"
+	touch $@
+
+test-gpu-image: $(GPU_IMAGE)/.installed ## Run the tests that a GPU image's packages allow, in .venv-gpu-image (about 6 GB)
+	$(GPU_IMAGE)/bin/python -m pytest -q tests/benchmarks tests/modeling_llava_hr --ignore tests/modeling_llava_hr/test_evaluation.py
+
+$(GPU_IMAGE)/.installed: setup.cfg pyproject.toml
+	$(GPU_IMAGE)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(GPU_IMAGE)
+	$(GPU_IMAGE)/bin/python $(PIP_INSTALL) torch==2.11.0 torchvision==0.26.0 peft pytest scikit-learn --editable ".[conversion]"
 	touch $@
 
 test-lmms-eval: $(LMMS_EVAL)/.installed ## Test the lmms-eval plugin, in an environment on top of .venv
@@ -131,5 +139,5 @@ build: setup ## Build the wheel into dist/ and check that it holds the package a
 	! $(VENV)/bin/python -m zipfile --list dist/*.whl | tail -n +2 | grep -v '^modeling_llava_hr[/-]'
 
 clean: ## Remove environments, caches and build products
-	rm -rf $(VENV) $(OLDEST) $(LMMS_EVAL) $(VLLM) .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(LMMS_EVAL) $(VLLM) $(GPU_IMAGE) .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the benchmarks share: options, timing side by side, peak memory, the command with its record."""
 
+import contextlib
 import functools
 import gc
 import importlib.metadata
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -15,65 +17,80 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 
-PACKAGES = ("torch", "torchvision", "transformers", "timm", "pillow", "bitsandbytes")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+PACKAGES = ("torch", "torchvision", "transformers", "timm", "pillow", "peft", "trl", "bitsandbytes", "matplotlib")
 
 
 T = TypeVar("T")
+
+# What durations are taken with. `BENCHMARK_CLOCK=processor` counts the processor time of this process instead, for a
+# CPU that other programs use as well; set `OMP_NUM_THREADS=1` with it, since threads that wait for each other count.
+CLOCK = os.environ.get("BENCHMARK_CLOCK", "wall")
+clock = {"wall": time.perf_counter, "processor": time.process_time}[CLOCK]
 
 
 @dataclass
 class OutputArguments:
     """
-    The option that every command here has.
+    The options that every command here has.
 
     Args:
         output (`str`): Folder for the record and the plot.
+        label (`str`, *optional*): Appended to the record's name, for a second run with other options.
+        records (`str`, *optional*): `--from`: a folder with the record of an earlier run, on any machine. Its plot is
+            drawn and nothing is measured.
     """
 
     output: str = field(default=".cache/benchmarks", metadata={"help": "folder for the record and the plot"})
+    label: str | None = field(default=None, metadata={"help": "appended to the record's name"})
+    records: str | None = HfArg(default=None, aliases=["--from"], help="draw the plot of the record in this folder")
 
-    def get_path(self, name: str) -> Path:
-        """The record of the benchmark `name`; the plot lies beside it."""
-        return Path(self.output) / f"{name}.json"
+    def get_name(self, name: str) -> str:
+        """Name of the files of the benchmark `name`, without their extension."""
+        return f"{name}-{self.label}" if self.label else name
 
 
 @dataclass
 class BenchmarkArguments(OutputArguments):
     """
-    Options of what is measured.
+    Options of what is measured. Which of several GPUs, `CUDA_VISIBLE_DEVICES` says.
 
     Args:
         preset (`str`): `"cpu"` (small shapes, minutes on two cores) or `"full"` (7B, one GPU). Weights are random:
-            speed does not depend on them.
+            speed does not depend on them. [`benchmarks.inference`] also has `"7b-cpu"`.
         repeats (`int`): Rounds that count; in each, everything that is compared runs once.
         warmup (`int`): Rounds before them.
-        device (`str`, *optional*): `"cpu"` or `"cuda"`; that of the preset by default.
+        device (`str`): `"cuda"` with the full preset, else `"cpu"`.
+        dtype (`str`): Of weights and activations: `"float32"` with the cpu preset, else `"bfloat16"`.
     """
+
+    PRESETS: ClassVar[tuple[str, ...]] = ("cpu", "full")
 
     preset: str = field(default="cpu", metadata={"help": "cpu or full"})
     repeats: int = field(default=5, metadata={"help": "rounds that count"})
     warmup: int = field(default=1, metadata={"help": "rounds before them"})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the preset's by default"})
+    device: str = field(init=False)
+    dtype: str = field(init=False)
 
     def __post_init__(self):
-        if self.preset not in ("cpu", "full"):
-            raise ValueError(f"--preset must be cpu or full, but got {self.preset!r}.")
-        self.device = self.device or ("cuda" if self.preset == "full" else "cpu")
-        if self.device not in ("cpu", "cuda"):
-            hint = "CUDA_VISIBLE_DEVICES chooses one of several GPUs."
-            raise ValueError(f"--device must be cpu or cuda, but got {self.device!r}. {hint}")
-        if self.preset == "full" and self.device == "cpu":
-            raise ValueError("--preset full must run with --device cuda, but got --device cpu. Use --preset cpu.")
-        if self.on_gpu and not torch.cuda.is_available():
-            raise ValueError("--device cuda: there is no GPU here. Use --preset cpu.")
+        if self.preset not in self.PRESETS:
+            raise ValueError(f"--preset must be {' or '.join(self.PRESETS)}, but got {self.preset!r}.")
+        self.device = "cuda" if self.preset == "full" else "cpu"
+        self.dtype = "float32" if self.preset == "cpu" else "bfloat16"
+        if self.on_gpu and not self.records and not torch.cuda.is_available():
+            raise ValueError("--preset full needs a GPU, and there is none here. Use --preset cpu.")
         if self.repeats < 1 or self.warmup < 0:
             raise ValueError(f"--repeats must be at least 1 and --warmup 0, but got {self.repeats} and {self.warmup}.")
 
@@ -81,31 +98,12 @@ class BenchmarkArguments(OutputArguments):
     def on_gpu(self) -> bool:
         return self.device == "cuda"
 
-    def get_path(self, name: str) -> Path:
-        """The record of the benchmark `name` with this preset; the plot lies beside it."""
-        return super().get_path(f"{name}-{self.preset}")
-
-
-@dataclass
-class ModelArguments(BenchmarkArguments):
-    """
-    Options of what is measured with models in memory.
-
-    Args:
-        dtype (`str`, *optional*): Of weights and activations: `"float32"` (cpu) or `"bfloat16"` (cuda) by default.
-    """
-
-    dtype: str | None = field(default=None, metadata={"help": "float32 or bfloat16"})
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.dtype = self.dtype or ("bfloat16" if self.on_gpu else "float32")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"--dtype must be float32 or bfloat16, but got {self.dtype!r}.")
-
     @property
     def torch_dtype(self) -> torch.dtype:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+
+    def get_name(self, name: str) -> str:
+        return super().get_name(f"{name}-{self.preset}")
 
 
 @dataclass(frozen=True)
@@ -135,25 +133,28 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def ratio(mine: Timing | None, its: Timing | None) -> dict[str, float] | None:
-    """How many times as long one took, round by round, see [`spread`]; `None` if one of them is not there."""
+    """
+    How many times as long one took, in each round that both have been measured in, see [`spread`]; `None` if there is
+    none.
+    """
     if mine is None or its is None:
         return None
-    return spread([one / other for one, other in zip(mine.seconds, its.seconds, strict=True)])
+    return spread([one / other for one, other in zip(mine.seconds, its.seconds, strict=False)])
 
 
 def synchronize() -> None:
-    """Waits until the GPU, if one is in use, has done what it was given."""
+    """Waits for the GPU if one is in use."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def unless_out_of_memory(function: Callable[[], T]) -> T | None:
-    """What a function returns, or `None` if the GPU's memory does not suffice for it; it is free again then."""
+    """What a function returns, or `None` if the GPU runs out of memory; the memory is free again then."""
     try:
         return function()
     except torch.OutOfMemoryError:
         pass
-    gc.collect()  # out of the handler, whose exception holds the function's tensors
+    gc.collect()  # after the handler: its exception holds the function's tensors
     torch.cuda.empty_cache()
     return None
 
@@ -161,65 +162,59 @@ def unless_out_of_memory(function: Callable[[], T]) -> T | None:
 def time_phase(function: Callable[[], Any]) -> dict[str, float]:
     """The one phase, `seconds`, of a function that does not measure itself, for [`compare_phases`]."""
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     function()
     synchronize()
-    return {"seconds": time.perf_counter() - start}
+    return {"seconds": clock() - start}
 
 
 def compare(
     functions: dict[str, Callable[[], Any]], arguments: BenchmarkArguments, description: str = "rounds"
 ) -> dict[str, Timing]:
     """
-    Times functions side by side: all of them once in each round, so that a machine that slows down for a while slows
-    all of them down.
-
-    Args:
-        functions (`dict[str, Callable]`): What to time, by name.
-        arguments ([`BenchmarkArguments`]): How often.
-        description (`str`): For the progress bar.
-
-    Returns:
-        `dict[str, Timing]`: By the same names, without those that the GPU's memory did not suffice for.
+    Times functions by name side by side, see [`compare_phases`]; without those that ran out of the GPU's memory.
     """
     phases = {name: functools.partial(time_phase, function) for name, function in functions.items()}
-    return {name: timings["seconds"] for name, timings in compare_phases(phases, arguments, description).items()}
+    *_, timings = compare_phases(phases, arguments, description)
+    return {name: phases["seconds"] for name, phases in timings.items() if phases}
 
 
 def compare_phases(
     functions: dict[str, Callable[[], dict[str, float]]], arguments: BenchmarkArguments, description: str = "rounds"
-) -> dict[str, dict[str, Timing]]:
+) -> Iterator[dict[str, dict[str, Timing] | None]]:
     """
-    Like [`compare`], for functions that measure themselves.
+    Times functions side by side: all of them once per round, so that a machine that slows down for a while slows all
+    of them down.
 
     Args:
         functions (`dict[str, Callable]`): Each returns the seconds that its phases took, by the phase's name.
         arguments ([`BenchmarkArguments`]): How often.
         description (`str`): For the progress bar.
 
-    Returns:
-        `dict[str, dict[str, Timing]]`: For each function's name, a [`Timing`] for each phase; without those that the
-        GPU's memory did not suffice for.
+    Yields:
+        `dict[str, dict[str, Timing] | None]`: After each run that counts, a [`Timing`] of each phase so far by the
+        function's name, or `None` if it ran out of the GPU's memory.
     """
-    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in functions}
+    measured: dict[str, dict[str, Timing] | None] = {}
     rounds = range(-arguments.warmup, arguments.repeats)
     with tqdm(total=len(rounds) * len(functions), desc=description, unit="run") as bar:
         for number in rounds:
-            for name in list(seconds):
-                phases = unless_out_of_memory(functions[name])
-                if phases is None:
-                    del seconds[name]
-                elif number >= 0:
-                    seconds[name].append(phases)
+            for name, function in functions.items():
+                phases = None if measured.get(name, {}) is None else unless_out_of_memory(function)
                 bar.update()
-    return {
-        name: {phase: Timing([phases[phase] for phases in measured]) for phase in measured[0]}
-        for name, measured in seconds.items()
-    }
+                if phases is None:
+                    measured[name] = None
+                elif number >= 0:
+                    timings = measured.setdefault(name, {phase: Timing([]) for phase in phases})
+                    for phase, seconds in phases.items():
+                        timings[phase].seconds.append(seconds)
+                if number >= 0:
+                    yield measured
+    yield measured
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process has had so far (CPU, resident), in bytes."""
+    """Peak resident memory of this process so far (CPU), in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -231,7 +226,7 @@ def _report_peak(pipe, function: Callable, args: tuple) -> None:
 
 def in_fresh_process(function: Callable, *args) -> tuple[Any, int]:
     """
-    Runs a function in a new process, forked from one that has the libraries imported and has done nothing else.
+    Runs a function in a new process, forked from one that has only imported the libraries.
 
     Args:
         function (`Callable`): A function of a module's top level.
@@ -274,16 +269,25 @@ def get_machine() -> dict[str, Any]:
         (line.split(":", 1)[1].strip() for line in _read_lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
     )
-    machine = {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    machine = {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "clock": CLOCK}
     if torch.cuda.is_initialized():
         machine["gpu"] = torch.cuda.get_device_name()
-    versions = {"python": platform.python_version()}
+    return {**machine, "versions": {"python": platform.python_version(), **get_versions()}}
+
+
+@functools.cache
+def get_versions() -> dict[str, str]:
+    """Versions of those of `PACKAGES` that are installed."""
+    versions = {}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {**machine, "versions": versions}
+    return versions
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported, without importing it."""
+    return importlib.util.find_spec(module) is not None
 
 
 def _read_lines(path: str) -> list[str]:
@@ -297,7 +301,7 @@ def make_target(
     name: str, measured: dict[str, float] | None, target: float, at_least: bool, applies: bool
 ) -> dict[str, Any]:
     """
-    A target beside what came out.
+    A target and the result.
 
     Args:
         name (`str`): What is measured.
@@ -315,7 +319,7 @@ def make_target(
 
 
 def parse_arguments(cls: type[OutputArguments]) -> OutputArguments:
-    """The options of the command line; what is wrong with them ends the program with a sentence."""
+    """The options of the command line; a wrong one ends the program with a message."""
     try:
         (arguments,) = HfArgumentParser(cls).parse_args_into_dataclasses()
     except ValueError as error:
@@ -327,14 +331,14 @@ def write_record(
     path: Path, name: str, arguments: OutputArguments, results: dict[str, Any], finished: bool = True
 ) -> None:
     """
-    Writes a record at once, in place of one that is there: command, machine, options and results.
+    Replaces a record atomically: command, machine, options and results.
 
     Args:
         path (`Path`): The file.
         name (`str`): Name of the benchmark, that of its module.
         arguments ([`OutputArguments`]): Its options.
-        results (`dict`): What came out, in JSON's types.
-        finished (`bool`): Whether that is all.
+        results (`dict`): Results, in JSON's types.
+        finished (`bool`): Whether they are complete.
     """
     record = {
         "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
@@ -354,29 +358,41 @@ def run_benchmark(
     name: str,
     cls: type[OutputArguments],
     run: Callable[[Any], Iterator[dict[str, Any]]],
-    draw: Callable[[dict[str, Any], Any], Figure],
+    draw: Callable[["Figure", dict[str, Any], Any], None],
     describe: Callable[[dict[str, Any], Any], str] | None = None,
 ) -> None:
     """
-    The command of a benchmark: reads the options, measures, writes the record whenever something was added, draws the
-    plot beside it and prints what came out.
+    The command of a benchmark: reads the options, measures, writes the record whenever a result was added, draws the
+    plot (where matplotlib is installed) and prints the results.
 
     Args:
         name (`str`): Its name, that of its module.
         cls (`type`): Its options.
         run (`Callable`): Takes the options and yields all results so far, in JSON's types.
-        draw (`Callable`): Takes results and options, returns the plot.
-        describe (`Callable`, *optional*): Takes the same, returns what is printed beside the targets.
+        draw (`Callable`): Takes an empty figure, results and options, and draws the plot.
+        describe (`Callable`, *optional*): Takes results and options, returns what is printed beside the targets.
     """
     arguments = parse_arguments(cls)
-    path = arguments.get_path(name)
-    for results in run(arguments):
-        write_record(path, name, arguments, results, finished=False)
-    write_record(path, name, arguments, results)
-    draw(results, arguments).savefig(path.with_suffix(".png"), dpi=120)
+    if arguments.records:
+        path = Path(arguments.records) / f"{arguments.get_name(name)}.json"
+        record = json.loads(path.read_text(encoding="utf-8"))
+        arguments, results = SimpleNamespace(**record["arguments"]), record["results"]
+    else:
+        path = Path(arguments.output) / f"{arguments.get_name(name)}.json"
+        for results in run(arguments):
+            write_record(path, name, arguments, results, finished=False)
+        write_record(path, name, arguments, results)
     if describe:
         print(describe(results, arguments))
     for target in results.get("targets", []):
         measured = f"{target['measured']['median']:.3g}" if target["measured"] else "not measured"
         print(f"{target['name']}: {measured} (target: {target['target']})")
+    if is_installed("matplotlib"):
+        from matplotlib.figure import Figure
+
+        figure = Figure(layout="constrained")
+        draw(figure, results, arguments)
+        figure.savefig(path.with_suffix(".png"), dpi=120)
+    else:
+        print("matplotlib is not installed: draw the plot elsewhere with the same options and --from FOLDER.")
     print(f"Wrote {path}")

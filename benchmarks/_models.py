@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What the benchmarks compare: LLaVA-HR, LLaVA-1.5 with the same ViT and language model, and two rivals for the cost of
-seeing. Weights are random and come from no file: speed does not depend on them.
+The models that the benchmarks compare: LLaVA-HR, LLaVA-1.5 with the same ViT and language model, and the towers of two
+rivals. Weights are random and made in memory: speed does not depend on them.
 """
 
 import copy
@@ -42,6 +42,8 @@ class Shapes:
         siglip (`dict`): Low-resolution tower of DeepSeek-VL-hybrid, `SiglipVisionConfig`.
         sam (`dict`): Its high-resolution tower, `SamVisionConfig`.
         fastvit (`dict`): Tower of FastVLM, `TimmWrapperConfig`.
+        distinct_layers (`int`, *optional*): Layers of the language model that have weights of their own; the others
+            share theirs in turn, to save memory.
     """
 
     text: dict[str, Any]
@@ -50,6 +52,7 @@ class Shapes:
     siglip: dict[str, Any]
     sam: dict[str, Any]
     fastvit: dict[str, Any]
+    distinct_layers: int | None = None
 
     @property
     def image_token_id(self) -> int:
@@ -84,7 +87,7 @@ SHAPES = {
     ),
     # Two cores, minutes. FLOPs of ViT, ConvNeXt and language model stand to each other about as in 7B at 1024 px (5, 9
     # and 86 of 100). Language model: width x 3/16, layers / 8; vocabulary in proportion. ViTs: width x 3/16, layers /
-    # 6 (SAM / 4, so that a third of its layers still attends to the whole picture). CNNs: width / 8, layers / 3.
+    # 6 (SAM / 4, so that a third of its layers still attends to the whole image). CNNs: width / 8, layers / 3.
     "cpu": Shapes(
         text={
             "vocab_size": 1024,
@@ -118,6 +121,10 @@ SHAPES = {
     ),
 }
 
+# The real shapes, with 5 GB of memory instead of 15. Four layers in bfloat16 are 1.6 GB, more than a cache holds: each
+# layer's weights come from memory, as they would if all 32 differed.
+SHAPES["7b-cpu"] = dataclasses.replace(SHAPES["full"], distinct_layers=4)
+
 # Side of the high-resolution view -> side of the low-resolution view, in pixels (section 4.1 of the paper)
 LLAVA_HR_SIDES = {384: 336, 768: 336, 1024: 448, 1536: 672}
 # The sides at which LLaVA-1.5 has as many visual tokens, and the one that sees as much as LLaVA-HR at 1024 px
@@ -132,7 +139,7 @@ class Contender:
     Args:
         model ([`PreTrainedModel`]): The model; several contenders may share it, or its language model.
         sides (`dict[str, int]`): Side in pixels of each view, by its name among the model's inputs.
-        num_image_tokens (`int`): What a picture costs the language model.
+        num_image_tokens (`int`): Tokens of an image in the prompt.
     """
 
     model: PreTrainedModel
@@ -145,7 +152,7 @@ class Contender:
         return {name: torch.randn(batch_size, 3, side, side, **shape) for name, side in self.sides.items()}
 
     def make_inputs(self, batch_size: int, text_tokens: int) -> dict[str, torch.Tensor]:
-        """A batch of prompts, each with one picture and then `text_tokens` random tokens: arguments of `forward`."""
+        """A batch of prompts, each with one image and then `text_tokens` random tokens: arguments of `forward`."""
         config, device = self.model.config, self.model.device
         image = torch.full((batch_size, self.num_image_tokens), config.image_token_id, device=device)
         text = torch.randint(1, config.image_token_id, (batch_size, text_tokens), device=device)
@@ -177,7 +184,7 @@ def make_llava_hr(
         image_token_id=shapes.image_token_id,
         mr_adapter_layers=None if mr_adapters else [],
     )
-    model = _make(AutoModelForImageTextToText, config, device, dtype)
+    model = _make(AutoModelForImageTextToText, config, device, dtype, shapes.distinct_layers)
     return {
         f"llava-hr-{high}": Contender(
             model, {"pixel_values": high, "low_res_pixel_values": low}, (low // shapes.vision["patch_size"]) ** 2
@@ -187,7 +194,11 @@ def make_llava_hr(
 
 
 def make_llava(
-    shapes: Shapes, device: str, dtype: torch.dtype, sides: tuple[int, ...] = LLAVA_SIDES
+    shapes: Shapes,
+    device: str,
+    dtype: torch.dtype,
+    sides: tuple[int, ...] = LLAVA_SIDES,
+    source: PreTrainedModel | None = None,
 ) -> dict[str, Contender]:
     """
     LLaVA-1.5 with a ViT made for each resolution (its position embeddings fit) and one language model.
@@ -197,6 +208,7 @@ def make_llava(
         device (`str`): Where it is made; `"meta"` for counting alone.
         dtype (`torch.dtype`): Of its weights.
         sides (`tuple[int]`): Sides of the view in pixels.
+        source ([`PreTrainedModel`], *optional*): Model whose language model is shared; made here by default.
 
     Returns:
         `dict[str, Contender]`: By names like `llava-1.5-336`.
@@ -205,13 +217,14 @@ def make_llava(
     for side in sides:
         config = LlavaConfig(
             vision_config=CLIPVisionConfig(**{**shapes.vision, "image_size": side}),
-            text_config=LlamaConfig(**shapes.text),
+            text_config=LlamaConfig(**shapes.text) if source is None else _stub(shapes),
             image_token_id=shapes.image_token_id,
         )
-        model = _make(AutoModelForImageTextToText, config, device, dtype)
+        model = _make(AutoModelForImageTextToText, config, device, dtype, shapes.distinct_layers)
+        source = source or model
         num_tokens = (side // shapes.vision["patch_size"]) ** 2
         contenders[f"llava-1.5-{side}"] = Contender(model, {"pixel_values": side}, num_tokens)
-        share_language_model(contenders, model)
+    share_language_model(contenders, source)
     return contenders
 
 
@@ -226,8 +239,8 @@ def make_contender(shapes: Shapes, name: str, device: str, dtype: torch.dtype, m
 
 def make_rivals(shapes: Shapes, device: str, dtype: torch.dtype) -> dict[str, Contender]:
     """
-    What sees pictures of 1024 px in two other models of transformers: DeepSeek-VL-hybrid (SigLIP and SAM) and FastVLM.
-    Their language models are stubs of the right width: only `get_image_features` is of use.
+    The towers of two other models of transformers at 1024 px: DeepSeek-VL-hybrid (SigLIP and SAM) and FastVLM. Their
+    language models are stubs of the right width: call `get_image_features` alone.
 
     Args:
         shapes ([`Shapes`]): Their sizes.
@@ -237,7 +250,7 @@ def make_rivals(shapes: Shapes, device: str, dtype: torch.dtype) -> dict[str, Co
     Returns:
         `dict[str, Contender]`: By name.
     """
-    stub = LlamaConfig(**{**shapes.text, "num_hidden_layers": 1})
+    stub = _stub(shapes)
     deepseek = DeepseekVLHybridConfig(
         vision_config=SiglipVisionConfig(**shapes.siglip),
         high_res_vision_config=SamVisionConfig(**shapes.sam),
@@ -261,7 +274,7 @@ def make_rivals(shapes: Shapes, device: str, dtype: torch.dtype) -> dict[str, Co
 
 
 def share_language_model(contenders: dict[str, Contender], source: PreTrainedModel) -> None:
-    """Gives the contenders the very language model of `source`, and lets go of theirs: it is in memory once."""
+    """Replaces the contenders' language models by that of `source`, so that it is in memory once."""
     for contender in contenders.values():
         contender.model.model.language_model = source.model.language_model
         contender.model.lm_head = source.lm_head
@@ -269,7 +282,7 @@ def share_language_model(contenders: dict[str, Contender], source: PreTrainedMod
 
 
 def copy_contender(contender: Contender, source: PreTrainedModel) -> Contender:
-    """A contender once more, with the very language model of `source` and copies of its own towers and projector."""
+    """A contender with the language model of `source` (shared) and copies of its own towers and projector."""
     model = contender.model
     shared = {
         id(model.model.language_model): source.model.language_model,
@@ -277,6 +290,13 @@ def copy_contender(contender: Contender, source: PreTrainedModel) -> Contender:
         id(model.config.text_config): source.config.text_config,
     }
     return dataclasses.replace(contender, model=copy.deepcopy(model, shared))
+
+
+def compile_towers(contender: Contender) -> Contender:
+    """A copy of a LLaVA-HR whose whole vision tower torch compiles at its first call, with CUDA graphs on a GPU."""
+    compiled = copy_contender(contender, contender.model)
+    compiled.model.model.vision_tower.compile(mode="reduce-overhead", dynamic=False)
+    return compiled
 
 
 def make_4bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -294,6 +314,25 @@ def get_weight_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in {**dict(model.named_buffers()), **model.state_dict()}.values())
 
 
-def _make(auto_class: type, config, device: str, dtype: torch.dtype) -> PreTrainedModel:
+def _stub(shapes: Shapes) -> LlamaConfig:
+    """A language model of the right width that is small otherwise, to be replaced or not to be called."""
+    return LlamaConfig(**{**shapes.text, "num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 64})
+
+
+def _make(
+    auto_class: type, config, device: str, dtype: torch.dtype, distinct_layers: int | None = None
+) -> PreTrainedModel:
+    """A model with random weights. Layers of its language model are copies of the first: initializing 7B is slow."""
+    num_layers, config.text_config.num_hidden_layers = config.text_config.num_hidden_layers, 1
     with torch.device(device):
-        return auto_class.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+        model = auto_class.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    layers = model.get_decoder().layers
+    for index in range(1, num_layers):
+        is_shared = distinct_layers is not None and index >= distinct_layers
+        source = layers[index % distinct_layers if is_shared else 0]
+        layer = copy.deepcopy(source, {id(p): p for p in source.parameters()} if is_shared else {})
+        layer.self_attn.layer_idx = index
+        layers.append(layer)
+    for text_config in (model.config.text_config, model.get_decoder().config):
+        text_config.num_hidden_layers = num_layers
+    return model

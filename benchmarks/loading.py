@@ -20,10 +20,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from transformers import AutoModelForImageTextToText
 
 from ._common import (
@@ -41,6 +40,9 @@ from ._common import (
 )
 from ._models import SHAPES, Shapes, get_weight_bytes, make_4bit_config, make_contender
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 IMPORTS = {
     "llava-hr": "from modeling_llava_hr import LlavaHrForConditionalGeneration, LlavaHrProcessor",
@@ -158,7 +160,7 @@ def measure_loading(folder: Path, arguments: LoadingArguments) -> dict[str, Any]
     functions = {
         f"{name}, {weights}": partial(measure, name, weights) for weights in arguments.formats for name in IMPORTS
     }
-    timings = compare_phases(functions, arguments, "loading")
+    *_, timings = compare_phases(functions, arguments, "loading")
     entries = {}
     for name, results in runs.items():
         counted = results[arguments.warmup :]
@@ -186,9 +188,9 @@ def find_targets(
     return targets
 
 
-def draw(results: dict[str, Any], arguments: LoadingArguments) -> Figure:
+def draw(figure: "Figure", results: dict[str, Any], arguments: LoadingArguments) -> None:
     """Seconds to import and to load, and memory against the weights."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure.set_size_inches(13, 4)
     left, middle, right = figure.subplots(1, 3)
     left.bar(list(results["imports"]), [entry["median"] for entry in results["imports"].values()])
     left.set(title="seconds to import")
@@ -205,7 +207,6 @@ def draw(results: dict[str, Any], arguments: LoadingArguments) -> Figure:
     right.barh(names, [entry["weight_bytes"] / 1e9 for entry in loading.values()], height=0.4, label="weights")
     right.set(title="memory in GB")
     right.legend()
-    return figure
 
 
 def run(arguments: LoadingArguments) -> Iterator[dict[str, Any]]:

@@ -14,15 +14,18 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
 from ._common import OutputArguments, run_benchmark
 from ._models import LLAVA_HR_SIDES, SHAPES, Contender, make_llava, make_llava_hr
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -281,9 +284,9 @@ def describe(result: dict, arguments: PlanArguments) -> str:
     return "\n".join(lines)
 
 
-def draw(result: dict, arguments: PlanArguments) -> Figure:
+def draw(figure: "Figure", result: dict, arguments: PlanArguments) -> None:
     """Predicted and reported hours, as bars."""
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    figure.set_size_inches(6, 3.5)
     axes = figure.subplots()
     places = np.arange(len(result["check"]))
     axes.bar(places - 0.2, [row["hours"] for row in result["check"]], 0.4, label="predicted")
@@ -292,7 +295,6 @@ def draw(result: dict, arguments: PlanArguments) -> Figure:
     axes.set_ylabel("hours on 8 A800")
     axes.set_title("Training LLaVA-HR 7B, both stages")
     axes.legend()
-    return figure
 
 
 def run(arguments: PlanArguments) -> Iterator[dict[str, Any]]:

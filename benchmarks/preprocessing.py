@@ -13,12 +13,11 @@ import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from PIL import Image
 from transformers import LlavaImageProcessor, LlavaImageProcessorPil
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -28,6 +27,9 @@ from modeling_llava_hr import LlavaHrImageProcessor, LlavaHrImageProcessorPil
 from ._common import BenchmarkArguments, Timing, compare, make_target, ratio, run_benchmark
 from ._models import LLAVA_HR_SIDES
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Width and height in pixels
 PICTURES = {
@@ -164,9 +166,10 @@ def find_targets(timings: dict[str, dict[str, Timing]], arguments: Preprocessing
     return targets
 
 
-def draw(results: dict[str, Any], arguments: PreprocessingArguments) -> Figure:
-    """Milliseconds a picture, for each case and contender."""
-    figure, cases = Figure(figsize=(8, 10), layout="constrained"), results["cases"]
+def draw(figure: "Figure", results: dict[str, Any], arguments: PreprocessingArguments) -> None:
+    """Milliseconds per image, for each case and contender."""
+    figure.set_size_inches(8, 10)
+    cases = results["cases"]
     axes, names = figure.subplots(), list(next(iter(cases.values()))["seconds"])
     height = 0.8 / len(names)
     for row, name in enumerate(names):
@@ -176,7 +179,6 @@ def draw(results: dict[str, Any], arguments: PreprocessingArguments) -> Figure:
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel="milliseconds a picture", title=f"Views of {arguments.side} px")
     axes.legend()
-    return figure
 
 
 def run(arguments: PreprocessingArguments) -> Iterator[dict[str, Any]]:

@@ -6,50 +6,58 @@ of a large matrix product and of a large copy, measured in the same rounds.
     python -m benchmarks.roofline                  # small model on a CPU
     python -m benchmarks.roofline --preset full    # 7B on a GPU, decoding with a static cache, compiled
 
-Bytes are those that must be moved at least: weights, inputs and outputs of a part, and the cache. The record also says
-which operations the time to the first token goes to.
+Bytes are those that must be moved at least: weights, inputs and outputs of a part, and the cache. The record also has
+the operations that take most of the time to the first token, and what compiled towers change.
 """
 
 import functools
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from ._common import ModelArguments, Timing, compare_phases, make_target, ratio, run_benchmark, time_phase
-from ._models import SHAPES, Contender, get_weight_bytes, make_contender
-from .inference import answer
+from ._common import BenchmarkArguments, Timing, compare_phases, make_target, ratio, run_benchmark, time_phase
+from ._models import SHAPES, Contender, compile_towers, get_weight_bytes, make_contender
+from .inference import answer, get_gaps, see
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NAME = "llava-hr-1024"
 
 
 @dataclass
-class RooflineArguments(ModelArguments):
+class RooflineArguments(BenchmarkArguments):
     """
     Options of this benchmark beside those of every one.
 
     Args:
-        batch_size (`int`, *optional*):
-            Pictures that the towers see at once, 2 (cpu) or 8 (full) by default; prefill and decoding: one prompt.
-        text_tokens (`int`): Length of the prompt without its picture in tokens.
+        repeats (`int`): See [`BenchmarkArguments`].
+        batch_size (`int`, *optional*): Images per pass of the towers, 2 (cpu) or 8 (full) by default; prefill and
+            decoding take one prompt.
+        text_tokens (`int`): Length of the prompt without its image in tokens.
         new_tokens (`int`): Length of the answer in tokens.
         matrix_side (`int`, *optional*): Side of the square matrices that are multiplied; 2048 or 8192 by default.
         copied_bytes (`int`, *optional*): What is copied; 256 MB or 2 GB by default.
+        compiled (`bool`): Whether the whole vision tower is also compiled (`mode="reduce-overhead"`: CUDA graphs on a
+            GPU) and compared, towers alone and time to the first token, with one image.
     """
 
-    batch_size: int | None = field(default=None, metadata={"help": "pictures that the towers see at once"})
-    text_tokens: int = field(default=50, metadata={"help": "length of the prompt without its picture in tokens"})
+    repeats: int = field(default=5, metadata={"help": "rounds that count"})
+    batch_size: int | None = field(default=None, metadata={"help": "images per pass of the towers"})
+    text_tokens: int = field(default=50, metadata={"help": "length of the prompt without its image in tokens"})
     new_tokens: int = field(default=64, metadata={"help": "length of the answer in tokens"})
     matrix_side: int | None = field(default=None, metadata={"help": "side of the matrices that are multiplied"})
     copied_bytes: int | None = field(default=None, metadata={"help": "what is copied"})
+    compiled: bool = field(default=True, metadata={"help": "whether compiled towers are measured as well"})
 
     def __post_init__(self):
         super().__post_init__()
@@ -88,7 +96,7 @@ def make_parts(contender: Contender, arguments: RooflineArguments) -> dict[str, 
 
     Args:
         contender ([`Contender`]): The model at a resolution, on any device.
-        arguments ([`RooflineArguments`]): How many pictures and tokens.
+        arguments ([`RooflineArguments`]): How many images and tokens.
     """
     model, tower = contender.model, contender.model.model.vision_tower
     language_model = model.model.language_model
@@ -160,14 +168,38 @@ def count_decoding_flops(contender: Contender, arguments: RooflineArguments) -> 
 
 
 def decode(contender: Contender, inputs: dict[str, torch.Tensor], arguments: RooflineArguments) -> dict[str, float]:
-    """Seconds for each token after the first; compiled where there is a GPU."""
+    """The median gap between tokens of one answer, `seconds`; compiled where there is a GPU."""
     variant = "static" if arguments.on_gpu else "sdpa"
-    moments = answer(contender, inputs, arguments.new_tokens, variant)
-    return {"seconds": (moments[-1] - moments[0]) / (arguments.new_tokens - 1)}
+    return {"seconds": statistics.median(get_gaps(answer(contender, inputs, arguments.new_tokens, variant)))}
+
+
+def run_first_token(contender: Contender, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Seconds of the towers alone and to the first token: `towers`, `first_token`."""
+    towers = see(contender, {name: inputs[name] for name in contender.sides})
+    return {**towers, "first_token": answer(contender, inputs, 1)[0]}
+
+
+def compare_compiled(contender: Contender, arguments: RooflineArguments) -> Iterator[dict[str, Any]]:
+    """
+    Eager towers against compiled ones, one image: yields the median seconds of each, and how many times as long eager
+    ones take (`speedup`).
+    """
+    inputs = contender.make_inputs(1, arguments.text_tokens)
+    both = {"eager": contender, "compiled": compile_towers(contender)}
+    functions = {name: functools.partial(run_first_token, each, inputs) for name, each in both.items()}
+    for timings in compare_phases(functions, arguments, "compiled towers"):
+        eager, compiled = (timings.get(name) or {} for name in both)
+        yield {
+            phase: {
+                "seconds": {name: each[phase].to_dict() for name, each in timings.items() if each},
+                "speedup": ratio(eager.get(phase), compiled.get(phase)),
+            }
+            for phase in ("towers", "first_token")
+        }
 
 
 def find_top_operations(contender: Contender, arguments: RooflineArguments) -> list[dict[str, Any]]:
-    """What the time to the first token goes to by torch's profiler, see [`rank_operations`]."""
+    """The operations of the time to the first token by torch's profiler, see [`rank_operations`]."""
     inputs = contender.make_inputs(1, arguments.text_tokens)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if arguments.on_gpu else [])]
     with profile(activities=activities, acc_events=True) as profiler:
@@ -180,9 +212,9 @@ def rank_operations(events: Iterable[FunctionEventAvg], on_gpu: bool, number: in
     The operations that take most of the time, with their share of it.
 
     Args:
-        events (`Iterable`): What the profiler saw, by name.
-        on_gpu (`bool`): Whether the time that counts is that of an operation's kernels. Each kernel is an event of its
-            own beside the operation that launched it, and is left out: its time is there already.
+        events (`Iterable`): The profiler's averages, by name.
+        on_gpu (`bool`): Whether the time that counts is that of an operation's kernels. Each kernel is also an event
+            of its own, which is omitted: its time is already that of the operation that launched it.
         number (`int`): How many.
     """
     durations = [
@@ -202,7 +234,7 @@ def describe(
     The record's entries: for each part its FLOPs, bytes and time, and the shares of the two measured limits.
 
     Args:
-        timings (`dict[str, Timing]`): Of `"matrix product"`, `"copy"` and all parts that memory sufficed for.
+        timings (`dict[str, Timing]`): Of `"matrix product"`, `"copy"` and all parts that did not run out of memory.
         flops, num_bytes (`dict[str, int]`): Of all parts.
         arguments ([`RooflineArguments`]): Options.
     """
@@ -231,9 +263,25 @@ def describe(
     }
 
 
+def find_targets(parts: dict[str, Any], arguments: RooflineArguments) -> list[dict[str, Any]]:
+    """The project's targets for a GPU and the results; see [`make_target`]."""
+    of_7b = arguments.preset == "full"
+    towers, decoding = (parts.get(name, {}) for name in ("towers and projector", "decoding"))
+    return [
+        make_target(
+            f"share of the matrix rate that the towers reach, {arguments.batch_size} images",
+            *(towers.get("share_of_matrix_rate"), 0.45, True, of_7b and arguments.batch_size == 8),
+        ),
+        make_target(
+            "share of the copy bandwidth that decoding reaches",
+            *(decoding.get("share_of_copy_bandwidth"), 0.75, True, of_7b),
+        ),
+    ]
+
+
 @torch.no_grad()
 def run(arguments: RooflineArguments) -> Iterator[dict[str, Any]]:
-    """Measures and counts, and then looks where the time goes; yields the results after each, see [`describe`]."""
+    """Measures the parts, profiles the first token and compiles the towers; yields the results after each run."""
     shapes = SHAPES[arguments.preset]
     contender = make_contender(shapes, NAME, arguments.device, arguments.torch_dtype)
     on_meta = make_contender(shapes, NAME, "meta", arguments.torch_dtype)
@@ -254,51 +302,47 @@ def run(arguments: RooflineArguments) -> Iterator[dict[str, Any]]:
     }
     inputs = contender.make_inputs(1, arguments.text_tokens)
     functions["decoding"] = functools.partial(decode, contender, inputs, arguments)
-    timings = {name: phases["seconds"] for name, phases in compare_phases(functions, arguments).items()}
-
-    results = describe(timings, flops, num_bytes, arguments)
-    of_7b = arguments.preset == "full"
-    towers, decoding = (results["parts"].get(name, {}) for name in ("towers and projector", "decoding"))
-    results["targets"] = [
-        make_target(
-            f"share of the matrix rate that the towers reach, {arguments.batch_size} pictures",
-            *(towers.get("share_of_matrix_rate"), 0.45, True, of_7b and arguments.batch_size == 8),
-        ),
-        make_target(
-            "share of the copy bandwidth that decoding reaches",
-            *(decoding.get("share_of_copy_bandwidth"), 0.75, True, of_7b),
-        ),
-    ]
-    yield results
+    results: dict[str, Any] = {}
+    for measured in compare_phases(functions, arguments):
+        timings = {name: phases["seconds"] for name, phases in measured.items() if phases}
+        if limits.keys() <= timings.keys():
+            results = describe(timings, flops, num_bytes, arguments)
+            results["targets"] = find_targets(results["parts"], arguments)
+            yield results
     results["first_token_operations"] = find_top_operations(contender, arguments)
     yield results
+    if arguments.compiled:
+        for compared in compare_compiled(contender, arguments):
+            results["compiled_towers"] = compared
+            yield results
 
 
-def draw(results: dict[str, Any], arguments: RooflineArguments) -> Figure:
-    """The roofline: FLOPs a second over FLOPs a byte, double logarithmic."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+def draw(figure: "Figure", results: dict[str, Any], arguments: RooflineArguments) -> None:
+    """The roofline: FLOPs per second over FLOPs per byte, double logarithmic."""
+    figure.set_size_inches(7, 4.5)
     axes = figure.subplots()
     rate, bandwidth = results["matrix_flops_per_second"], results["copied_bytes_per_second"]
-    places = []
+    places = [rate / bandwidth]
     for number, (name, part) in enumerate(results["parts"].items()):
-        place = part["flops"] / part["bytes"]
-        places.append(place)
+        places.append(part["flops"] / part["bytes"])
         speed = part["flops"] / part["seconds"]["median"] / 1e9
-        axes.plot(place, speed, "o", color=f"C{number}", label=name)
-    edges = [min(places) / 2, rate / bandwidth, max(*places, rate / bandwidth) * 2]
+        axes.plot(places[-1], speed, "o", color=f"C{number}", label=name)
+    edges = [min(places) / 2, rate / bandwidth, max(places) * 2]
     axes.plot(edges, [min(rate, edge * bandwidth) / 1e9 for edge in edges], color="black", label="measured limits")
-    axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="GFLOPs a second")
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="GFLOPs per second")
     axes.set_title(f"LLaVA-HR at 1024 px, {arguments.dtype}, {arguments.preset} preset")
     axes.legend(fontsize="small")
-    return figure
 
 
 def summarize(results: dict[str, Any], arguments: RooflineArguments) -> str:
-    """The shares of each part, a line each."""
+    """The shares of each part and the effect of compiled towers, a line each."""
     lines = []
     for name, part in results["parts"].items():
         rate, bandwidth = (part[f"share_of_{limit}"]["median"] for limit in ("matrix_rate", "copy_bandwidth"))
         lines.append(f"{name}: {rate:.0%} of the matrix rate, {bandwidth:.0%} of the copy bandwidth")
+    for phase, entry in results.get("compiled_towers", {}).items():
+        if entry["speedup"]:
+            lines.append(f"{phase}: {entry['speedup']['median']:.2f} times as fast with compiled towers")
     return "\n".join(lines)
 
 

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's Python snippets run, in their order and one namespace, with a converted checkpoint in place."""
+"""
+The Python snippets of the README and of docs/performance.md run, in their order and one namespace, with a converted
+checkpoint in place.
+"""
 
 import re
 from pathlib import Path
 
 from PIL import Image
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from conversion.convert_llava_hr_weights_to_hf import convert
 
@@ -22,5 +26,9 @@ def test_python_snippets_run(tmp_path, monkeypatch, capsys):
     namespace = {}
     for snippet in snippets:
         exec(snippet, namespace)
+    (recipe,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "performance.md").read_text(), flags=re.DOTALL)
+    if not hasattr(BaseModelOutputWithPast(), "cache"):  # transformers before 5.24, as the recipe says
+        recipe = recipe.replace("cache=cache", "past_key_values=cache")
+    exec(recipe, namespace)
     assert "tensor(576)" in capsys.readouterr().out
     assert (tmp_path / "llava-hr-7b-sft-1024-4bit" / "model.safetensors").exists()

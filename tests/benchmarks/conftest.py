@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks._common import is_installed
 from benchmarks._models import SHAPES
 
 
@@ -47,8 +48,9 @@ def run_benchmark(tiny, tmp_path, monkeypatch):
         name = Path(module.__file__).stem
         monkeypatch.setattr(sys, "argv", [name, "--output", str(tmp_path), *options])
         module.main()
-        assert (tmp_path / f"{name}-cpu.png").stat().st_size > 5000
-        record = json.loads((tmp_path / f"{name}-cpu.json").read_text())
+        (path,) = tmp_path.glob("*.json")
+        assert not is_installed("matplotlib") or path.with_suffix(".png").stat().st_size > 5000
+        record = json.loads(path.read_text())
         assert record["command"].startswith(f"python -m benchmarks.{name} ") and record["machine"]["cores"] > 0
         assert record["finished"] and not list(tmp_path.glob(".*"))
         return record["results"]

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from benchmarks import plan
+from benchmarks._common import is_installed
 from benchmarks.plan import GPUS, PAPER_LLAVA, PlanArguments
 
 
@@ -63,7 +64,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     plan.main()
     assert re.search(r"on 4 a800:\n  stage 1 [\d.]+ h, stage 2 [\d.]+ h", capsys.readouterr().out)
     assert json.loads((tmp_path / "plan.json").read_text())["results"]["hours"]["total"] > 0
-    assert (tmp_path / "plan.png").stat().st_size > 5000
+    assert not is_installed("matplotlib") or (tmp_path / "plan.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from benchmarks import preprocessing
-from benchmarks._common import Timing
+from benchmarks._common import Timing, is_installed
 from benchmarks.preprocessing import PreprocessingArguments, get_deviations
 from modeling_llava_hr import LlavaHrImageProcessorPil
 
@@ -32,7 +32,7 @@ def test_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["preprocessing", *argv, "--batch_size", "2"])
     preprocessing.main()
     results = json.loads((tmp_path / "preprocessing-cpu.json").read_text())["results"]
-    assert (tmp_path / "preprocessing-cpu.png").stat().st_size > 1000
+    assert not is_installed("matplotlib") or (tmp_path / "preprocessing-cpu.png").stat().st_size > 1000
     assert len(results["cases"]) == 12
     for name, case in results["cases"].items():
         assert case["pictures"] == (2 if name.endswith("batch") else 1)

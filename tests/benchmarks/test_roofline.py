@@ -13,7 +13,9 @@ from benchmarks._models import make_contender
 from benchmarks.roofline import RooflineArguments
 
 
-def test_a_run_measures_every_part_and_draws(run_benchmark, capsys):
+def test_a_run_measures_every_part_and_draws(run_benchmark, capsys, monkeypatch):
+    # whether compiled towers are right is tested with benchmarks.inference
+    monkeypatch.setattr(roofline, "compile_towers", lambda contender: contender)
     options = ("--repeats", "2", "--warmup", "0", "--matrix_side", "256", "--copied_bytes", "1000000")
     results = run_benchmark(roofline, *options, "--new_tokens", "4", "--batch_size", "1")
     names = ["ConvNeXt", "ViT", "adapters and fusion", "towers and projector", "prefill", "decoding"]
@@ -30,7 +32,10 @@ def test_a_run_measures_every_part_and_draws(run_benchmark, capsys):
     assert [target["met"] for target in results["targets"]] == [None, None]  # they are about 7B on a GPU
     shares = [operation["share"] for operation in results["first_token_operations"]]
     assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1
-    assert "decoding: " in capsys.readouterr().out
+    for entry in results["compiled_towers"].values():
+        assert entry["seconds"].keys() == {"eager", "compiled"} and entry["speedup"]["low"] > 0
+    out = capsys.readouterr().out
+    assert "decoding: " in out and "first_token: " in out
 
 
 def test_counts_are_those_of_the_formulas(tiny):

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+All benchmarks within a time budget, most important first:
+
+    python3 -m benchmarks.run --preset full --minutes 12 --output DIR    # 7B on one GPU
+    python3 -m benchmarks.run --preset cpu --minutes 3 --output DIR      # small models
+
+Each step is a command of its own with a timeout. A step does not start if its estimate exceeds the rest of the budget;
+one that fails or is skipped is recorded, and the next one runs. `DIR` has the records of the benchmarks, written
+whenever a figure is measured, the steps (`steps.json`) and their output (`log.txt`). Plots are drawn at once where
+matplotlib is installed, or later, for example by `python3 -m benchmarks.inference --preset full --from DIR`.
+
+Without bitsandbytes, 4-bit decoding is left out and training is that of LoRA; a step that needs another missing
+package is skipped.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from ._common import OutputArguments, get_machine, is_installed, parse_arguments, write_record
+
+
+PACKAGES = (
+    "bitsandbytes",
+    "peft",
+    "trl",
+    "datasets",
+    "matplotlib",
+    "open_clip",
+    "pytest",
+    "sentencepiece",
+    "flash_attn",
+)
+# Files, since others would not even be collected where packages are missing
+GPU_TESTS = ("tests/modeling_llava_hr/test_modeling_llava_hr.py", "tests/reliability/test_numerics.py")
+STOPS = (signal.SIGINT, signal.SIGTERM)
+# A step that takes longer than its estimate gets up to this many times as long, if the budget allows
+PATIENCE = 2
+
+
+@dataclass
+class RunArguments(OutputArguments):
+    """
+    Options of the run.
+
+    Args:
+        preset (`str`): `"cpu"` or `"full"`, see [`benchmarks._common.BenchmarkArguments`].
+        minutes (`float`): Budget for all steps.
+        steps (`list[str]`, *optional*): Names of the steps to run; all of the preset by default.
+        parts (`str`, *optional*): Language model and towers of the tiny model, trained beforehand by
+            [`training.train_tiny`]. Without them, its training takes longer than any budget here.
+    """
+
+    preset: str = field(default="cpu", metadata={"help": "cpu or full"})
+    minutes: float = field(default=12.0, metadata={"help": "budget for all steps"})
+    steps: list[str] | None = field(default=None, metadata={"help": "names of the steps to run"})
+    parts: str | None = field(default=None, metadata={"help": "parts of the tiny model, trained beforehand"})
+
+    def __post_init__(self):
+        if self.preset not in ("cpu", "full"):
+            raise ValueError(f"--preset must be cpu or full, but got {self.preset!r}.")
+        if self.minutes <= 0:
+            raise ValueError(f"--minutes must be above 0, but got {self.minutes}.")
+
+
+@dataclass
+class Step:
+    """
+    A command and its result.
+
+    Args:
+        name (`str`): Its name in the table.
+        command (`list[str]`): Module and options, run by this Python.
+        estimate (`float`): Seconds that it should take.
+        needs (`tuple[str, ...]`): Packages without which it is skipped.
+        status (`str`): `"pending"`, `"running"`, `"done"`, `"failed"`, `"timeout"`, `"skipped"` or `"stopped"`.
+        reason (`str`): Why it was skipped.
+        exit_status (`int`, *optional*): That of the command; negative for a signal.
+        seconds (`float`, *optional*): How long it took.
+    """
+
+    name: str
+    command: list[str]
+    estimate: float
+    needs: tuple[str, ...] = ()
+    status: str = "pending"
+    reason: str = ""
+    exit_status: int | None = None
+    seconds: float | None = None
+
+
+def get_missing() -> set[str]:
+    """Those of `PACKAGES` that are not installed."""
+    return {package for package in PACKAGES if not is_installed(package)}
+
+
+def get_steps(arguments: RunArguments, missing: set[str]) -> list[Step]:
+    """
+    The steps of a preset, most important first.
+
+    Args:
+        arguments ([`RunArguments`]): Options of the run.
+        missing (`set[str]`): Packages to do without.
+    """
+    preset, parts = arguments.preset, arguments.parts
+
+    def benchmark(name: str, estimate: float, *options: str, step: str | None = None, needs: tuple = ()) -> Step:
+        preset_options = [] if name == "plan" else ["--preset", preset]
+        command = [f"benchmarks.{name}", *preset_options, "--output", arguments.output, *options]
+        return Step(step or name, command, estimate, needs)
+
+    if preset == "cpu":
+        quick = ("--repeats", "1", "--warmup", "0")
+        return [
+            benchmark("inference", 60, *quick, "--batch_sizes", "1", "--new_tokens", "10"),
+            benchmark("roofline", 60, "--repeats", "1"),
+            benchmark("training", 60, *quick, "--stages", "finetune"),
+            benchmark("preprocessing", 60, *quick),
+            benchmark("loading", 90, *quick),
+            benchmark("loader", 90, needs=("trl",)),
+            benchmark("plan", 60),
+        ]
+    four_bit = "bitsandbytes" not in missing
+    method = ("--method", "full_8bit" if four_bit else "lora")
+    search = ("--max_batch_size", "64", "--contenders", "llava-hr-1536", "llava-1.5-1022", "--label", "largest")
+    variants = ("eager", "4bit") if four_bit else ("eager",)
+    return [
+        benchmark("inference", 80, "--repeats", "2", "--variants", *variants),
+        benchmark("roofline", 95, "--repeats", "3"),
+        benchmark("training", 75, *method),
+        Step("gpu tests", ["pytest", "-q", "-rA", "-m", "gpu", *GPU_TESTS], 25, ("pytest",)),
+        benchmark("training", 50, *method, *search, step="largest batch"),
+        benchmark("inference", 60, "--batch_sizes", "8", "--variants", "none", "--label", "batch-8", step="batch 8"),
+        benchmark("loader", 60, needs=("trl",)),
+        Step(
+            "tiny model",
+            [
+                "training.train_tiny",
+                "--preset",
+                "gpu",
+                "--output",
+                ".cache/tiny",
+                *(["--parts", parts] if parts else []),
+            ],
+            300 if parts else 4800,
+            ("trl", "datasets"),
+        ),
+    ]
+
+
+def unblock_stops() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends the program as an exception does, so that the running step is stopped and recorded."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    yield
+    signal.signal(signal.SIGTERM, previous)
+
+
+def run_step(step: Step, timeout: float, log: TextIO) -> None:
+    """
+    Runs a step in a process group of its own, all of which is killed at the timeout or when this program is stopped.
+
+    Args:
+        step ([`Step`]): The step; its result is set.
+        timeout (`float`): Seconds.
+        log (`TextIO`): Where its output goes.
+    """
+    start, step.status = time.monotonic(), "stopped"
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # none may come between the start and the `try`
+    process = subprocess.Popen(
+        [sys.executable, "-m", *step.command],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=unblock_stops,
+        env={**os.environ, "TQDM_MININTERVAL": "10"},  # one line of the log per update of a progress bar
+    )
+    try:
+        unblock_stops()
+        step.status = "failed" if process.wait(timeout) else "done"
+    except subprocess.TimeoutExpired:
+        step.status = "timeout"
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)  # what is left of the group
+        except ProcessLookupError:
+            pass
+        step.exit_status, step.seconds = process.wait(), round(time.monotonic() - start, 1)
+
+
+def run_steps(steps: list[Step], arguments: RunArguments, missing: set[str]) -> None:
+    """
+    Runs steps within the budget and writes `steps.json` before and after each.
+
+    Args:
+        steps (`list[Step]`): The steps; their results are set.
+        arguments ([`RunArguments`]): Budget and output folder.
+        missing (`set[str]`): Packages that are not installed.
+    """
+
+    def save(finished: bool = False) -> None:
+        results = {"missing": sorted(missing), "steps": [asdict(step) for step in steps]}
+        write_record(Path(arguments.output) / "steps.json", "run", arguments, results, finished)
+
+    end = time.monotonic() + 60 * arguments.minutes
+    save()
+    with terminable(), open(Path(arguments.output) / "log.txt", "a", encoding="utf-8") as log:
+        for step in steps:
+            rest = end - time.monotonic()
+            if absent := missing.intersection(step.needs):
+                step.status, step.reason = "skipped", f"not installed: {', '.join(sorted(absent))}"
+            elif step.estimate > rest:
+                step.status, step.reason = "skipped", f"takes {step.estimate:.0f} s, {max(rest, 0):.0f} s are left"
+            else:
+                step.status = "running"
+                save()
+                print(f"\n=== {step.name}: python -m {' '.join(step.command)}", file=log, flush=True)
+                try:
+                    run_step(step, min(PATIENCE * step.estimate, rest), log)
+                finally:
+                    save()
+            taken = "" if step.seconds is None else f", {step.seconds:.0f} s, exit status {step.exit_status}"
+            print(f"{step.name:<15} {step.status}{taken}{step.reason and ': ' + step.reason}", flush=True)
+    save(finished=True)
+
+
+def main() -> None:
+    arguments = parse_arguments(RunArguments)
+    missing = get_missing()
+    print(json.dumps(get_machine()["versions"]), f"missing: {', '.join(sorted(missing)) or 'nothing'}", sep="\n")
+    steps = get_steps(arguments, missing)
+    if unknown := set(arguments.steps or ()).difference(step.name for step in steps):
+        sys.exit(f"error: --steps are {', '.join(step.name for step in steps)}, but got {', '.join(sorted(unknown))}.")
+    run_steps([step for step in steps if step.name in (arguments.steps or step.name)], arguments, missing)
+    print(f"Wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
