@@ -123,10 +123,8 @@ def test_every_step_is_a_command_with_a_record_of_its_own(preset, monkeypatch):
         parsed.append(name)
         records.append(_common.parse_arguments(cls).get_name(name))
 
-    missing = run.get_missing()
-    for step in run.get_steps(RunArguments(preset=preset), missing):
-        if missing.intersection(step.needs):
-            continue
+    pytest.importorskip("benchmarks.loader")  # which needs TRL
+    for step in run.get_steps(RunArguments(preset=preset), set()):
         assert importlib.util.find_spec(step.command[0])
         if step.command[0].startswith("benchmarks."):
             module = importlib.import_module(step.command[0])
