@@ -127,7 +127,7 @@ def get_steps(arguments: RunArguments, missing: set[str]) -> list[Step]:
             benchmark("preprocessing", 60, *quick),
             benchmark("loading", 90, *quick),
             benchmark("loader", 90, needs=("trl",)),
-            benchmark("plan", 60),
+            benchmark("plan", 45),
         ]
     four_bit = "bitsandbytes" not in missing
     method = ("--method", "full_8bit" if four_bit else "lora")
