@@ -51,11 +51,13 @@ class OutputArguments:
         label (`str`, *optional*): Appended to the record's name, for a second run with other options.
         records (`str`, *optional*): `--from`: a folder with the record of an earlier run, on any machine. Its plot is
             drawn and nothing is measured.
+        plot (`bool`): Whether to draw the plot of what is measured.
     """
 
     output: str = field(default=".cache/benchmarks", metadata={"help": "folder for the record and the plot"})
     label: str | None = field(default=None, metadata={"help": "appended to the record's name"})
     records: str | None = HfArg(default=None, aliases=["--from"], help="draw the plot of the record in this folder")
+    plot: bool = field(default=True, metadata={"help": "draw the plot"})
 
     def get_name(self, name: str) -> str:
         """Name of the files of the benchmark `name`, without their extension."""
@@ -376,7 +378,7 @@ def run_benchmark(
     if arguments.records:
         path = Path(arguments.records) / f"{arguments.get_name(name)}.json"
         record = json.loads(path.read_text(encoding="utf-8"))
-        arguments, results = SimpleNamespace(**record["arguments"]), record["results"]
+        arguments, results = SimpleNamespace(**{**record["arguments"], "plot": True}), record["results"]
     else:
         path = Path(arguments.output) / f"{arguments.get_name(name)}.json"
         for results in run(arguments):
@@ -387,12 +389,12 @@ def run_benchmark(
     for target in results.get("targets", []):
         measured = f"{target['measured']['median']:.3g}" if target["measured"] else "not measured"
         print(f"{target['name']}: {measured} (target: {target['target']})")
-    if is_installed("matplotlib"):
+    if arguments.plot and is_installed("matplotlib"):
         from matplotlib.figure import Figure
 
         figure = Figure(layout="constrained")
         draw(figure, results, arguments)
         figure.savefig(path.with_suffix(".png"), dpi=120)
     else:
-        print("matplotlib is not installed: draw the plot elsewhere with the same options and --from FOLDER.")
+        print("No plot: draw it with the same options and --from FOLDER where matplotlib is installed.")
     print(f"Wrote {path}")

@@ -7,8 +7,8 @@ All benchmarks within a time budget, most important first:
 
 Each step is a command of its own with a timeout. A step does not start if its estimate exceeds the rest of the budget;
 one that fails or is skipped is recorded, and the next one runs. `DIR` has the records of the benchmarks, written
-whenever a figure is measured, the steps (`steps.json`) and their output (`log.txt`). Plots are drawn at once where
-matplotlib is installed, or later, for example by `python3 -m benchmarks.inference --preset full --from DIR`.
+whenever a figure is measured, the steps (`steps.json`) and their output (`log.txt`). Plots are drawn later, such as
+by `python3 -m benchmarks.inference --preset full --from DIR`.
 
 Without bitsandbytes, 4-bit decoding is left out and training is that of LoRA; a step that needs another missing
 package is skipped.
@@ -115,7 +115,7 @@ def get_steps(arguments: RunArguments, missing: set[str]) -> list[Step]:
 
     def benchmark(name: str, estimate: float, *options: str, step: str | None = None, needs: tuple = ()) -> Step:
         preset_options = [] if name == "plan" else ["--preset", preset]
-        command = [f"benchmarks.{name}", *preset_options, "--output", arguments.output, *options]
+        command = [f"benchmarks.{name}", *preset_options, "--output", arguments.output, "--no_plot", *options]
         return Step(step or name, command, estimate, needs)
 
     if preset == "cpu":
@@ -125,7 +125,6 @@ def get_steps(arguments: RunArguments, missing: set[str]) -> list[Step]:
             benchmark("roofline", 60, "--repeats", "1"),
             benchmark("training", 60, *quick, "--stages", "finetune"),
             benchmark("preprocessing", 60, *quick),
-            benchmark("loading", 90, *quick),
             benchmark("loader", 90, needs=("trl",)),
             benchmark("plan", 45),
         ]

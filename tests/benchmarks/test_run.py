@@ -136,13 +136,13 @@ def test_every_step_is_a_command_with_a_record_of_its_own(preset, monkeypatch):
 
 def test_a_short_run(tmp_path):
     """The command as a user starts it, with a step that takes seconds and one for which there is no time."""
-    options = ["--minutes", "1.4", "--steps", "plan", "loading", "--output", str(tmp_path)]
+    options = ["--minutes", "1.4", "--steps", "plan", "loader", "--output", str(tmp_path)]
     command = [sys.executable, "-m", "benchmarks.run", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert "loading         skipped: takes 90 s, " in done.stdout and "plan            done, " in done.stdout
+    assert "loader          skipped: takes 90 s, " in done.stdout and "plan            done, " in done.stdout
     steps = json.loads((tmp_path / "steps.json").read_text())["results"]["steps"]
-    assert [(step["name"], step["status"]) for step in steps] == [("loading", "skipped"), ("plan", "done")]
+    assert [(step["name"], step["status"]) for step in steps] == [("loader", "skipped"), ("plan", "done")]
     assert json.loads((tmp_path / "plan.json").read_text())["finished"]
 
 
