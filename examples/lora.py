@@ -4,7 +4,7 @@ LoRA on your own data, then one merged model that loads like any other:
 
     python -m examples.lora --model llava-hr-7b-sft-1024-hf --data mine.jsonl --output llava-hr-7b-mine --bf16 true
 
-`--data` is in the LLaVA format (docs/training.md), pictures lie beside it. Options that this example does not know go
+`--data` is in any format of docs/training.md, with its images beside it. Options that this example does not know go
 to training.train, such as `--num_train_epochs 3`, `--lora_r 128`, `--dtype bfloat16`.
 """
 
@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
 
@@ -30,7 +30,7 @@ def main() -> None:
     arguments, options = parser.parse_known_args()
     if find_spec("peft") is None or find_spec("trl") is None:
         sys.exit('error: LoRA needs PEFT and TRL: pip install ".[training]" in the checkout')
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     from training.train import main as train
     from training.train import make_parser
@@ -51,8 +51,7 @@ def main() -> None:
     words = [word for name, value in defaults.items() for word in (f"--{name}", str(value))]
     train(*make_parser().parse_args_and_config([*words, *options]))
 
-    config = AutoConfig.from_pretrained(lora)
-    base = AutoModelForImageTextToText.from_pretrained(arguments.model, config=config)
+    base = AutoModelForImageTextToText.from_pretrained(PeftConfig.from_pretrained(lora).base_model_name_or_path)
     PeftModel.from_pretrained(base, lora).merge_and_unload().save_pretrained(arguments.output)
     processor.save_pretrained(arguments.output)
     print(f"python -m examples.ask --model {arguments.output}")

@@ -1,62 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Reports what is wrong with training data in the LLaVA format, row by row:
+Reports what is wrong with training data of any format, row by row:
 
     python -m training.check_data data/llava_v1_5_mix665k.json --image_folder data
 
-Every picture is decoded. The exit status is 1 if a row is broken.
+Every image is decoded. The exit status is 1 if a row is broken.
 """
 
-import argparse
-import os
 import re
 import sys
 from collections import Counter
+from dataclasses import dataclass, field
 
 from tqdm.auto import tqdm
+from transformers import AutoProcessor, HfArgumentParser
 
-from .data import describe, find_broken_rows, read_table
+from .data import DataConfig, LengthLimit, describe, find_broken_rows, load_table
 
 
-def check_data(file: str, image_folder: str | None = None, plain: bool = False) -> int:
+@dataclass
+class CheckOptions:
+    """What is checked. See [`~training.data.DataConfig`]."""
+
+    data_path: str = field(metadata={"help": "file, folder or Hub id of the data"})
+    image_folder: str | None = field(default=None, metadata={"help": "folder that relative image names start from"})
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a dataset with several"})
+    split: str = field(default="train", metadata={"help": "split of a dataset with several"})
+    plain: bool = field(default=False, metadata={"help": "the data is for stage 1: one image, one caption"})
+    model: str | None = field(default=None, metadata={"help": "whose processor counts tokens, for max_length"})
+    max_length: int | None = field(default=None, metadata={"help": "largest number of tokens, image tokens included"})
+
+
+def check_data(options: CheckOptions) -> int:
     """
     Prints a line for each broken row and a summary.
-
-    Args:
-        file (`str`): The data, a JSON array or JSON lines.
-        image_folder (`str`, *optional*): Where names of pictures begin; by default the folder of the file.
-        plain (`bool`, *optional*, defaults to `False`): Whether the data is for stage 1.
 
     Returns:
         `int`: The number of broken rows.
 
     Raises:
-        ValueError: If the file is no JSON.
+        ValueError: If the data cannot be read.
     """
-    table = read_table(file, plain)
-    if image_folder is None:
-        image_folder = os.path.dirname(os.path.abspath(file))
-    num_broken = 0
+    if (options.model is None) != (options.max_length is None):
+        raise ValueError("`model` and `max_length` belong together: give both, or neither.")
+    limit = LengthLimit(AutoProcessor.from_pretrained(options.model), options.max_length) if options.model else None
+    config = DataConfig(
+        options.data_path, options.image_folder, options.dataset_config, options.split, plain=options.plain
+    )
+    table, source = load_table(config)
+    broken = find_broken_rows(table, source, decode=True, limit=limit)
     kinds: Counter[str] = Counter()
-    for index, problems in find_broken_rows(table, image_folder, read_pictures=True):
-        tqdm.write(describe(table, index, problems))
-        num_broken += 1
+    columns = table.select_columns(["row", "id"])
+    for index, problems in broken.items():
+        tqdm.write(describe(columns[index], problems))
         # what is quoted or counted differs between rows with the same kind of problem
         kinds.update({re.sub(r"'[^']*'|\d+", "…", problem.split(":")[0]) for problem in problems})
-    print(f"{file}: {len(table)} rows, {num_broken} broken")
+    print(f"{options.data_path}: {len(table)} rows, {len(broken)} broken")
     for kind, count in kinds.most_common():
         print(f"  {count} rows: {kind}")
-    return num_broken
+    return len(broken)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        prog="python -m training.check_data", description=(check_data.__doc__ or "").split("\n")[1]
-    )
-    parser.add_argument("file", help="the data, a JSON array or JSON lines")
-    parser.add_argument("--image_folder", help="where names of pictures begin; by default the folder of the file")
-    parser.add_argument("--plain", action="store_true", help="the data is for stage 1: one picture, one caption")
+    arguments = sys.argv[1:]
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--data_path", *arguments]
+    (options,) = HfArgumentParser(CheckOptions).parse_args_into_dataclasses(arguments)
     try:
-        sys.exit(check_data(**vars(parser.parse_args())) > 0)
+        sys.exit(check_data(options) > 0)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -1,285 +1,452 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training data: the LLaVA format, or any `datasets` data set of chats, as lazily read messages and pictures."""
+"""Training data: rows of every supported format, converted to chats with image references once, and checked."""
 
-import hashlib
+import gc
+import io
 import itertools
 import json
 import os
+import random
 from collections.abc import Iterable, Iterator
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
+from glob import has_magic
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset, load_from_disk
-from filelock import FileLock
+import yaml
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    List,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
+from PIL import Image
 from tqdm.auto import tqdm
 
-from modeling_llava_hr import LlavaHrImageProcessorPil
+from modeling_llava_hr import LlavaHrImageProcessorPil, LlavaHrProcessor
+
+from .rows import convert_row, get_image, is_embedded, read_rows
 
 
-IMAGE_TAG = "<image>"
-ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 # The smallest views: only whether they can be made matters
-PICTURE_READER = LlavaHrImageProcessorPil(size=32, low_res_size=14)
-
-TEXT_COLUMNS = {"messages", "prompt", "completion", "conversations"}
+IMAGE_READER = LlavaHrImageProcessorPil(size=32, low_res_size=14)
+# How a complete file ends; in other formats, and where something follows the end, the image is decoded
+FILE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
+BUILDERS = {".csv": "csv", ".parquet": "parquet", ".tar": "webdataset"}
+ROW_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 MAX_MESSAGES = 20
+BATCH_SIZE = 1000
+# More tokens than a template puts around a message
+TOKENS_PER_MESSAGE = 16
 
+PART = {"type": Value("string"), "text": Value("string")}
 FEATURES = Features(
     {
+        "file": Value("string"),
+        "row": Value("int64"),
         "id": Value("string"),
-        "row": Value("string"),
-        "images": List(Value("string")),
-        "num_characters": Value("int32"),
+        "type": Value("string"),
+        "messages": List({"role": Value("string"), "content": List(PART)}),
+        # a file, or the keys that lead to the image in a row of the source
+        "images": List({"path": Value("string"), "keys": Value("string")}),
+        "num_answers": Value("int32"),
+        "num_bytes": Value("int32"),
         "problems": List(Value("string")),
     }
 )
 
 
-def read_rows(path: str | os.PathLike, chunk_size: int = 2**24) -> Iterator[tuple[Any, str]]:
+@dataclass
+class DataConfig:
     """
-    Reads the rows of a JSON array or of JSON lines one by one, so that a file of gigabytes needs little memory.
+    Where rows come from and how they are checked.
 
     Args:
-        path (`str` or `os.PathLike`): The file.
-        chunk_size (`int`, *optional*, defaults to 2**24): Characters to read at once.
-
-    Yields:
-        `tuple`: A row and its text in the file.
-
-    Raises:
-        ValueError: If the file is no JSON; says where.
+        data_path (`str`): A file (`.json`, `.jsonl`, both also `.gz`, `.parquet`, `.csv`, `.tar`, `.yaml`), a pattern
+            of such files, a folder written by `save_to_disk`, or whatever `datasets.load_dataset` accepts.
+        image_folder (`str`, *optional*): Folder that relative image names start from. Default: the folder of the
+            file, or the folder itself; for a dataset on the Hub the working directory.
+        name (`str`, *optional*): Configuration of a dataset with several.
+        split (`str`): Split of a dataset with several.
+        revision (`str`, *optional*): Revision of a dataset on the Hub.
+        streaming (`bool`): Whether `datasets` reads on demand.
+        plain (`bool`): Whether rows must be one image, one question and one answer (stage 1).
+        skip_broken (`bool`): Whether to leave broken rows out rather than refuse the data.
+        report (`Path`, *optional*): JSON Lines file that lists the rows that were left out.
     """
-    decoder, buffer, offset, end, depth = json.JSONDecoder(), "", 0, False, 0
-    with open(path, encoding="utf-8") as file:
-        while not end:
-            try:
-                chunk = file.read(chunk_size)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} is no text in UTF-8: {error.reason} after character {offset}.") from error
-            buffer, end = buffer + chunk, not chunk
-            # Rows are separated by a comma in an array, by a new line otherwise
-            position, length = 0, len(buffer)
-            while True:
-                while position < length and buffer[position] in "[], \t\r\n\ufeff":
-                    depth += {"[": 1, "]": -1}.get(buffer[position], 0)
-                    position += 1
-                if position == length:
-                    break
-                try:
-                    row, row_end = decoder.raw_decode(buffer, position)
-                except json.JSONDecodeError as error:
-                    if end:
-                        raise ValueError(
-                            f"{path} is neither a JSON array nor JSON lines: {error.msg} at character "
-                            f"{offset + error.pos}."
-                        ) from None
-                    break
-                except (RecursionError, ValueError) as error:
-                    raise ValueError(
-                        f"{path} has a row that cannot be read at character {offset + position}: {error}."
-                    ) from error
-                yield row, buffer[position:row_end]
-                position = row_end
-            buffer, offset = buffer[position:], offset + position
-    if depth:
-        raise ValueError(f"{path} is an array whose brackets do not match. Was it downloaded completely?")
+
+    data_path: str
+    image_folder: str | None = None
+    name: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    streaming: bool = False
+    plain: bool = False
+    skip_broken: bool = False
+    report: Path | None = None
+
+    @property
+    def folder(self) -> str:
+        """Folder that relative image names start from."""
+        if self.image_folder is not None:
+            return self.image_folder
+        if has_magic(self.data_path) or os.path.isfile(self.data_path):
+            return os.path.abspath(os.path.dirname(self.data_path))
+        return os.path.abspath(self.data_path) if os.path.isdir(self.data_path) else ""
 
 
-def find_problems(row: Any, plain: bool = False) -> list[str]:
-    """
-    What is wrong with the text of a row in the LLaVA format.
+@dataclass
+class RowsConfig(datasets.BuilderConfig):
+    """The arguments of [`RowsBuilder`]; `datasets` derives the cache key from them."""
 
-    Args:
-        row: The row: `id`, `image` (a name or a list of names; absent for text alone) and `conversations`, a list of
-            turns with `from` ("human" and "gpt" by turns, optionally "system" first) and `value`.
-        plain (`bool`, *optional*, defaults to `False`): Whether it must be one picture and one caption (stage 1).
+    path: str = ""
+    folder: str = ""
+    plain: bool = False
+    source: Dataset | None = None
+    states: tuple = ()
 
-    Returns:
-        `list[str]`: One message for each problem.
-    """
-    if not isinstance(row, dict):
-        return [f"it is no object with `conversations`, but {json.dumps(row)[:40]}"]
-    turns, names = row.get("conversations"), _image_names(row)
-    if not isinstance(names, list) or not all(isinstance(name, str) and name and is_unicode(name) for name in names):
-        return [f"`image` must be a name or a list of names, but is {json.dumps(row['image'])[:80]}"]
-    if not isinstance(turns, list) or not turns:
-        return ["`conversations` must be a list of at least one question and one answer"]
-    problems: list[str] = []
-    speakers: list[Any] = []
-    num_tags = 0
-    for index, turn in enumerate(turns):
-        speaker, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-        if speaker not in list(ROLES):
-            problems.append(f"turn {index} has the unknown speaker {speaker!r} (known are {', '.join(ROLES)})")
-        elif not isinstance(value, str):
-            problems.append(f"turn {index} has no text in `value`")
-        elif not is_unicode(value):
-            problems.append(f"turn {index} has half a character (an unpaired surrogate)")
+
+class RowsBuilder(datasets.ArrowBasedBuilder):
+    """Writes converted rows into the cache of `datasets`. `Dataset.from_generator` takes five times as long."""
+
+    BUILDER_CONFIG_CLASS = RowsConfig
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(features=FEATURES)
+
+    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        return [datasets.SplitGenerator(name=datasets.Split.TRAIN)]
+
+    def _generate_tables(self) -> Iterator[tuple[Any, pa.Table]]:
+        config = self.config
+        rows: Iterable = read_rows(config.path) if config.source is None else iterate(config.source)
+        converted = (convert(row, index, config) for index, row in enumerate(rows))
+        gc.disable()  # it would walk millions of dicts that reference counting frees: half of the time
+        try:
+            for number in itertools.count():
+                batch = list(itertools.islice(converted, BATCH_SIZE))
+                if not batch:
+                    return
+                columns = {name: [row[name] for row in batch] for name in FEATURES}
+                yield datasets.builder.Key(0, number), pa.Table.from_pydict(columns, schema=FEATURES.arrow_schema)
+        finally:
+            gc.enable()
+
+
+def iterate(source: Dataset) -> Iterator[dict]:
+    """The rows of a dataset, images undecoded as `{"bytes", "path"}`."""
+    for table in source.with_format("arrow").iter(batch_size=100):
+        yield from table.to_pylist()
+
+
+def read_source_row(source: Dataset, index: int) -> dict:
+    """One row of a dataset, images undecoded."""
+    return source.with_format("arrow")[index].to_pylist()[0]
+
+
+def convert(row: Any, index: int, config: RowsConfig) -> dict[str, Any]:
+    """A row as the table has it, embedded images checked. See [`~training.rows.convert_row`]."""
+    chat = convert_row(row, config.folder, config.plain)
+    references = []
+    for keys, image in chat.images:
+        if is_embedded(image):
+            problem = check_image(image)
+            chat.problems += [problem] if problem else []
+            references.append({"path": None, "keys": json.dumps(keys)})
         else:
-            num_tags += value.count(IMAGE_TAG)
-            if speaker == "gpt" and not value.strip():
-                problems.append(f"turn {index} is an empty answer")
-            if speaker != "human" and IMAGE_TAG in value:
-                problems.append(f"turn {index} by {speaker} has an {IMAGE_TAG} tag, which belongs to a human turn")
-        if speakers and speaker == speakers[-1]:
-            problems.append(f"turns {index - 1} and {index} are both by {speaker}")
-        speakers.append(speaker)
-    dialogue = speakers[speakers[0] == "system" :]
-    if "system" in dialogue:
-        problems.append("a system text must be the first turn")
-    if not problems and (dialogue[:1] != ["human"] or dialogue[-1] != "gpt"):
-        problems.append(f"it must begin with a human turn and end with a gpt turn, but has {', '.join(dialogue)}")
-    if num_tags != len(names):
-        problems.append(f"it has {num_tags} {IMAGE_TAG} tags, but {len(names)} pictures")
-    if plain and not problems and (len(names) != 1 or dialogue != ["human", "gpt"]):
-        problems.append("stage 1 takes rows of one picture, one question and one answer")
-    return problems
+            references.append({"path": image, "keys": None})
+    return {
+        "file": config.path,
+        "row": index,
+        "id": chat.id or str(index),
+        "type": chat.type,
+        "messages": [] if chat.problems else chat.messages,
+        "images": [] if chat.problems else references,
+        "num_answers": chat.num_answers,
+        "num_bytes": 0 if chat.problems else chat.num_bytes,
+        "problems": chat.problems,
+    }
 
 
-def is_unicode(text: str) -> bool:
-    """Whether there is no unpaired surrogate in a text: JSON lets them through, tokenizers and Arrow do not."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _image_names(row: dict) -> list[str]:
-    image = row.get("image")
-    if image is None:
-        return []
-    return [image] if isinstance(image, str) else image
-
-
-def read_table(path: str | os.PathLike, plain: bool = False) -> Dataset:
+def check_image(image: str | bytes | dict, decode: bool = False) -> str | None:
     """
-    Rows of a file in the LLaVA format as a memory-mapped table, written once into the cache of `datasets`.
+    What is wrong with an image.
 
     Args:
-        path (`str` or `os.PathLike`): The file, a JSON array or JSON lines.
-        plain (`bool`, *optional*, defaults to `False`): See [`find_problems`].
+        image (`str`, `bytes` or `dict`): A path, the content of a file, or `{"bytes": ...}`.
+        decode (`bool`): Whether to decode it. Otherwise only header and end of the file are read, unless they leave
+            doubts.
 
     Returns:
-        `Dataset` with `id`, `row` (its text in the file), `images` (names), `num_characters` and `problems`.
+        `str`: The problem, or `None`.
+    """
+    content = image["bytes"] if isinstance(image, dict) else image
+    name = "embedded in the row" if not isinstance(content, str) else repr(content)
+    if isinstance(content, str) and not os.path.exists(content):
+        return f"image {name} is missing"
+    try:
+        if decode or not has_expected_end(content):
+            IMAGE_READER(Path(content) if isinstance(content, str) else content)
+    except (OSError, ValueError) as error:
+        return f"image {name} is broken: {error.__cause__ or error}"
+    return None
+
+
+def has_expected_end(content: str | bytes) -> bool:
+    """Whether an image has a readable header, an ordinary size, and ends as complete files of its format do."""
+    try:
+        with open(content, "rb") if isinstance(content, str) else io.BytesIO(content) as file:
+            with Image.open(file) as image:
+                end = FILE_ENDS.get(image.format or "")
+                unusual = max(image.size) > 50 * min(image.size)
+            if end is None or unusual:
+                return False
+            file.seek(-len(end), os.SEEK_END)
+            return file.read() == end
+    except Exception:  # every decoder has its own; decoding the image says what is wrong
+        return False
+
+
+def find_source(config: DataConfig) -> Dataset | IterableDataset | None:
+    """
+    What `datasets` reads itself; `None` for JSON, of which `datasets` would hold whole arrays in memory and whose rows
+    may differ in their fields.
 
     Raises:
-        ValueError: If the file is no JSON.
+        FileNotFoundError: If a file does not exist.
+        ValueError: If the suffix, configuration or split is unknown; lists the known ones.
     """
-    path, states = os.path.abspath(path), [os.stat(file) for file in (path, __file__)]
-    key = repr([path, plain, *((state.st_size, state.st_mtime_ns) for state in states)])
-    table = Path(datasets.config.HF_DATASETS_CACHE, "llava", f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.arrow")
-    if not table.exists():
-        table.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = table.with_suffix(".incomplete")
-        # one process of all nodes writes; what a killed one has left is written over
-        with FileLock(table.with_suffix(".lock")):
-            if not table.exists():
-                _write_table(path, plain, unfinished)
-                unfinished.replace(table)
-    return Dataset.from_file(str(table))
-
-
-def _write_table(path: str, plain: bool, table: Path) -> None:
-    rows = iter(tqdm(read_rows(path), desc=f"Reading {os.path.basename(path)}", unit=" rows"))
+    path, suffix = config.data_path, Path(config.data_path.removesuffix(".gz")).suffix
+    is_file = os.path.isfile(path)
+    if path.endswith(ROW_SUFFIXES) or suffix in BUILDERS:
+        if not is_file and not has_magic(path):
+            raise FileNotFoundError(f"The data file {path} (`data_path` or `eval_data_path`) does not exist.")
+        if path.endswith(ROW_SUFFIXES):
+            return None
+        return load_dataset(BUILDERS[suffix], data_files=path, split="train", streaming=config.streaming)
+    if is_file:
+        known = ", ".join([*ROW_SUFFIXES, *BUILDERS, ".yaml"])
+        raise ValueError(f"`data_path` ({path}) is of an unknown kind: its name must end with {known}.")
+    if os.path.isfile(os.path.join(path, "state.json")) or os.path.isfile(os.path.join(path, "dataset_dict.json")):
+        source = load_from_disk(path)
+        if isinstance(source, DatasetDict):
+            if config.split not in source:
+                raise ValueError(f"`data_path` ({path}) has no split {config.split!r}, but {', '.join(source)}.")
+            source = source[config.split]
+        return source.to_iterable_dataset() if config.streaming else source
     try:
-        with pa.OSFile(str(table), "wb") as file, pa.ipc.new_stream(file, FEATURES.arrow_schema) as writer:
-            for batch in _to_batches(rows, plain):
-                writer.write_batch(batch)
-    except BaseException:
-        table.unlink(missing_ok=True)
+        return load_dataset(
+            path, config.name, split=config.split or "train", revision=config.revision, streaming=config.streaming
+        )
+    except ValueError as error:  # an unknown configuration or split; `datasets` lists the known ones
+        raise ValueError(f"`data_path` ({path}): {error}") from error
+
+
+def read_table(config: DataConfig, source: Dataset | None) -> Dataset:
+    """
+    Converts all rows once, into the cache of `datasets`.
+
+    Args:
+        config ([`DataConfig`]): Where rows come from.
+        source (`Dataset`, *optional*): See [`find_source`].
+
+    Returns:
+        `Dataset` with the columns of `FEATURES`, memory-mapped.
+
+    Raises:
+        ValueError: If a file is not JSON; says where.
+    """
+    files = [__file__, *([config.data_path] if source is None else [])]
+    states = tuple((state.st_size, state.st_mtime_ns) for state in map(os.stat, files))
+    path = os.path.abspath(config.data_path) if os.path.exists(config.data_path) else config.data_path
+    builder = RowsBuilder(
+        cache_dir=datasets.config.HF_DATASETS_CACHE,
+        path=path,
+        folder=config.folder,
+        plain=config.plain,
+        source=source,
+        states=states,
+    )
+    try:
+        builder.download_and_prepare()
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, (OSError, ValueError)):
+            raise error.__cause__ from None
         raise
+    return builder.as_dataset(split="train")
 
 
-def _to_batches(rows: Iterator[tuple[Any, str]], plain: bool, batch_size: int = 1000) -> Iterator[pa.RecordBatch]:
-    for start in itertools.count(step=batch_size):
-        columns: dict[str, list] = {name: [] for name in FEATURES}
-        for index, (row, text) in enumerate(itertools.islice(rows, batch_size), start):
-            problems = find_problems(row, plain)
-            row_id = str(row.get("id", index) if isinstance(row, dict) else index)
-            columns["id"].append(row_id.encode(errors="replace").decode())
-            columns["row"].append(text)
-            columns["images"].append([] if problems else _image_names(row))
-            columns["num_characters"].append(
-                0 if problems else sum(len(turn["value"]) for turn in row["conversations"])
-            )
-            columns["problems"].append(problems)
-        if not columns["id"]:
-            return
-        yield pa.RecordBatch.from_pydict(columns, schema=FEATURES.arrow_schema)
+def read_mixture(config: DataConfig) -> Dataset:
+    """
+    The rows of a mixture in LLaVA-NeXT's YAML form: `datasets`, a list of `json_path` and `sampling_strategy` (`all`,
+    or `first`, `end` or `random` with a number or a percentage, such as `random:10%`).
+
+    Raises:
+        ValueError: If the file does not have this form.
+    """
+    with open(config.data_path, encoding="utf-8") as file:
+        content = yaml.safe_load(file)
+    entries = content.get("datasets") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(e, dict) and "json_path" in e for e in entries):
+        raise ValueError(f"{config.data_path} must have `datasets`, a list of entries with `json_path`.")
+    tables = []
+    for entry in entries:
+        path = os.path.join(os.path.dirname(config.data_path), entry["json_path"])
+        if not path.endswith(ROW_SUFFIXES):
+            raise ValueError(f"`json_path` ({path}) in {config.data_path} must end with {', '.join(ROW_SUFFIXES)}.")
+        part = DataConfig(path, config.image_folder, plain=config.plain)
+        find_source(part)  # whether the file exists
+        table = read_table(part, None)
+        tables.append(table.select(sample_rows(len(table), str(entry.get("sampling_strategy", "all")))))
+    return concatenate_datasets(tables)
+
+
+def sample_rows(num_rows: int, strategy: str) -> list[int] | range:
+    """Indices that a sampling strategy of [`read_mixture`] chooses."""
+    kind, _, amount = strategy.partition(":")
+    try:
+        share = amount.endswith("%")
+        number = min(num_rows, -(-num_rows * int(amount[:-1]) // 100) if share else int(amount or num_rows))
+    except ValueError:
+        kind = ""
+    if kind == "random":
+        return sorted(random.Random(0).sample(range(num_rows), number))
+    choices = {"all": range(num_rows)} if not amount else {}
+    if kind in ("first", "end"):
+        choices[kind] = range(number) if kind == "first" else range(num_rows - number, num_rows)
+    if kind not in choices:
+        raise ValueError(
+            f"`sampling_strategy` must be all, first:N, end:N or random:N (a number or percentage), not {strategy!r}."
+        )
+    return choices[kind]
 
 
 def find_broken_rows(
-    table: Dataset, image_folder: str | os.PathLike, read_pictures: bool = False
-) -> Iterator[tuple[int, list[str]]]:
+    table: Dataset,
+    source: Dataset | None = None,
+    decode: bool = False,
+    limit: "LengthLimit | None" = None,
+) -> dict[int, list[str]]:
     """
     The rows that cannot be trained on.
 
     Args:
         table (`Dataset`): See [`read_table`].
-        image_folder (`str` or `os.PathLike`): Where names of pictures begin.
-        read_pictures (`bool`, *optional*, defaults to `False`):
-            Whether to decode every picture, rather than look whether its file is there.
+        source (`Dataset`, *optional*): Has the embedded images of the rows.
+        decode (`bool`): Whether to decode every image, rather than read the header and end of its file.
+        limit ([`LengthLimit`], *optional*): Largest number of tokens.
 
-    Yields:
-        `tuple`: Index of a row and what is wrong with it.
+    Returns:
+        `dict[int, list[str]]`: Indices of rows and what is wrong with them.
     """
-    # One listing instead of a look-up for each of its files: much faster, above all on network file systems
-    list_files = cache(lambda folder: frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset())
+    columns = table.with_format("arrow")[:]
+    has_problems = pc.greater(pc.list_value_length(columns["problems"]), 0).to_numpy()
+    broken = {int(index): columns["problems"][index].as_py() for index in np.flatnonzero(has_problems)}
+    images = columns["images"].combine_chunks()
+    rows = pc.list_parent_indices(images).to_numpy()
+    paths = images.flatten().field("path")
+    with ThreadPool(os.cpu_count()) as pool:  # reading and decoding release Python's lock
+        names = pc.drop_null(pc.unique(paths)).to_pylist()
+        check = partial(check_image, decode=decode)
+        found = tqdm(pool.imap(check, names, chunksize=64), "Checking images", len(names), unit=" files")
+        problems = {name: problem for name, problem in zip(names, found, strict=True) if problem}
+        for position in np.flatnonzero(pc.is_in(paths, pa.array(list(problems), pa.string())).to_numpy(False)):
+            broken.setdefault(int(rows[position]), []).append(problems[paths[position].as_py()])
+        if decode and source is not None:
+            embedded = [(int(row), i) for i, row in enumerate(rows) if not paths[i].is_valid]
+            keys = images.flatten().field("keys")
 
-    def find_picture_problem(name: str) -> str | None:
-        if not is_inside(image_folder, name):
-            return f"picture {name!r} lies outside of {os.fspath(image_folder)!r}"
-        folder, file = os.path.split(os.path.join(image_folder, name))
-        if file not in list_files(folder):
-            return f"picture {name!r} is missing in {os.fspath(image_folder)!r}"
-        try:
-            if read_pictures:
-                PICTURE_READER(Path(folder, file))
-        except ValueError as error:
-            return f"picture {name!r} is broken: {error.__cause__ or error}"
-        return None
+            def check_embedded(place: tuple[int, int]) -> str | None:
+                return check_image(get_image(read_source_row(source, place[0]), keys[place[1]].as_py()), decode)
 
-    def find(columns: tuple[list[str], list[str]]) -> list[str]:
-        problems, names = columns
-        return problems + list(filter(None, map(find_picture_problem, names)))
-
-    rows = zip(*(table.data[name].to_pylist() for name in ("problems", "images")), strict=True)
-    if not read_pictures:
-        yield from ((index, problems) for index, problems in enumerate(map(find, rows)) if problems)
-        return
-    with ThreadPool(os.cpu_count()) as pool:  # PIL decodes outside of Python's lock
-        found = tqdm(pool.imap(find, rows, chunksize=64), "Checking rows", len(table), unit=" rows")
-        yield from ((index, problems) for index, problems in enumerate(found) if problems)
+            found = tqdm(
+                pool.imap(check_embedded, embedded), "Checking embedded images", len(embedded), unit=" images"
+            )
+            for (row, _), problem in zip(embedded, found, strict=True):
+                if problem:
+                    broken.setdefault(row, []).append(problem)
+    if limit is not None:
+        for index, problem in limit.find_long_rows(table):
+            broken.setdefault(index, []).append(problem)
+    return dict(sorted(broken.items()))
 
 
-def is_inside(folder: str | os.PathLike, name: str) -> bool:
+@dataclass
+class LengthLimit:
     """
-    Whether a name stays below a folder: data of others must not climb out of it, nor lead to the network. An absolute
-    name says openly where it leads, and is as good as one below.
+    Largest number of tokens of a chat, image tokens included; counted without reading an image.
+
+    Args:
+        processor ([`LlavaHrProcessor`]): Its chat template, tokenizer and sizes count.
+        max_length (`int`): Largest number of tokens.
     """
-    if "://" in name:
-        return False
-    if os.path.isabs(name) or ".." not in name:
-        return True
-    folder = os.path.abspath(folder)
-    return os.path.abspath(os.path.join(folder, name)).startswith(os.path.join(folder, ""))
+
+    processor: LlavaHrProcessor
+    max_length: int
+
+    def __post_init__(self) -> None:
+        (self.per_image,) = self.processor._get_num_multimodal_tokens(image_sizes=[(1, 1)]).num_image_tokens
+
+    def count(self, chats: list[list[dict]]) -> list[int]:
+        """Number of tokens of each chat."""
+        texts = self.processor.apply_chat_template([to_messages(chat) for chat in chats])
+        ids = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        image_id = self.processor.image_token_id
+        return [len(row) + row.count(image_id) * (self.per_image - 1) for row in ids]
+
+    def find_long_rows(self, table: Dataset) -> Iterator[tuple[int, str]]:
+        """Indices of rows that are too long, and what to say. A token is at least a byte, so only long rows count."""
+        columns = table.with_format("arrow")[:]
+        num_images, num_messages = (pc.list_value_length(columns[name]).to_numpy() for name in ("images", "messages"))
+        bound = columns["num_bytes"].to_numpy() + num_images * (self.per_image + 2) + num_messages * TOKENS_PER_MESSAGE
+        bound += self.count([[{"role": "user", "content": []}]])[0]
+        candidates = np.flatnonzero((bound > self.max_length) & (num_messages > 0))
+        for start in range(0, len(candidates), BATCH_SIZE):
+            indices = candidates[start : start + BATCH_SIZE]
+            counts = self.count(table[indices]["messages"])
+            yield from (
+                (int(i), self.describe(n)) for i, n in zip(indices, counts, strict=True) if n > self.max_length
+            )
+
+    def describe(self, num_tokens: int) -> str:
+        """What is wrong with a row of so many tokens."""
+        return f"it has {num_tokens} tokens, more than {self.max_length} (`max_length`, or the model's context)"
+
+
+def to_messages(messages: list[dict]) -> list[dict]:
+    """Messages without the empty fields that Arrow adds."""
+    return [
+        {**message, "content": [{k: v for k, v in part.items() if v is not None} for part in message["content"]]}
+        for message in messages
+    ]
+
+
+def describe(row: dict, problems: list[str]) -> str:
+    """One line about a broken row."""
+    return f"row {row['row']} (id {row['id']!r}): {'; '.join(problems)}"
 
 
 def write_whole(file: Path, text: str) -> None:
     """
-    Writes a file so that it is there with all of its text, or as it was before.
+    Writes a file atomically.
 
     Raises:
         OSError: If it cannot be written; names it.
     """
     unfinished = file.with_name(f".{file.name}.incomplete")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(text)
         unfinished.replace(file)
     except OSError as error:
@@ -287,199 +454,150 @@ def write_whole(file: Path, text: str) -> None:
         raise OSError(f"{file} could not be written: {error}. Make room, or name another folder.") from error
 
 
-def to_messages(conversations: list[dict]) -> list[dict]:
-    """
-    Turns of the LLaVA format as messages. Pictures come first in their message, wherever their tags stand, as in the
-    released code's data loader.
-
-    Args:
-        conversations (`list[dict]`): Turns with `from` and `value`.
-
-    Returns:
-        `list[dict]`: Messages with `role` and `content`, a list of parts.
-    """
-    return [
-        {"role": ROLES.get(turn["from"], turn["from"]), "content": _to_parts(turn["value"])} for turn in conversations
-    ]
-
-
-def _to_parts(text: str) -> list[dict]:
-    num_images = text.count(IMAGE_TAG)
-    if num_images:
-        text = text.replace(IMAGE_TAG, "").strip()
-    return [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
-
-
-def to_chats(batch: dict[str, list], image_folder: str = "") -> dict[str, list]:
-    """
-    Samples of any supported form as TRL's collator takes them.
-
-    Args:
-        batch (`dict[str, list]`): Columns: `messages`, or `prompt` and `completion`, or `conversations`; and
-            `images`, `image` or none.
-        image_folder (`str`, *optional*): Put before names of pictures; by default the working directory.
-
-    Returns:
-        `dict[str, list]` with `messages` and `images`. Pictures given by name are paths: the image processor reads
-        them when their batch is made. With `prompt` and `completion` also `num_answers`: only so many answers, the
-        last ones, are learned; those inside the prompt are not.
-
-    Raises:
-        ValueError: If a name leads out of the folder, or to the network.
-    """
-    learned = {}
-    if "conversations" in batch:
-        chats = [to_messages(turns) for turns in batch["conversations"]]
-    elif "messages" in batch:
-        chats = batch["messages"]
-    else:
-        prompts = [_to_list("user", prompt) for prompt in batch["prompt"]]
-        completions = [_to_list("assistant", completion) for completion in batch["completion"]]
-        chats = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        learned["num_answers"] = [sum(m["role"] == "assistant" for m in completion) for completion in completions]
-    if "images" in batch:
-        images = [images or [] for images in batch["images"]]
-    elif "image" in batch:
-        images = [[] if image is None else [image] for image in batch["image"]]
-    else:
-        images = [[] for _ in chats]
-    for name in (image for row in images for image in row if isinstance(image, str)):
-        if not is_inside(image_folder, name):
-            folder = image_folder or "the working directory"
-            raise ValueError(f"Picture {name!r} lies outside of `image_folder` ({folder}). Name another.")
-    images = [[Path(image_folder, image) if isinstance(image, str) else image for image in row] for row in images]
-    return {"messages": [_with_tags_as_parts(chat) for chat in chats], "images": images, **learned}
-
-
-def _to_list(role: str, text: str | list[dict]) -> list[dict]:
-    return text if isinstance(text, list) else [{"role": role, "content": text}]
-
-
-def _with_tags_as_parts(messages: list[dict]) -> list[dict]:
-    has_tag = any(isinstance(m["content"], str) and IMAGE_TAG in m["content"] for m in messages)
-    if not has_tag:
-        return messages
-    return [m if isinstance(m["content"], list) else {**m, "content": _to_parts(m["content"])} for m in messages]
-
-
-def describe(table: Dataset, index: int, problems: list[str]) -> str:
-    """One line about a broken row."""
-    return f"row {index} (id {table[index]['id']!r}): {'; '.join(problems)}"
+def read_report(report: Path | None) -> list[dict]:
+    """The rows that a report lists."""
+    if report is None or not report.exists():
+        return []
+    return [json.loads(line) for line in report.read_text().splitlines()]
 
 
 def leave_out_broken_rows(
-    table: Dataset, path: str, image_folder: str | os.PathLike, skip_broken: bool, report: str | os.PathLike
+    table: Dataset, source: Dataset | None, config: DataConfig, limit: LengthLimit | None
 ) -> Dataset:
     """
-    Refuses data with broken rows, or leaves them out and writes down which.
-
-    Args:
-        table (`Dataset`): See [`read_table`].
-        path (`str`): The file that it was read from, for messages.
-        image_folder (`str` or `os.PathLike`): Where names of pictures begin.
-        skip_broken (`bool`): Whether to leave broken rows out. Every picture is decoded to find them.
-        report (`str` or `os.PathLike`): JSON file for what was left out. If it is there already, the same rows are
-            left out again, so that a run that goes on sees the same data.
+    Refuses data with broken rows, or leaves them out and lists them in the report. If there is a report, the same rows
+    are left out again, so that a resumed run sees the same data.
 
     Raises:
         ValueError: If rows are broken and not to be skipped, or all are.
     """
-    report = Path(report)
-    if skip_broken and report.exists():
-        broken = json.loads(report.read_text())
+    if config.skip_broken and config.report is not None and config.report.exists():
+        known = {(entry["file"], entry["row"]) for entry in read_report(config.report) if "replaced_by" not in entry}
+        places = zip(table["file"], table["row"], strict=True) if known else ()
+        broken = {index for index, place in enumerate(places) if place in known}
     else:
-        found = find_broken_rows(table, image_folder, read_pictures=skip_broken)
-        broken = [{"row": index, "id": table[index]["id"], "problems": problems} for index, problems in found]
-    if broken and not skip_broken:
-        lines = [describe(table, row["row"], row["problems"]) for row in broken[:MAX_MESSAGES]]
-        raise ValueError(
-            f"{len(broken)} of {len(table)} rows in {path} are broken:\n" + "\n".join(lines) + "\n"
-            "See all with `python -m training.check_data`, mend them, or leave them out with `skip_broken: true`."
-        )
-    if skip_broken and not report.exists():
-        report.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(report, json.dumps(broken, indent=1))
-    if not broken:
-        return table
+        problems = find_broken_rows(table, source, limit=limit)
+        broken = set(problems)
+        columns = table.select_columns(["file", "row", "id"])
+        entries = ({**columns[index], "problems": found} for index, found in problems.items())
+        if broken and not config.skip_broken:
+            lines = [describe(entry, entry["problems"]) for entry in itertools.islice(entries, MAX_MESSAGES)]
+            raise ValueError(
+                f"{len(broken)} of {len(table)} rows in {config.data_path} are broken:\n" + "\n".join(lines) + "\n"
+                "See all with `python -m training.check_data`, fix them, or leave them out with `skip_broken: true`."
+            )
+        if config.skip_broken and config.report is not None:
+            write_whole(config.report, "".join(json.dumps(entry) + "\n" for entry in entries))
     if len(broken) == len(table):
-        raise ValueError(f"All {len(table)} rows in {path} are broken; see {report}.")
-    return table.select(sorted(set(range(len(table))) - {row["row"] for row in broken}))
+        raise ValueError(f"All {len(table)} rows in {config.data_path} are broken; see {config.report}.")
+    return table.select(sorted(set(range(len(table))) - broken)) if broken else table
 
 
-def load_data(
-    data_path: str,
-    image_folder: str | None = None,
-    *,
-    plain: bool = False,
-    skip_broken: bool = False,
-    report: str | os.PathLike = "skipped_rows.json",
-    split: str = "train",
-    streaming: bool = False,
-    batch_size: int = 1,
-) -> Dataset | IterableDataset:
+def read_images(row: dict, source: Dataset | dict | None) -> list[Image.Image]:
     """
-    Loads training data as chats with pictures that are read when their turn comes.
+    The images of a row of the table, decoded.
 
     Args:
-        data_path (`str`):
-            A file in the LLaVA format, or anything that `datasets` loads (a data file, a folder, a folder written by
-            `save_to_disk`, a Hub id) with `messages`, `prompt` and `completion`, or `conversations`, and optionally
-            `images` or `image`.
-        image_folder (`str`, *optional*):
-            Where names of pictures begin; by default the folder of the file or the folder itself, for what the Hub
-            has the working directory.
-        plain, skip_broken, report: See [`find_problems`] and [`leave_out_broken_rows`]; for the LLaVA format.
-        split (`str`, *optional*, defaults to `"train"`): Split of what `datasets` loads.
-        streaming (`bool`, *optional*, defaults to `False`): Whether `datasets` reads on demand.
-        batch_size (`int`, *optional*, defaults to 1): See [`group_by_modality`]; for streaming.
-
-    Returns:
-        `Dataset` or, if streaming, `IterableDataset` of `messages` and `images`.
+        row (`dict`): A row of the table.
+        source (`Dataset` or `dict`, *optional*): Has its embedded images, or is the row of the source.
 
     Raises:
-        FileNotFoundError: If a data file does not exist.
-        ValueError: If the data has no form that is known here, or broken rows.
+        ValueError: If one cannot be decoded; names row and file.
     """
-    if Path(data_path).suffix in (".json", ".jsonl", ".csv", ".parquet") and not os.path.exists(data_path):
-        raise FileNotFoundError(f"The data file {data_path} (`data_path` or `eval_data_path`) does not exist.")
-    if image_folder is None:
-        folder = os.path.dirname(data_path) if os.path.isfile(data_path) else data_path
-        image_folder = os.path.abspath(folder) if os.path.exists(data_path) else ""
-    if is_llava_file(data_path):
-        table = read_table(data_path, plain)
-        table = leave_out_broken_rows(table, data_path, image_folder, skip_broken, report)
-        return table.with_transform(partial(_rows_to_chats, image_folder=image_folder))
-    if os.path.isfile(data_path):
-        suffix = Path(data_path).suffix.removeprefix(".")
-        builder = {"jsonl": "json"}.get(suffix, suffix)
-        dataset = load_dataset(builder, data_files=data_path, split="train", streaming=streaming)
-    elif os.path.isfile(os.path.join(data_path, "state.json")):
-        dataset = load_from_disk(data_path)
-        dataset = dataset.to_iterable_dataset() if streaming else dataset
-    else:
-        dataset = load_dataset(data_path, split=split, streaming=streaming)
-    columns = dataset.column_names or list(next(iter(dataset)))
-    if not {"messages", "conversations"} & set(columns) and not {"prompt", "completion"} <= set(columns):
-        raise ValueError(
-            f"`data_path` ({data_path}) must have a column `messages` or `conversations`, or both `prompt` and "
-            f"`completion`, but has {', '.join(columns)}."
-        )
-    transform = partial(to_chats, image_folder=image_folder)
-    if not streaming:
-        return dataset.with_transform(transform)
-    stream = dataset.map(transform, batched=True, batch_size=1, remove_columns=columns)
-    return IterableDataset.from_generator(group_by_modality, gen_kwargs={"stream": stream, "batch_size": batch_size})
+    images = []
+    for image in row["images"]:
+        if image["path"]:
+            content = Path(image["path"])  # a path, and never an address
+        else:
+            content = get_image(
+                source if isinstance(source, dict) else read_source_row(source, row["row"]), image["keys"]
+            )
+        try:
+            images.append(IMAGE_READER.process_image(IMAGE_READER.fetch_images(content), do_convert_rgb=True))
+        except ValueError as error:
+            name = repr(image["path"]) if image["path"] else "embedded in the row"
+            problem = f"image {name} is broken: {error.__cause__ or error}"
+            raise ValueError(f"{describe(row, [problem])} ({row['file']})") from error
+    return images
 
 
-def group_by_modality(stream: Iterable[dict], batch_size: int) -> Iterator[dict]:
+def to_sample(row: dict, images: list[Image.Image]) -> dict[str, Any]:
+    """A row of the table as TRL's collator takes it; of its answers the last `num_answers` are learned."""
+    return {"messages": to_messages(row["messages"]), "images": images, "num_answers": row["num_answers"]}
+
+
+def read_samples(
+    batch: dict[str, list], table: Dataset, source: Dataset | None, config: DataConfig
+) -> dict[str, list]:
     """
-    The samples of a stream in another order: `batch_size` with pictures or `batch_size` without at a time, so that no
+    Samples for rows of the table. With `skip_broken` a row whose images cannot be decoded is replaced by the next one
+    of its kind that can, and listed in the report.
+    """
+    samples = []
+    for values in zip(*batch.values(), strict=True):
+        row = dict(zip(batch, values, strict=True))
+        try:
+            images = read_images(row, source)
+        except ValueError as error:
+            if not config.skip_broken:
+                raise
+            other, images = find_replacement(row, table, source)
+            record(row, [str(error)], config, replaced_by=other["row"])
+            row = other
+        samples.append(to_sample(row, images))
+    return {name: [sample[name] for sample in samples] for name in samples[0]}
+
+
+def find_replacement(row: dict, table: Dataset, source: Dataset | None) -> tuple[dict, list[Image.Image]]:
+    """The next row of the same kind whose images can be decoded, and these."""
+    for step in range(1, len(table) + 1):
+        other = table[(row["row"] + step) % len(table)]
+        try:
+            if bool(other["images"]) == bool(row["images"]):
+                return other, read_images(other, source)
+        except ValueError:
+            continue
+    raise ValueError(f"No image of {row['file']} can be decoded.")
+
+
+def record(row: dict, problems: list[str], config: DataConfig, **more: Any) -> None:
+    """Lists a row in the report, unless it is there."""
+    entry = {**{name: row[name] for name in ("file", "row", "id")}, "problems": problems, **more}
+    if config.report is not None and entry not in read_report(config.report):
+        config.report.parent.mkdir(parents=True, exist_ok=True)
+        with config.report.open("a") as file:  # one short line: worker processes do not mix theirs
+            file.write(json.dumps(entry) + "\n")
+
+
+def stream_samples(
+    source: IterableDataset, config: DataConfig, limit: LengthLimit | None, batch_size: int
+) -> Iterator:
+    """
+    The samples of a stream in another order: `batch_size` with images or `batch_size` without at a time, so that no
     batch mixes them. At the end, each of the two kinds is filled up with some of its last samples again.
+
+    Raises:
+        ValueError: If a row is broken and not to be skipped; names it.
     """
+    rows_config = RowsConfig(path=config.data_path, folder=config.folder, plain=config.plain)
     waiting: dict[bool, list[dict]] = {True: [], False: []}
-    for sample in stream:
-        group = waiting[len(sample["images"]) > 0]
-        group.append(sample)
+    source = source.decode(False) if source.features else source
+    for index, source_row in enumerate(source):
+        row = convert(source_row, index, rows_config)
+        problems, images = row["problems"], []
+        if limit is not None and not problems and (num_tokens := limit.count([row["messages"]])[0]) > limit.max_length:
+            problems = [limit.describe(num_tokens)]
+        try:
+            images = read_images(row, source_row)
+        except ValueError as error:
+            problems = [str(error)]
+        if problems and not config.skip_broken:
+            raise ValueError(f"{config.data_path}, {describe(row, problems)}. Fix it, or set `skip_broken: true`.")
+        if problems:
+            record(row, problems, config)
+            continue
+        group = waiting[bool(images)]
+        group.append(to_sample(row, images))
         if len(group) == batch_size:
             yield from group
             group.clear()
@@ -487,41 +605,44 @@ def group_by_modality(stream: Iterable[dict], batch_size: int) -> Iterator[dict]
         yield from itertools.islice(itertools.cycle(group), batch_size)
 
 
-def is_llava_file(path: str) -> bool:
-    """Whether a path is a JSON file whose first row has `conversations`, or is no row of another known form."""
-    if Path(path).suffix not in (".json", ".jsonl") or not os.path.isfile(path):
-        return False
-    row, _ = next(read_rows(path, chunk_size=2**16), ({}, ""))
-    return not isinstance(row, dict) or not {"messages", "prompt"} & set(row)
+def load_data(config: DataConfig, limit: LengthLimit | None = None, batch_size: int = 1) -> Dataset | IterableDataset:
+    """
+    Loads training data as chats with images that are decoded when their turn comes.
+
+    Args:
+        config ([`DataConfig`]): Where rows come from and how they are checked.
+        limit ([`LengthLimit`], *optional*): Largest number of tokens.
+        batch_size (`int`, *optional*, defaults to 1): Samples of one kind in a row; for streaming.
+
+    Returns:
+        `Dataset`, or `IterableDataset` if `datasets` reads on demand, of `messages`, `images` and `num_answers`.
+
+    Raises:
+        FileNotFoundError: If a data file does not exist.
+        ValueError: If the data has no supported form, or broken rows.
+    """
+    table, source = load_table(config)
+    if table is None:
+        arguments = {"source": source, "config": config, "limit": limit, "batch_size": batch_size}
+        return IterableDataset.from_generator(stream_samples, gen_kwargs=arguments)
+    table = leave_out_broken_rows(table, source, config, limit)
+    return table.with_transform(partial(read_samples, table=table, source=source, config=config))
 
 
-def _rows_to_chats(batch: dict[str, list], image_folder: str) -> dict[str, list]:
-    rows = [json.loads(row) for row in batch["row"]]
-    images = [_image_names(row) for row in rows]
-    return to_chats({"conversations": [row["conversations"] for row in rows], "images": images}, image_folder)
+def load_table(config: DataConfig) -> tuple[Dataset | None, Dataset | IterableDataset | None]:
+    """The converted rows (`None` for a stream) and their source (`None` for JSON)."""
+    if config.data_path.endswith((".yaml", ".yml")):
+        return read_mixture(config), None
+    source = find_source(config)
+    return None if isinstance(source, IterableDataset) else read_table(config, source), source
 
 
 def get_lengths(dataset: Dataset) -> tuple[list[int], list[bool]]:
     """
-    What samples are grouped by, found without reading a picture.
+    What samples are grouped by: for each the length of its text, and whether it has an image.
 
     Args:
         dataset (`Dataset`): See [`load_data`].
-
-    Returns:
-        `tuple`: For each sample, the length of its text and whether it has a picture.
     """
-    columns = dataset.column_names
-    if "num_characters" in columns:
-        lengths = dataset.select_columns(["num_characters"]).with_format("arrow")[:]["num_characters"].to_pylist()
-    else:
-        text = dataset.with_format(None).select_columns(sorted(set(columns) & TEXT_COLUMNS))
-        lengths = text.map(lambda row: {"length": len(str(row))}, remove_columns=text.column_names)["length"][:]
-    if "images" in columns:
-        pictures = dataset.select_columns(["images"]).with_format("arrow")[:]["images"]
-        has_picture = pc.fill_null(pc.greater(pc.list_value_length(pictures), 0), False)
-    elif "image" in columns:
-        has_picture = dataset.select_columns(["image"]).with_format("arrow")[:]["image"].is_valid()
-    else:
-        return lengths, [False] * len(lengths)
-    return lengths, has_picture.to_pylist()
+    columns = dataset.with_format("arrow")[:]
+    return columns["num_bytes"].to_pylist(), pc.greater(pc.list_value_length(columns["images"]), 0).to_pylist()

@@ -9,23 +9,26 @@ The same command started again goes on from the newest complete checkpoint. Ever
 `ModelConfig` is an option, in the YAML file or on the command line, which wins.
 """
 
+import copy
 import json
+import os
 import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from peft import PeftModel
 from transformers import AutoModelForImageTextToText, set_seed
 from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config, get_quantization_config
 
-from modeling_llava_hr import LlavaHrConfig
 from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE
 
-from .data import load_data, write_whole
+from .data import DataConfig, LengthLimit, load_data, write_whole
+from .lora import BASE_FOLDER, find_base, fits, load_adapter, write_base
 from .stages import (
     LORA_TARGET_MODULES,
     STAGES,
+    Stage,
     freeze,
     get_modules_to_save,
     load_config,
@@ -36,13 +39,44 @@ from .trainer import (
     LlavaHrDataCollator,
     LlavaHrTrainer,
     find_last_complete_checkpoint,
+    has_model_only,
     has_state,
     list_checkpoints,
 )
 
 
 # Which broken rows were left out of training and evaluation data
-REPORTS = ("skipped_rows.json", "skipped_eval_rows.json")
+REPORTS = ("skipped_rows.jsonl", "skipped_eval_rows.jsonl")
+
+# Parts with a learning rate of their own, by names of parameters; the towers are what else is in `vision_tower`
+PARTS = {
+    "projector": r"\.(multi_modal_projector|vision_tower\.fusion)\.",
+    "adapter": r"\.vision_tower\.mr_adapters\.",
+    "tower": r"\.vision_tower\.(?!fusion\.|mr_adapters\.)",
+    "language_model": r"\.language_model\.|(^|\.)lm_head\.",
+}
+
+# Fields of `SFTConfig` without effect here: the value that they keep, and why
+UNSUPPORTED: dict[str, tuple[Any, str]] = {
+    "batch_eval_metrics": (False, "evaluation during training reports the loss; see training.evaluate"),
+    "chat_template_path": (None, "the stage sets the prompt form"),
+    "completion_only_loss": (None, "of `prompt` and `completion` only the completion is learned"),
+    "dataset_kwargs": (None, "rows are converted once, images decoded in their batch"),
+    "dataset_num_proc": (None, "rows are converted once, by one process"),
+    "dataset_text_field": ("text", "rows are chats"),
+    "eval_packing": (None, "chats with images cannot be packed"),
+    "include_for_metrics": ([], "evaluation during training reports the loss; see training.evaluate"),
+    "length_column_name": ("length", "lengths are counted"),
+    "model_init_kwargs": (None, "use `dtype`, `attn_implementation` and `model_revision`"),
+    "packing": (False, "chats with images cannot be packed"),
+    "packing_strategy": ("bfd", "chats with images cannot be packed"),
+    "pad_token": (None, "the tokenizer has a padding token"),
+    "padding_free": (False, "chats with images need padding"),
+    "remove_unused_columns": (False, "samples are made from columns that the model does not know"),
+    "resume_from_checkpoint": (None, "the same command resumes from the newest complete checkpoint by itself"),
+    "shuffle_dataset": (False, "use `train_sampling_strategy`"),
+    "truncation_mode": ("keep_start", "nothing is truncated: rows longer than `max_length` are reported"),
+}
 
 
 @dataclass
@@ -52,31 +86,71 @@ class TrainingOptions:
 
     Args:
         stage (`str`): `"pretrain"` (projector and fusion alone) or `"finetune"` (with MR-Adapters, everything).
-        data_path (`str`): Training data, see [`~training.data.load_data`].
-        eval_data_path (`str`, *optional*): Evaluation data of the same kind.
-        image_folder (`str`, *optional*): Where names of pictures begin; by default the folder of the data file.
+        data_path (`str`): Training data, see [`~training.data.DataConfig`].
+        eval_data_path (`str`, *optional*): Evaluation data of any supported kind; `none` unsets a config's.
+        image_folder (`str`, *optional*): Folder that relative image names start from; by default the data file's.
+        dataset_config, dataset_revision (`str`, *optional*):
+            Configuration and revision of `data_path`, and of `eval_data_path` where it is the same dataset.
+        eval_dataset_config (`str`, *optional*): Configuration of `eval_data_path`, if it is another one.
+        dataset_train_split, dataset_test_split (`str`): Splits for training and evaluation of datasets with several.
         streaming (`bool`, *optional*, defaults to `False`): Whether `datasets` reads on demand; needs `max_steps`.
         skip_broken (`bool`, *optional*, defaults to `False`):
-            Leave broken rows out, and write which into `skipped_rows.json` (of evaluation data
-            `skipped_eval_rows.json`), rather than refuse the data.
+            Leave broken rows out and list them in `skipped_rows.jsonl` (of evaluation data
+            `skipped_eval_rows.jsonl`), rather than refuse the data.
         restart (`bool`, *optional*, defaults to `False`): Remove the checkpoints in `output_dir` and start afresh.
         size (`int`, *optional*): Side of the image in pixels, if not the stage's.
         low_res_size (`int`, *optional*):
             Side of the low-resolution view in pixels, if not that of the released rule. Saved with the model.
         frozen (`list[str]`, *optional*):
             Regular expressions for names of parameters that stay as they are, besides those the stage freezes.
+        projector_learning_rate, tower_learning_rate, adapter_learning_rate, language_model_learning_rate (`float`,
+            *optional*): Peak learning rates of projector and fusion, of both vision towers, of the MR-Adapters and of
+            the language model (or its LoRA), where they are not `learning_rate`.
     """
 
     stage: str = field(metadata={"choices": list(STAGES), "help": "Stage of training."})
-    data_path: str = field(metadata={"help": "Training data: a LLaVA JSON file or anything that `datasets` loads."})
-    eval_data_path: str | None = field(default=None, metadata={"help": "Evaluation data of the same kind."})
-    image_folder: str | None = field(default=None, metadata={"help": "Where names of pictures begin."})
+    data_path: str = field(metadata={"help": "Training data: a file, or anything that `datasets` loads."})
+    eval_data_path: str | None = field(default=None, metadata={"help": "Evaluation data; `none` unsets it."})
+    image_folder: str | None = field(default=None, metadata={"help": "Folder that image names start from."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the dataset on the Hub."})
+    eval_dataset_config: str | None = field(default=None, metadata={"help": "Configuration for evaluation."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split for training."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split for evaluation."})
     streaming: bool = field(default=False, metadata={"help": "Read on demand what `datasets` loads."})
     skip_broken: bool = field(default=False, metadata={"help": "Leave broken rows out and write down which."})
     restart: bool = field(default=False, metadata={"help": "Start afresh: remove the checkpoints in `output_dir`."})
     size: int | None = field(default=None, metadata={"help": "Side of the image in pixels."})
     low_res_size: int | None = field(default=None, metadata={"help": "Side of the low-resolution view in pixels."})
     frozen: list[str] = field(default_factory=list, metadata={"help": "Regular expressions for frozen parameters."})
+    projector_learning_rate: float | None = field(default=None, metadata={"help": "Of projector and fusion."})
+    tower_learning_rate: float | None = field(default=None, metadata={"help": "Of both vision towers."})
+    adapter_learning_rate: float | None = field(default=None, metadata={"help": "Of the MR-Adapters."})
+    language_model_learning_rate: float | None = field(default=None, metadata={"help": "Of the language model."})
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rates by regular expression for names of parameters."""
+        given = {name: getattr(self, f"{name}_learning_rate") for name in PARTS}
+        return {PARTS[name]: rate for name, rate in given.items() if rate is not None}
+
+    def get_data_config(self, stage: Stage, output_dir: Path, is_eval: bool = False) -> DataConfig | None:
+        """Where training or evaluation data comes from; `None` without evaluation data."""
+        path = self.eval_data_path if is_eval else self.data_path
+        if path is None or path.lower() in ("", "none", "null"):
+            return None
+        same = path == self.data_path
+        return DataConfig(
+            path,
+            self.image_folder,
+            name=(self.eval_dataset_config if is_eval else None) or (self.dataset_config if same else None),
+            split=self.dataset_test_split if is_eval else self.dataset_train_split,
+            revision=self.dataset_revision if same else None,
+            streaming=self.streaming,
+            plain=stage.chat_template == PLAIN_CHAT_TEMPLATE,
+            skip_broken=self.skip_broken,
+            report=output_dir / REPORTS[is_eval],
+        )
 
 
 def make_parser() -> TrlParser:
@@ -118,6 +192,13 @@ def find_checkpoint(options: TrainingOptions, training_args: SFTConfig, model_ar
             f"`output_dir` ({output_dir}) has checkpoints of another run: {earlier}, not {run}. Name another folder, "
             "or remove them with `restart: true`."
         )
+    model_only = [] if options.restart else [path for path in list_checkpoints(output_dir) if has_model_only(path)]
+    if model_only and checkpoint is None:
+        raise ValueError(
+            f"`output_dir` ({output_dir}) has {model_only[0].name}, saved with `save_only_model`, from which "
+            "no run can resume. Start from its weights with `model_name_or_path` and another "
+            "`output_dir`, or remove it with `restart: true`."
+        )
     if training_args.should_save:
         if earlier is not None:
             shutil.rmtree(output_dir / "incomplete", ignore_errors=True)
@@ -127,6 +208,7 @@ def find_checkpoint(options: TrainingOptions, training_args: SFTConfig, model_ar
         if checkpoint is None:
             for report in REPORTS:
                 (output_dir / report).unlink(missing_ok=True)
+            shutil.rmtree(output_dir / BASE_FOLDER, ignore_errors=True)
             output_dir.mkdir(parents=True, exist_ok=True)
             write_whole(output_dir / "training_args.json", training_args.to_json_string())
             write_whole(run_file, json.dumps(run))
@@ -135,27 +217,20 @@ def find_checkpoint(options: TrainingOptions, training_args: SFTConfig, model_ar
 
 def make_trainer(
     options: TrainingOptions, training_args: SFTConfig, model_args: ModelConfig
-) -> tuple[LlavaHrTrainer, LlavaHrConfig, str | None]:
+) -> tuple[LlavaHrTrainer, str | None]:
     """
     All that can go wrong with starting point, stage, data and options goes wrong here, the data before the model is
     loaded.
 
     Returns:
-        `tuple`: The trainer, the model's configuration, and the checkpoint that the run goes on from if there is one.
+        `tuple`: The trainer, and the checkpoint that the run resumes from if there is one.
 
     Raises:
         ValueError: If starting point, stage, data and options do not fit each other; the message says what to do.
         OSError: If something cannot be read or written; names the path.
     """
     stage = STAGES[options.stage]
-    if model_args.model_name_or_path is None:
-        raise ValueError("`model_name_or_path` is missing: the folder or Hub id of the model to start from.")
-    if model_args.use_peft and stage.lora_learning_rate is None:
-        raise ValueError(f"`use_peft` does not go with `stage: {options.stage}`, which trains little anyway.")
-    if model_args.use_peft and options.frozen:
-        raise ValueError(
-            "`frozen` does not go with `use_peft`. Name what is trained beside it: `lora_modules_to_save`."
-        )
+    check_options(options, training_args, model_args)
     output_dir = Path(training_args.output_dir)
     with training_args.main_process_first(local=False):
         checkpoint = find_checkpoint(options, training_args, model_args)
@@ -163,53 +238,86 @@ def make_trainer(
         training_args.learning_rate = stage.lora_learning_rate if model_args.use_peft else stage.learning_rate
 
     revision = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
-    config = load_config(stage, model_args.model_name_or_path, options.low_res_size, **revision)
+    base, adapter = find_base(model_args.model_name_or_path, model_args.model_revision)
+    base_revision = revision if adapter is None else {**revision, "revision": None}
+    config = load_config(stage, base, options.low_res_size, **base_revision)
     processor = load_processor(stage, model_args.model_name_or_path, options.size, options.low_res_size, **revision)
+    context = config.text_config.max_position_embeddings
+    limit = LengthLimit(processor, min(training_args.max_length or context, context))
     with training_args.main_process_first(desc="reading the data"):
-        train_dataset, eval_dataset = (
-            load_data(
-                path,
-                options.image_folder,
-                plain=stage.chat_template == PLAIN_CHAT_TEMPLATE,
-                skip_broken=options.skip_broken,
-                report=output_dir / report,
-                streaming=options.streaming,
-                batch_size=training_args.train_batch_size * training_args.world_size,
-            )
-            if path is not None
-            else None
-            for path, report in zip((options.data_path, options.eval_data_path), REPORTS, strict=True)
-        )
+        batch_size = training_args.train_batch_size * training_args.world_size
+        train_dataset = load_data(options.get_data_config(stage, output_dir), limit, batch_size)
+        eval_config = options.get_data_config(stage, output_dir, is_eval=True)
+        evaluates = eval_config is not None and training_args.eval_strategy != "no"
+        eval_dataset = load_data(eval_config, limit, batch_size) if evaluates else None
 
     set_seed(training_args.seed)  # inserted adapters start at random
     model = AutoModelForImageTextToText.from_pretrained(
-        model_args.model_name_or_path,
-        config=config,
+        base,
+        config=copy.deepcopy(config),  # loading adds what quantization needs
         dtype=model_args.dtype,
         attn_implementation=model_args.attn_implementation,
         quantization_config=get_quantization_config(model_args),
-        **revision,
+        **base_revision,
     )
-    if model_args.use_peft:
+    if model_args.use_peft and not fits(base, config, processor, **base_revision):
+        base = str((output_dir / BASE_FOLDER).resolve())
+        with training_args.main_process_first(local=False):
+            if training_args.should_save and not os.path.exists(base):
+                write_base(Path(base), model.name_or_path, config, model, processor)
+    if adapter is not None:
+        model = load_adapter(model, adapter, model_args)
+    if not model_args.use_peft:
+        freeze(model, stage, options.frozen)
+    elif adapter is not None:
+        model.peft_config["default"].base_model_name_or_path = base
+    else:
+        model.name_or_path = base  # PEFT notes it in the result
         model_args.lora_target_modules = model_args.lora_target_modules or LORA_TARGET_MODULES
         model_args.lora_modules_to_save = model_args.lora_modules_to_save or get_modules_to_save(config)
-    else:
-        freeze(model, stage, options.frozen)
     trainer = LlavaHrTrainer(
         model=model,
         args=training_args,
-        data_collator=LlavaHrDataCollator(processor, assistant_only_loss=training_args.assistant_only_loss),
+        data_collator=LlavaHrDataCollator(
+            processor,
+            assistant_only_loss=training_args.assistant_only_loss,
+            pad_to_multiple_of=training_args.pad_to_multiple_of,
+        ),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=processor,
-        peft_config=get_peft_config(model_args),
+        peft_config=get_peft_config(model_args) if adapter is None else None,
     )
+    trainer.learning_rates = options.learning_rates
     if training_args.bf16 or model_args.dtype == "float32":
         trainer.keep_trained_in_float32()
-    return trainer, config, checkpoint
+    return trainer, checkpoint
 
 
-def run(options: TrainingOptions, trainer: LlavaHrTrainer, config: LlavaHrConfig, checkpoint: str | None) -> None:
+def check_options(options: TrainingOptions, training_args: SFTConfig, model_args: ModelConfig) -> None:
+    """
+    Refuses options that do not go together, and those without effect.
+
+    Raises:
+        ValueError: If there is one; names it.
+    """
+    if model_args.model_name_or_path is None:
+        raise ValueError("`model_name_or_path` is missing: the folder or Hub id of the model to start from.")
+    if model_args.use_peft and STAGES[options.stage].lora_learning_rate is None:
+        raise ValueError(f"`use_peft` does not go with `stage: {options.stage}`, which trains little anyway.")
+    if model_args.use_peft and options.frozen:
+        raise ValueError(
+            "`frozen` does not go with `use_peft`. Name what is trained beside it: `lora_modules_to_save`."
+        )
+    for name, (value, reason) in UNSUPPORTED.items():
+        if vars(training_args).get(name, value) != value:
+            raise ValueError(f"`{name}` must stay {value}, but is {getattr(training_args, name)!r}: {reason}.")
+    has_eval_data = options.get_data_config(STAGES[options.stage], Path(), is_eval=True) is not None
+    if training_args.eval_strategy != "no" and not has_eval_data:
+        raise ValueError(f"`eval_strategy` is {training_args.eval_strategy.value}, but `eval_data_path` is missing.")
+
+
+def run(options: TrainingOptions, trainer: LlavaHrTrainer, checkpoint: str | None) -> None:
     """
     Trains and saves the result in `output_dir`. See [`make_trainer`] for the arguments.
 
@@ -218,8 +326,7 @@ def run(options: TrainingOptions, trainer: LlavaHrTrainer, config: LlavaHrConfig
     """
     training_args, output_dir = trainer.args, Path(trainer.args.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
-    # with LoRA the base model does not know of the adapters that were inserted
-    trainer.save_result(config if isinstance(trainer.model, PeftModel) else None)
+    trainer.save_result()
     if options.stage == "pretrain" and training_args.should_save:
         save_trained_part(STAGES[options.stage], output_dir, output_dir / "projector.safetensors")
     if training_args.push_to_hub:

@@ -25,7 +25,6 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from conversion._common import is_write_failure
-from modeling_llava_hr import LlavaHrConfig
 
 from .data import get_lengths
 
@@ -51,8 +50,9 @@ class LlavaHrDataCollator(DataCollatorForVisionLanguageModeling):
         stride, patch_size = image_processor.high_res_stride, image_processor.patch_size
         batch["pixel_values"] = torch.zeros(1, 3, stride, stride)
         batch["low_res_pixel_values"] = torch.zeros(1, 3, patch_size, patch_size)  # one token
-        column = torch.full_like(batch["input_ids"][:, :1], self.processor.tokenizer.pad_token_id)
-        column[0] = self.processor.image_token_id
+        size = (len(examples), self.pad_to_multiple_of or 1)
+        column = torch.full(size, self.processor.tokenizer.pad_token_id, dtype=batch["input_ids"].dtype)
+        column[0, 0] = self.processor.image_token_id
         for name, values in (
             ("input_ids", column),
             ("attention_mask", torch.zeros_like(column)),
@@ -128,6 +128,8 @@ class LlavaHrTrainer(SFTTrainer):
 
     num_logged_answers = 4
     max_answer_tokens = 64
+    # by regular expression for names of parameters; of others it is `learning_rate`
+    learning_rates: dict[str, float] = {}
 
     def keep_trained_in_float32(self) -> None:
         """Where a part is trained, that part's updates must not be lost in bfloat16. Sharded models keep one dtype."""
@@ -137,6 +139,23 @@ class LlavaHrTrainer(SFTTrainer):
         for parameter in parameters:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Divides the groups of transformers' optimizer by `learning_rates`."""
+        optimizer = super().create_optimizer(model)
+        if not self.learning_rates:
+            return optimizer
+        names = {parameter: name for name, parameter in (model or self.model).named_parameters()}
+        groups = []
+        for group in optimizer.param_groups:
+            for pattern, rate in [*self.learning_rates.items(), (None, group["lr"])]:
+                found = [p for p in group["params"] if self._find_pattern(names[p]) == pattern]
+                groups += [{**group, "params": found, "lr": rate}] if found else []
+        optimizer.param_groups = groups
+        return optimizer
+
+    def _find_pattern(self, name: str) -> str | None:
+        return next((pattern for pattern in self.learning_rates if re.search(pattern, name)), None)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -199,20 +218,13 @@ class LlavaHrTrainer(SFTTrainer):
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_text("answers", "\n\n".join(texts), self.state.global_step)
 
-    def save_result(self, config: LlavaHrConfig | None = None) -> None:
-        """
-        Saves model and processor in `output_dir` itself. What was there is replaced once all of it is written.
-
-        Args:
-            config ([`LlavaHrConfig`], *optional*): Saved with LoRA, which does not bring the model's.
-        """
+    def save_result(self) -> None:
+        """Saves model and processor in `output_dir` itself. What was there is replaced once all of it is written."""
         folder = Path(self.args.output_dir, "incomplete")
         if self.is_fsdp_enabled:  # checkpoints are saved in parts
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         with complete_or_absent(folder):
             self.save_model(str(folder), _internal_call=True)
-            if config is not None and self.args.should_save:
-                config.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             # the configurations last: without them there is no model yet
@@ -271,6 +283,12 @@ def has_state(checkpoint: Path) -> bool:
         return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return False
+
+
+def has_model_only(checkpoint: Path) -> bool:
+    """Whether a checkpoint was saved with `save_only_model`: complete, but without the state of the optimizer."""
+    patterns = ("optimizer*", "scheduler.pt", "rng_state*", "global_step*")
+    return has_state(checkpoint) and not any(any(checkpoint.glob(pattern)) for pattern in patterns)
 
 
 def get_step(checkpoint: str | os.PathLike) -> int:

@@ -9,23 +9,28 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import warnings
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from PIL import Image as PILImage
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, pipeline
 
 from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE, get_chat_template
-from training.data import load_data
+from training.data import DataConfig, load_data
 from training.stages import STAGES
-from training.train import make_parser
+from training.train import UNSUPPORTED, make_parser
+from training.trainer import LlavaHrDataCollator
 
 
 ROOT = Path(__file__).parent.parent.parent
+TINY = ROOT / "examples" / "tiny-llava-hr"
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 CONFIGS = sorted((ROOT / "training" / "configs").glob("*.yaml"))
 pytestmark = [
@@ -165,15 +170,16 @@ def test_broken_rows_are_refused_or_left_out(mini, finetuned, data, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     paths = (finetuned, tmp_path / "rows.jsonl", tmp_path / "output")
     options = ("--max_steps", "1", "--image_folder", str(data), *batch(4))
-    with pytest.raises(ValueError, match=r"row 2 \(id '2'\): picture 'images/nowhere.png' is missing"):
+    with pytest.raises(ValueError, match=r"row 2 \(id '2'\): image .*nowhere.png' is missing"):
         mini.train("finetune", *paths, *options)
     mini.train("finetune", *paths, *options, "--skip_broken", "true")
-    (skipped,) = json.loads((tmp_path / "output" / "skipped_rows.json").read_text())
+    (skipped,) = map(json.loads, (tmp_path / "output" / "skipped_rows.jsonl").read_text().splitlines())
     assert (skipped["row"], skipped["id"]) == (2, "2")
-    evaluation = ("--eval_data_path", str(tmp_path / "rows.jsonl"), "--skip_broken", "true", "--restart", "true")
+    evaluation = ("--eval_data_path", str(tmp_path / "rows.jsonl"), "--eval_strategy", "steps")
+    evaluation += ("--skip_broken", "true", "--restart", "true")
     mini.train("finetune", finetuned, data / "train.jsonl", tmp_path / "output", *options, *evaluation)
-    assert json.loads((tmp_path / "output" / "skipped_eval_rows.json").read_text()) == [skipped]
-    assert json.loads((tmp_path / "output" / "skipped_rows.json").read_text()) == []
+    assert json.loads((tmp_path / "output" / "skipped_eval_rows.jsonl").read_text()) == skipped
+    assert (tmp_path / "output" / "skipped_rows.jsonl").read_text() == ""
 
 
 def test_wrong_data_is_one_message_before_the_model_is_loaded(finetuned, data, tmp_path):
@@ -209,13 +215,13 @@ def test_data_of_one_kind(mini, finetuned, data, tmp_path, has_image):
 
 def test_a_stream_trains_and_goes_on(mini, finetuned, data, tmp_path):
     """A data set as the Hub has them, read on demand; loaded by worker processes where it is not streamed."""
-    samples = list(load_data(str(data / "train.jsonl")))
+    samples = list(load_data(DataConfig(str(data / "train.jsonl"))))
     features = Features({"messages": MESSAGES, "images": List(Image())})
     rows = {"messages": [], "images": []}
     for sample in samples:
         messages = [{"role": m["role"], "content": m["content"][-1]["text"]} for m in sample["messages"]]
         rows["messages"].append(messages)
-        rows["images"].append([str(path) for path in sample["images"]])
+        rows["images"].append(sample["images"])
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows.parquet")
     shared = (finetuned, tmp_path / "rows.parquet")
     options = ("--streaming", "--learning_rate", "1e-3", "--save_steps", "2", *batch(4))
@@ -379,13 +385,13 @@ def test_lora_trains_adapters_fully_reloads_and_merges(mini, pretrained, data, t
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert {name for name in saved if "lora_" not in name} == {
         f"base_model.model.{name}"
-        for name in load_weights_of_stage2(tmp_path, pretrained)
+        for name in load_base(tmp_path).state_dict()
         if re.search(r"mr_adapters|vision_tower\.fusion|multi_modal_projector", name)
     }
     assert all("language_model" in name for name in saved if "lora_" in name)
     assert min(tensor.abs().max() for name, tensor in saved.items() if "lora_B" in name) > 0  # it starts at zero
 
-    base = load_base(tmp_path, pretrained)
+    base = load_base(tmp_path)
     model = PeftModel.from_pretrained(base, tmp_path).eval()
     inputs = make_inputs(AutoProcessor.from_pretrained(tmp_path))
     with torch.no_grad():
@@ -396,22 +402,52 @@ def test_lora_trains_adapters_fully_reloads_and_merges(mini, pretrained, data, t
     reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         torch.testing.assert_close(reloaded(**inputs).logits, adapted, atol=1e-4, rtol=1e-4)
-        assert (load_base(tmp_path, pretrained)(**inputs).logits - adapted).abs().max() > 0.01
+        assert (load_base(tmp_path)(**inputs).logits - adapted).abs().max() > 0.01
     if quantized:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-        base = load_base(tmp_path, pretrained, quantization_config=config)
+        base = load_base(tmp_path, quantization_config=config)
         with torch.no_grad():
             logits = PeftModel.from_pretrained(base, tmp_path).eval()(**inputs).logits
         assert torch.nn.functional.cosine_similarity(logits, adapted, dim=-1).min() > 0.9
 
 
-def load_base(folder, base, **kwargs):
-    config = AutoConfig.from_pretrained(folder)
-    return AutoModelForImageTextToText.from_pretrained(base, config=config, dtype=torch.float32, **kwargs).eval()
+def test_a_lora_result_opens_like_any_adapter_folder(mini, pretrained, data, tmp_path):
+    """Stage 2 inserted MR-Adapters that the base lacks; a second LoRA run continues, a full one starts merged."""
+    options = ("--max_steps", "2", "--learning_rate", "1e-2", *batch(4))
+    first, second, full = tmp_path / "first", tmp_path / "second", tmp_path / "full"
+    mini.train("finetune", pretrained, data / "train.jsonl", first, *options, "--use_peft")
+    processor, inputs = AutoProcessor.from_pretrained(first), make_inputs(AutoProcessor.from_pretrained(first))
+    expected = PeftModel.from_pretrained(load_base(first), first).eval()
+    for folder in (first, first / "checkpoint-2"):
+        model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+        assert model.config.mr_adapter_layers == [1, 2, 3]
+        with torch.no_grad():
+            torch.testing.assert_close(model(**inputs).logits, expected(**inputs).logits, atol=1e-5, rtol=1e-5)
+    pipe = pipeline("image-text-to-text", model=str(first), device="cpu")
+    assert pipe.processor.image_processor.to_dict() == processor.image_processor.to_dict()
+    assert pipe.processor.chat_template == processor.chat_template
+    question = [{"role": "user", "content": [{"type": "image", "path": str(data / "images" / "0.png")}]}]
+    answer = pipe(question, max_new_tokens=3, return_full_text=False)[0]["generated_text"]
+    command = ("examples.ask", "--model", first, "--picture", data / "images" / "0.png", "--max_new_tokens", "3")
+    assert run_command((sys.executable, "-m"), *command).returncode == 0 and isinstance(answer, str)
+
+    mini.train("finetune", first, data / "train.jsonl", second, *options, "--use_peft")
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    assert before.keys() == after.keys() and all(not torch.equal(before[n], after[n]) for n in after if "lora_B" in n)
+    assert PeftConfig.from_pretrained(second).base_model_name_or_path == str(first / "_base")
+    assert AutoModelForImageTextToText.from_pretrained(second).config.mr_adapter_layers == [1, 2, 3]
+    with pytest.raises(ValueError, match="`lora_r` is 3, but .* was trained with 16"):
+        mini.train("finetune", first, data / "train.jsonl", tmp_path / "x", *options, "--use_peft", "--lora_r", "3")
+
+    mini.train("finetune", first, data / "train.jsonl", full, *options, "--learning_rate", "0")
+    merged = AutoModelForImageTextToText.from_pretrained(full).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**inputs).logits, expected(**inputs).logits, atol=1e-4, rtol=1e-4)
 
 
-def load_weights_of_stage2(folder, base):
-    return load_base(folder, base).state_dict()
+def load_base(folder, **kwargs):
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    return AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32, **kwargs).eval()
 
 
 def make_inputs(processor):
@@ -425,6 +461,144 @@ def make_inputs(processor):
         return_dict=True,
         return_tensors="pt",
     )
+
+
+IMAGE = PILImage.new("RGB", (40, 30), "red")
+TURNS = [[{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Red."}]] * 4
+PART = [{"type": "image", "path": "red.png"}, {"type": "text", "text": "What?"}]
+PARTS = [{"role": "user", "content": PART}, {"role": "assistant", "content": [{"type": "text", "text": "Red."}]}]
+LLAVA = {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]}
+ROWS = {
+    "llava": [{**LLAVA, "image": "red.png"}] * 4,
+    "llava, list": [{**LLAVA, "image": ["red.png"]}] * 4,
+    "roles": [{"conversations": TURNS[0], "image": "red.png"}] * 4,
+    "messages, name": [{"messages": TURNS[0], "images": "red.png"}] * 4,
+    "messages, list": [{"messages": TURNS[0], "images": ["red.png"]}] * 4,
+    "messages, path": [{"messages": TURNS[0], "image": {"bytes": None, "path": "red.png"}}] * 4,
+    "parts": [{"messages": PARTS}] * 4,
+    "prompt": [{"prompt": "What?", "completion": "Red.", "image": "red.png"}] * 4,
+}
+
+
+def write_rows(form, folder):
+    """Rows of a form as a file or folder for `data_path`."""
+    if form in ROWS:
+        (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS[form])))
+        return folder / "rows.jsonl"
+    features = Features({"messages": MESSAGES, "image": Image()})
+    dataset = Dataset.from_dict({"messages": TURNS, "image": [IMAGE] * 4}, features=features)
+    path = folder / form
+    if form == "rows.parquet":
+        dataset.to_parquet(path)
+    elif form == "rows.csv":
+        Dataset.from_list(ROWS["prompt"]).to_csv(path)
+    elif form == "rows.tar":
+        IMAGE.save(folder / "red.jpg")
+        with tarfile.open(path, "w") as tar:
+            for index in range(4):
+                (folder / "row.json").write_text(json.dumps({"messages": TURNS[0]}))
+                tar.add(folder / "red.jpg", f"{index}.jpg")
+                tar.add(folder / "row.json", f"{index}.json")
+    elif form == "rows.yaml":
+        (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS["llava"])))
+        path.write_text("datasets: [{json_path: rows.jsonl, sampling_strategy: 'first:100%'}]")
+    else:
+        dataset.save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize("form", [*ROWS, "rows.parquet", "rows.csv", "rows.tar", "rows.yaml", "saved"])
+def test_every_form_trains(mini, data, tmp_path, form):
+    """Two steps of the tiny model, and the loss does not depend on the form."""
+    IMAGE.save(tmp_path / "red.png")
+    options = ("--max_steps", "2", "--image_folder", str(tmp_path), "--learning_rate", "1e-3", *batch(2))
+    options += ("--train_sampling_strategy", "sequential", "--size", "256", "--low_res_size", "112")
+    losses = []
+    for name in ("llava", form):
+        mini.train("finetune", TINY, write_rows(name, tmp_path), tmp_path / f"{name} output", *options)
+        losses.append(mini.losses(tmp_path / f"{name} output"))
+        shutil.rmtree(tmp_path / "llava output", ignore_errors=True)
+    # a JPEG is not bit for bit the PNG
+    assert len(losses[1]) == 2 and losses[1] == pytest.approx(losses[0], rel=0.05 if form == "rows.tar" else 1e-6)
+
+
+def test_padding_and_maximum_length_are_kept(mini, finetuned, data, tmp_path, monkeypatch):
+    shapes = []
+    call = LlavaHrDataCollator.torch_call
+
+    def torch_call(self, examples):
+        batch = call(self, examples)
+        shapes.append(tuple(batch["input_ids"].shape))
+        return batch
+
+    monkeypatch.setattr(LlavaHrDataCollator, "torch_call", torch_call)
+    options = ("--max_steps", "4", "--pad_to_multiple_of", "64", *batch(4))
+    mini.train("finetune", finetuned, data / "train.jsonl", tmp_path / "output", *options)
+    assert all(length % 64 == 0 for _, length in shapes) and shapes
+    with pytest.raises(ValueError, match="24 of 32 rows .* tokens, more than 70"):
+        mini.train("finetune", finetuned, data / "train.jsonl", tmp_path / "short", *options, "--max_length", "70")
+
+
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
+def test_fields_without_effect_are_refused_by_name(mini, finetuned, data, tmp_path, name):
+    value, _ = UNSUPPORTED[name]
+    other = {bool: "true", type(None): "true", str: "wrapped", list: "loss"}[type(value)]
+    others = {"truncation_mode": "keep_end", "dataset_num_proc": "2", "pad_token": "</s>"}
+    others |= {"dataset_kwargs": '{"a": 1}', "model_init_kwargs": '{"a": 1}'}
+    with warnings.catch_warnings(action="ignore"), pytest.raises(ValueError, match=f"`{name}` must stay "):
+        mini.train("finetune", finetuned, data / "train.jsonl", tmp_path, f"--{name}", others.get(name, other))
+
+
+def test_evaluation_data_of_a_config_can_be_unset(mini, finetuned, data, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"eval_data_path: {tmp_path / 'nowhere.jsonl'}")
+    options = ("--config", str(config), "--max_steps", "1", *batch(4))
+    mini.train("finetune", finetuned, data / "train.jsonl", tmp_path / "unused", *options)
+    with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
+        mini.train("finetune", finetuned, data / "train.jsonl", tmp_path / "x", *options, "--eval_strategy", "steps")
+    unset = ("--eval_data_path", "none", "--eval_strategy", "steps")
+    with pytest.raises(ValueError, match="`eval_strategy` is steps, but `eval_data_path` is missing"):
+        mini.train("finetune", finetuned, data / "train.jsonl", tmp_path / "y", *options, *unset)
+
+
+def test_splits_and_configurations_are_chosen(data):
+    words = ["--stage", "finetune", "--data_path", "D", "--output_dir", "x", "--use_cpu", "true"]
+    words += ["--dataset_config", "a", "--dataset_revision", "main", "--dataset_train_split", "small"]
+    for more, expected in (
+        (["--eval_data_path", "D"], ("D", "a", "test", "main")),
+        (["--eval_data_path", "D", "--eval_dataset_config", "b"], ("D", "b", "test", "main")),
+        (["--eval_data_path", "E", "--dataset_test_split", "dev"], ("E", None, "dev", None)),
+    ):
+        options, *_ = make_parser().parse_args_and_config([*words, *more])
+        train = options.get_data_config(STAGES["finetune"], Path("x"))
+        assert (train.data_path, train.name, train.split, train.revision) == ("D", "a", "small", "main")
+        config = options.get_data_config(STAGES["finetune"], Path("x"), is_eval=True)
+        assert (config.data_path, config.name, config.split, config.revision) == expected
+
+
+def test_checkpoints_of_the_model_alone_are_not_overwritten(mini, finetuned, data, tmp_path):
+    arguments = ("finetune", finetuned, data / "train.jsonl", tmp_path, *batch(4), "--save_only_model", "true")
+    mini.train(*arguments, "--max_steps", "1")
+    with pytest.raises(ValueError, match="checkpoint-1, saved with `save_only_model`.*restart: true"):
+        mini.train(*arguments, "--max_steps", "2")
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    mini.train(*arguments, "--max_steps", "2", "--restart", "true")
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_each_part_has_its_learning_rate(mini, finetuned, data, tmp_path):
+    options = ("--max_steps", "2", "--save_steps", "1", "--learning_rate", "1e-3", "--weight_decay", "0.1", *batch(4))
+    parts = ("--tower_learning_rate", "0", "--adapter_learning_rate", "1e-4", "--projector_learning_rate", "2e-3")
+    mini.train("finetune", finetuned, data / "train.jsonl", tmp_path, *options, *parts)
+    before, after = load_weights(finetuned), load_weights(tmp_path)
+    stayed = {name for name in after if torch.equal(after[name], before[name])}
+    towers = {name for name in after if re.search(r"vision_tower\.(?!fusion|mr_adapters)", name)}
+    assert towers <= stayed and all(".gate." in name for name in stayed - towers)  # tanh may be saturated
+    state = torch.load(tmp_path / "checkpoint-1" / "optimizer.pt", weights_only=False)
+    groups = [(group["lr"], group["weight_decay"], len(group["params"])) for group in state["param_groups"]]
+    assert {rate for rate, _, _ in groups} == {0, 1e-4, 2e-3, 1e-3} and sum(n for *_, n in groups) == len(before)
+    mini.train("finetune", finetuned, data / "train.jsonl", tmp_path, *options, *parts, "--max_steps", "3")
+    assert len(mini.losses(tmp_path)) == 3
 
 
 def test_answers_are_logged_at_each_evaluation(mini, finetuned, data, tmp_path, capsys):

@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from training.data import load_data
+from training.data import DataConfig, load_data
 from training.stages import STAGES, load_config, load_processor
 from training.trainer import (
     LlavaHrDataCollator,
@@ -75,7 +75,7 @@ def stage2(miniature):
 
 def test_texts_alone_give_the_same_loss_and_a_gradient_for_everything(stage2, data):
     model, processor = stage2
-    samples = [sample for sample in load_data(str(data / "train.jsonl")) if not sample["images"]][:3]
+    samples = [sample for sample in load_data(DataConfig(str(data / "train.jsonl"))) if not sample["images"]][:3]
     batch = LlavaHrDataCollator(processor, assistant_only_loss=True)(samples)
     assert (batch["input_ids"] == processor.image_token_id).sum() == 1
     text = {name: batch[name][:, :-1] for name in ("input_ids", "attention_mask", "labels")}
@@ -177,7 +177,7 @@ def test_a_step_sharded_as_configured_equals_one_process(stage2, data, tmp_path)
     """fully_shard on two gloo processes, one with texts alone; the model names what is wrapped."""
     model, processor = stage2
     layer_classes = sorted(model._no_split_modules)
-    samples = list(load_data(str(data / "train.jsonl")))
+    samples = list(load_data(DataConfig(str(data / "train.jsonl"))))
     collator = LlavaHrDataCollator(processor, assistant_only_loss=True)
     batches = [
         dict(collator([sample for sample in samples if bool(sample["images"]) is has_picture][:2]))

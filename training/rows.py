@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of every supported format as chats: LLaVA's, `messages`, `prompt` and `completion`, webdataset's."""
+
+import gzip
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+
+IMAGE_TAG = "<image>"
+ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+# Where a part of a message may have its image; `url` and `base64` are transformers' and refused
+IMAGE_KEYS = ("image", "path", "url", "base64", "bytes")
+TYPE_COLUMNS = ("question_type", "type", "kind", "category")
+IMAGE_PART = {"type": "image", "text": None}
+# What webdataset calls images, by their suffix
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+
+
+@dataclass
+class Chat:
+    """
+    A row as a chat.
+
+    Args:
+        id, type (`str`, *optional*): Its own id, and the type of its question.
+        messages (`list[dict]`): `role` and `content`, a list of `{"type": "text", "text"}` and `{"type": "image"}`.
+        images (`list[tuple]`): For each image the keys that lead to it in the row, and its path or content.
+        num_answers (`int`): How many of the last answers are learned: all, or those of `completion`.
+        problems (`list[str]`): What is wrong with the row.
+        num_bytes (`int`): Length of all texts in UTF-8.
+    """
+
+    id: str | None = None
+    type: str | None = None
+    messages: list[dict] = field(default_factory=list)
+    images: list[tuple[list, Any]] = field(default_factory=list)
+    num_answers: int = 0
+    problems: list[str] = field(default_factory=list)
+    num_bytes: int = 0
+
+
+def read_rows(path: str | os.PathLike, chunk_size: int = 2**24) -> Iterator[Any]:
+    """
+    Reads the rows of a JSON array or of JSON lines one by one, so that a file of gigabytes needs little memory.
+
+    Args:
+        path (`str` or `os.PathLike`): The file; may be compressed (`.gz`).
+        chunk_size (`int`, *optional*, defaults to 2**24): Characters per read.
+
+    Raises:
+        ValueError: If the file is not JSON; says where.
+    """
+    decoder, buffer, offset, end, depth = json.JSONDecoder(), "", 0, False, 0
+    with (
+        gzip.open(path, "rt", encoding="utf-8") if str(path).endswith(".gz") else open(path, encoding="utf-8") as file
+    ):
+        while not end:
+            try:
+                chunk = file.read(chunk_size)
+            except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+                raise ValueError(f"{path} is not UTF-8 text after character {offset}: {error}.") from error
+            buffer, end = buffer + chunk, not chunk
+            # Rows are separated by a comma in an array, by a new line otherwise
+            position, length = 0, len(buffer)
+            while True:
+                while position < length and buffer[position] in "[], \t\r\n\ufeff":
+                    depth += {"[": 1, "]": -1}.get(buffer[position], 0)
+                    position += 1
+                if position == length:
+                    break
+                try:
+                    row, position = decoder.raw_decode(buffer, position)
+                except json.JSONDecodeError as error:
+                    if not end:
+                        break
+                    place = f"{error.msg} at character {offset + error.pos}"
+                    raise ValueError(f"{path} is neither a JSON array nor JSON lines: {place}.") from None
+                except (RecursionError, ValueError) as error:
+                    raise ValueError(
+                        f"{path} has an unreadable row at character {offset + position}: {error}."
+                    ) from error
+                yield row
+            buffer, offset = buffer[position:], offset + position
+    if depth:
+        raise ValueError(f"{path} is an array whose brackets do not match. Was it downloaded completely?")
+
+
+def convert_row(row: Any, folder: str = "", plain: bool = False) -> Chat:
+    """
+    Converts a row of any supported format and finds what is wrong with it, except for missing and broken files.
+
+    Args:
+        row: The row. Chats are in `conversations` (turns with `from` and `value` or `role` and `content`),
+            `messages`, or `prompt` and `completion`; images in `images` or `image` (a name, a list, `{"bytes",
+            "path"}` or an image), in the order of their `<image>` tags or parts, or inside the parts themselves.
+        folder (`str`, *optional*): Folder that relative image names start from.
+        plain (`bool`, *optional*, defaults to `False`): Whether it must be one image, one question, one answer.
+    """
+    chat = Chat()
+    if not isinstance(row, dict):
+        chat.problems.append(f"it must be an object with a chat, but is {_quote(row)}")
+        return chat
+    if "__key__" in row:  # webdataset: one column per file
+        content = row.get("json") if isinstance(row.get("json"), dict) else {}
+        suffixes = [name for name in row if name.lower() in IMAGE_SUFFIXES]
+        row = {"id": row["__key__"], **{name: value for name, value in row.items() if name != "json"}, **content}
+        row.update({"images": {name: row[name] for name in suffixes}} if suffixes else {})
+    identifier = row.get("id")
+    chat.id = None if identifier is None else str(identifier).encode(errors="replace").decode()
+    chat.type = next((str(row[name]) for name in TYPE_COLUMNS if isinstance(row.get(name), str)), None)
+    turns, places, is_llava = _find_turns(row, chat)
+    column = "images" if row.get("images") is not None else "image"
+    value = row.get(column)
+    found = [([column], value)] if isinstance(value, str) else _find_images(value, [column])
+    given = [_locate(chat, keys, image, folder) for keys, image in found]
+    if chat.problems:
+        return chat
+    used = _add_messages(chat, turns, places, given, folder)
+    roles = [message["role"] for message in chat.messages]
+    if not chat.problems:
+        _check_order(roles, chat)
+    if used == 0 and given and not chat.images and not is_llava and chat.messages and not chat.problems:
+        # as in TRL, images without a place are those of the first question
+        first = next(message for message in chat.messages if message["role"] == "user")
+        first["content"] = [IMAGE_PART] * len(given) + first["content"]
+        chat.images, used = given, len(given)
+    if used != len(given) and not chat.problems:
+        chat.problems.append(f"it has {used} {IMAGE_TAG} tags, but {len(given)} images")
+    chat.num_answers = chat.num_answers or roles.count("assistant")
+    if plain and not chat.problems and (len(chat.images) != 1 or roles != ["user", "assistant"]):
+        chat.problems.append("stage 1 takes rows of one image, one question and one answer")
+    return chat
+
+
+def _quote(value: Any) -> str:
+    return f"{value!r:.80}"
+
+
+def _find_turns(row: dict, chat: Chat) -> tuple[list, Callable[[int], list], bool]:
+    """Turns, a function that returns the keys that lead to one in the row, and whether they have LLaVA's form."""
+    if row.get("prompt") is not None and row.get("completion") is not None and row.get("messages") is None:
+        prompt, completion = (
+            value if isinstance(value, list) else [{"role": role, "content": value}]
+            for role, value in (("user", _parse(row["prompt"])), ("assistant", _parse(row["completion"])))
+        )
+        chat.num_answers = sum(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in completion)
+        places = [
+            [name, i] for name, part in (("prompt", prompt), ("completion", completion)) for i in range(len(part))
+        ]
+        return [*prompt, *completion], places.__getitem__, False
+    name = "messages" if row.get("messages") is not None else "conversations"
+    turns = _parse(row.get(name))
+    if not isinstance(turns, list) or not turns:
+        found = ", ".join(map(str, row)) or "nothing"
+        problem = f"`{name}` must be a list of at least one question and one answer"
+        chat.problems.append(problem if name in row else f"{problem}, or `prompt` and `completion`; it has {found}")
+        turns = []
+    is_llava = bool(turns) and isinstance(turns[0], dict) and turns[0].get("from") is not None
+    return turns, lambda index: [name, index], is_llava
+
+
+def _parse(value: Any) -> Any:
+    """Lists of turns that a CSV file or a JSON column has as text."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            pass
+    return value
+
+
+def _find_images(value: Any, keys: list) -> Iterator[tuple[list, Any]]:
+    """Images at any depth, with the keys that lead to them."""
+    if isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _find_images(item, [*keys, index])
+    elif isinstance(value, dict) and not {"bytes", "path"} & value.keys():
+        for name, item in value.items():  # the files of a webdataset
+            yield from _find_images(item, [name])
+    elif value is not None:
+        yield keys, value
+
+
+def _add_messages(
+    chat: Chat, turns: list, places: Callable[[int], list], given: list[tuple[list, Any]], folder: str
+) -> int:
+    """Adds `turns` to `chat` with the images of their parts; returns how many of the `given` ones they refer to."""
+    used = 0
+    for index, turn in enumerate(turns):
+        turn = turn if isinstance(turn, dict) else {}
+        speaker, content = turn.get("from"), turn.get("value")
+        speaker = turn.get("role") if speaker is None else speaker
+        content = turn.get("content") if content is None else content
+        role = ROLES.get(speaker) if isinstance(speaker, str) else None
+        if role is None:
+            chat.problems.append(f"turn {index} has the unknown speaker {speaker!r} (known are {', '.join(ROLES)})")
+            continue
+        if isinstance(content, str):
+            text, parts = content, [{"type": "text", "text": content}]
+            if IMAGE_TAG in content:
+                # Images come first in their message, wherever their tags are, as in the released data loader
+                num_tags, text = content.count(IMAGE_TAG), content.replace(IMAGE_TAG, "").strip()
+                parts = [*[IMAGE_PART] * num_tags, {"type": "text", "text": text}]
+                chat.images += given[used : used + num_tags]
+                used += num_tags
+                if role != "user":
+                    problem = f"turn {index} by {speaker} has an {IMAGE_TAG} tag, which belongs to a user's turn"
+                    chat.problems.append(problem)
+        elif isinstance(content, list):
+            parts, new = _convert_parts(chat, content, [*places(index), "content"], given[used:], folder)
+            text, used = "".join(part["text"] or "" for part in parts), used + new
+        else:
+            chat.problems.append(f"turn {index} has no text in `value` or `content`")
+            continue
+        if role == "assistant" and not text.strip():
+            chat.problems.append(f"turn {index} is an empty answer")
+        try:  # JSON lets unpaired surrogates through, tokenizers and Arrow do not
+            chat.num_bytes += len(text.encode())
+        except UnicodeEncodeError:
+            chat.problems.append(f"turn {index} has half a character (an unpaired surrogate)")
+        chat.messages.append({"role": role, "content": parts})
+    return used
+
+
+def _convert_parts(
+    chat: Chat, content: list, keys: list, given: list[tuple[list, Any]], folder: str
+) -> tuple[list[dict], int]:
+    """The parts of a message, and how many of the `given` images they refer to."""
+    parts, used = [], 0
+    for number, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image":
+            found = [(key, part[key]) for key in IMAGE_KEYS if part.get(key) is not None]
+            located = [_locate(chat, [*keys, number, key], value, folder) for key, value in found]
+            chat.images += located or given[used : used + 1]
+            used += not found
+            parts.append(IMAGE_PART)
+        elif kind == "text" and isinstance(part.get("text"), str):
+            parts.append({"type": "text", "text": part["text"]})
+        else:
+            chat.problems.append(f"{keys[0]} has a part that is neither text nor image: {_quote(part)}")
+    return parts, used
+
+
+def _check_order(roles: list[str], chat: Chat) -> None:
+    start = int(roles[:1] == ["system"])
+    dialogue = roles[start:]
+    if dialogue and dialogue == ["user", "assistant"] * (len(dialogue) // 2):
+        return
+    for index, pair in enumerate(itertools.pairwise(roles)):
+        if pair[0] == pair[1]:
+            chat.problems.append(f"turns {index} and {index + 1} are both by {pair[0]}")
+    if "system" in dialogue:
+        chat.problems.append("a system text must be the first turn")
+    elif dialogue[:1] != ["user"] or dialogue[-1] != "assistant":
+        found = ", ".join(dialogue) or "neither"
+        chat.problems.append(f"it must begin with a user turn and end with an assistant turn, but has {found}")
+
+
+def _locate(chat: Chat, keys: list, image: Any, folder: str) -> tuple[list, Any]:
+    """Refuses a name that leads out of the folder or to the network, and makes a path of any other."""
+    if is_embedded(image):
+        return keys, image
+    name = image.get("path") if isinstance(image, dict) else image
+    if not isinstance(name, str) or not name or not is_unicode(name):
+        chat.problems.append(f"`{keys[0]}` must have names of images or images, but has {_quote(image)}")
+    elif keys[-1] in ("url", "base64") or not is_inside(folder, name):
+        chat.problems.append(f"image {name!r:.200} lies outside of {folder or 'the working directory'!r}")
+    else:
+        return keys, os.path.join(folder, name)
+    return keys, None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has no unpaired surrogate: JSON lets them through, tokenizers and Arrow do not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_embedded(image: Any) -> bool:
+    """Whether a row has the image itself rather than its name."""
+    return isinstance(image.get("bytes") if isinstance(image, dict) else image, (bytes, Image.Image))
+
+
+def is_inside(folder: str | os.PathLike, name: str) -> bool:
+    """
+    Whether a name stays below a folder: other people's data must not climb out of it, nor reach the network. An
+    absolute name shows where it leads and is accepted.
+    """
+    if "://" in name:
+        return False
+    if os.path.isabs(name) or ".." not in name:
+        return True
+    folder = os.path.abspath(folder)
+    return os.path.abspath(os.path.join(folder, name)).startswith(os.path.join(folder, ""))
+
+
+def get_image(row: dict, keys: str) -> Any:
+    """The image that keys (a JSON list) lead to in a row: `bytes` or a `PIL.Image.Image`."""
+    value: Any = row
+    for key in json.loads(keys):
+        value = _parse(value)[key]
+    return value["bytes"] if isinstance(value, dict) else value
