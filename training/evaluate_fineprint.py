@@ -16,11 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+from transformers.image_processing_utils import BatchFeature
 
-from modeling_llava_hr import LlavaHrForConditionalGeneration, LlavaHrProcessor
+import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
+
+from .data import DataConfig, load_table
+from .evaluate import answer_questions, list_questions
 
 
 @dataclass
@@ -85,64 +88,6 @@ def summarize(results: list[dict]) -> dict:
     }
 
 
-def read_image(path: Path) -> Image.Image:
-    """A picture in memory, its file closed."""
-    with Image.open(path) as image:
-        return image.convert("RGB")
-
-
-@torch.inference_mode()
-def get_answers(
-    model: LlavaHrForConditionalGeneration,
-    processor: LlavaHrProcessor,
-    rows: list[dict],
-    images: list[Image.Image],
-    zero_high_res: bool,
-    sizes: dict[str, int],
-) -> tuple[list[str], list[list[float]]]:
-    """
-    Answers questions in one batch, greedily.
-
-    Args:
-        model, processor: The model.
-        rows (`list[dict]`): One question each.
-        images (`list[Image.Image]`): Their pictures.
-        zero_high_res (`bool`): Whether the high-resolution view is replaced by zeros.
-        sizes (`dict[str, int]`): `size` and `low_res_size` in pixels, as far as they are not the processor's.
-
-    Returns:
-        `tuple[list[str], list[list[float]]]`: Answers, and for each the mean gate of every MR-Adapter.
-    """
-    messages = [
-        [
-            {
-                "role": "user",
-                "content": [
-                    {"type": "image", "image": image},
-                    {"type": "text", "text": row["conversations"][0]["value"].removeprefix("<image>\n")},
-                ],
-            }
-        ]
-        for row, image in zip(rows, images, strict=True)
-    ]
-    inputs = processor.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "return_low_res": True, **sizes},
-    ).to(model.device)
-    if zero_high_res:
-        inputs["pixel_values"] = torch.zeros_like(inputs["pixel_values"])
-    views = {name: inputs.pop(name) for name in ("pixel_values", "low_res_pixel_values")}
-    encoded = model.model.get_image_features(**views, return_dict=True)
-    output = model.generate(**inputs, mm_encoder_outputs={"image": encoded}, max_new_tokens=12, do_sample=False)
-    answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    gates = [gate.float().mean(dim=-1) for gate in encoded.mr_adapter_gates or ()]
-    return [answer.strip() for answer in answers], torch.stack(gates, 1).tolist() if gates else [[]] * len(rows)
-
-
 def evaluate(arguments: EvaluateArguments) -> dict:
     """
     Evaluates a model on FinePrint.
@@ -161,21 +106,34 @@ def evaluate(arguments: EvaluateArguments) -> dict:
     file = Path(arguments.data) / f"{arguments.split}.jsonl"
     if not file.exists():
         raise ValueError(f"`data`: {file} does not exist. Make it with `python -m training.fineprint`.")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()][: arguments.max_questions]
+    table, source = load_table(DataConfig(str(file), str(file.parent / "images")))
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     model = AutoModelForImageTextToText.from_pretrained(arguments.model).to(arguments.device).eval()
     processor = AutoProcessor.from_pretrained(arguments.model)
     given = {"size": arguments.size, "low_res_size": arguments.low_res_size}
-    sizes = {name: value for name, value in given.items() if value is not None}
-    results, start = [], time.time()
-    for first in tqdm(range(0, len(rows), arguments.batch_size), desc="evaluation", unit="batch"):
-        batch = rows[first : first + arguments.batch_size]
-        images = [read_image(file.parent / "images" / row["image"]) for row in batch]
-        answers, gates = get_answers(model, processor, batch, images, arguments.zero_high_res, sizes)
-        for row, answer, gate in zip(batch, answers, gates, strict=True):
-            question, expected = (turn["value"].removeprefix("<image>\n") for turn in row["conversations"])
-            row = {name: row[name] for name in ("kind", "scene", "num_signs")}
-            new = {"question": question, "expected": expected, "answer": answer, "right": answer == expected}
-            results.append({**row, **new, "gates": gate})
+    sizes = {"return_low_res": True, **{name: value for name, value in given.items() if value is not None}}
+    gates: list[list[float]] = []
+
+    def encode(inputs: BatchFeature) -> dict:
+        """Encodes the images first, to keep the mean gate of every MR-Adapter for each."""
+        views = {name: inputs.pop(name) for name in ("pixel_values", "low_res_pixel_values")}
+        if arguments.zero_high_res:
+            views["pixel_values"] = torch.zeros_like(views["pixel_values"])
+        encoded = model.model.get_image_features(**views, return_dict=True)
+        means = [gate.float().mean(dim=-1) for gate in encoded.mr_adapter_gates or ()]
+        gates.extend(torch.stack(means, 1).tolist() if means else [[]] * len(inputs["input_ids"]))
+        return {**inputs, "mm_encoder_outputs": {"image": encoded}}
+
+    questions, start = list_questions(table)[: arguments.max_questions], time.time()
+    answers = answer_questions(
+        model, processor, table, source, questions, arguments.batch_size, 12, sizes, prepare=encode
+    )
+    results = []
+    for number, record in enumerate(tqdm(answers, "Answering", len(questions), unit=" questions")):
+        row = {name: rows[record["row"]][name] for name in ("kind", "scene", "num_signs")}
+        new = {name: record[name] for name in ("question", "expected", "answer")}
+        # one call of `generate` answers and encodes a batch before its first answer arrives
+        results.append({**row, **new, "right": record["answer"] == record["expected"], "gates": gates[number]})
     return {
         "command": " ".join(["python", "-m", "training.evaluate_fineprint", *sys.argv[1:]]),
         "accuracy": summarize(results),

@@ -33,7 +33,7 @@ from space_page import import_engine
 from transformers import AutoProcessor, pipeline
 
 from modeling_llava_hr import LlavaHrImageProcessor, LlavaHrImageProcessorPil
-from training.check_data import check_data
+from training.check_data import CheckOptions, check_data
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -296,7 +296,7 @@ def test_data_check(num_examples, tmp_path, capsys, monkeypatch):
 
     def use(content, name, is_broken):
         if is_broken:
-            raise ValueError(f"picture '{name}'")
+            raise ValueError(f"image '{name}'")
         return image_processor(tmp_path / name, return_tensors="pt")
 
     for start in range(0, len(files), batch):
@@ -309,9 +309,9 @@ def test_data_check(num_examples, tmp_path, capsys, monkeypatch):
         data = tmp_path / f"data-{start}.json"
         data.write_text(json.dumps(rows))
         with only_warnings_of_pillow():
-            found = check_data(str(data))
+            found = check_data(CheckOptions(str(data)))
         lines = capsys.readouterr()
-        broken = re.findall(r"id '(\d+\.png)'\): picture '\1' is broken: ", lines.out + lines.err)
+        broken = re.findall(r"id '(\d+\.png)'\): image '[^']*/\1' is broken: ", lines.out + lines.err)
         assert len(broken) == found
         num_broken += found
         for name, odd in part.items():

@@ -23,8 +23,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMi
 from conversion.convert_llava_hr_weights_to_hf import convert
 from modeling_llava_hr import LlavaHrImageProcessor
 from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE
-from training.check_data import check_data
-from training.data import read_table, to_chats
+from training.check_data import CheckOptions, check_data
+from training.data import DataConfig, load_table, to_messages
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -363,7 +363,7 @@ def test_prompts_beyond_the_context_are_refused_before_a_picture_is_encoded(mode
 def check(rows: str | bytes, folder: Path, capsys) -> str:
     """What `training.check_data` prints of a file with these rows."""
     (folder / "data.json").write_bytes(rows if isinstance(rows, bytes) else rows.encode())
-    check_data(str(folder / "data.json"))
+    check_data(CheckOptions(str(folder / "data.json")))
     streams = capsys.readouterr()
     return streams.out + streams.err
 
@@ -386,10 +386,10 @@ def row(question: str, answer: str = "Yes.", **fields) -> dict:
         (row("<image>\nWhat? \ud83d"), "turn 0 has half a character"),
         (row("<image>\nWhat?", "\udc00"), "turn 1 has half a character"),
         (row("<image>\nWhat?", "An <image>."), "turn 1 by gpt has an <image> tag"),
-        (row("<image>" * 5000), "it has 5000 <image> tags, but 1 pictures"),
-        (row("What?"), "it has 0 <image> tags, but 1 pictures"),
+        (row("<image>" * 5000), "it has 5000 <image> tags, but 1 images"),
+        (row("What?"), "it has 0 <image> tags, but 1 images"),
         (row("<image>\n", " "), "turn 1 is an empty answer"),
-        (row("<image>", image="\ud83d.png"), "`image` must be a name"),
+        (row("<image>", image="\ud83d.png"), "`image` must have names of images"),
     ],
 )
 def test_broken_rows_are_named(folder, capsys, fields, problem):
@@ -405,11 +405,11 @@ def test_an_id_of_half_a_character_breaks_nothing(folder, capsys):
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b'[{"id": "\xff"}]', "is no text in UTF-8"),
+        (b'[{"id": "\xff"}]', "is not UTF-8 text"),
         (b"[" * 200_000, "an array whose brackets do not match"),
         (json.dumps([row("<image>\nWhat?")]).encode()[:-1], "an array whose brackets do not match"),
-        (b'{"a": ' * 200_000, "cannot be read at character 0"),
-        (b'[{"id": ' + b"1" * 10_000 + b"}]", "cannot be read at character 1"),
+        (b'{"a": ' * 200_000, "unreadable row at character 0"),
+        (b'[{"id": ' + b"1" * 10_000 + b"}]", "unreadable row at character 1"),
         (b'[{"id": "1"', "neither a JSON array nor JSON lines"),
     ],
 )
@@ -426,11 +426,11 @@ def test_rows_without_problems_can_be_learned(processors, folder, num_examples, 
     rows = []
     fuzz(num_examples, sample, rows.append)
     (folder / "data.json").write_text(json.dumps(rows))
-    table, count = read_table(folder / "data.json"), [0, 0]
-    for fields, problems in zip(rows, table["problems"], strict=True):
-        count[len(problems) > 0] += 1
-        if not problems:
-            (messages,) = to_chats({"conversations": [fields["conversations"]]})["messages"]
+    (table, _), count = load_table(DataConfig(str(folder / "data.json"))), [0, 0]
+    for converted in table:
+        count[len(converted["problems"]) > 0] += 1
+        if not converted["problems"]:
+            messages = to_messages(converted["messages"])
             for part in (part for message in messages for part in message["content"] if part["type"] == "image"):
                 part["image"] = PICTURE
             ids = tokenize(processor, messages, add_generation_prompt=False)["input_ids"][0]
