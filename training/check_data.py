@@ -41,9 +41,11 @@ def check_data(options: CheckOptions) -> int:
     Raises:
         ValueError: If the data cannot be read.
     """
-    if (options.model is None) != (options.max_length is None):
+    limit = None
+    if options.model is not None and options.max_length is not None:
+        limit = LengthLimit(AutoProcessor.from_pretrained(options.model), options.max_length)
+    elif options.model is not None or options.max_length is not None:
         raise ValueError("`model` and `max_length` belong together: give both, or neither.")
-    limit = LengthLimit(AutoProcessor.from_pretrained(options.model), options.max_length) if options.model else None
     config = DataConfig(
         options.data_path, options.image_folder, options.dataset_config, options.split, plain=options.plain
     )

@@ -229,10 +229,10 @@ def find_source(config: DataConfig) -> Dataset | IterableDataset | None:
     """
     path, suffix = config.data_path, Path(config.data_path.removesuffix(".gz")).suffix
     is_file = os.path.isfile(path)
-    if path.endswith(ROW_SUFFIXES) or suffix in BUILDERS:
+    if path.endswith((*ROW_SUFFIXES, ".yaml", ".yml")) or suffix in BUILDERS:
         if not is_file and not has_magic(path):
             raise FileNotFoundError(f"The data file {path} (`data_path` or `eval_data_path`) does not exist.")
-        if path.endswith(ROW_SUFFIXES):
+        if suffix not in BUILDERS:
             return None
         return load_dataset(BUILDERS[suffix], data_files=path, split="train", streaming=config.streaming)
     if is_file:
@@ -481,7 +481,11 @@ def leave_out_broken_rows(
         columns = table.select_columns(["file", "row", "id"])
         entries = ({**columns[index], "problems": found} for index, found in problems.items())
         if broken and not config.skip_broken:
-            lines = [describe(entry, entry["problems"]) for entry in itertools.islice(entries, MAX_MESSAGES)]
+            is_mixture = config.data_path.endswith((".yaml", ".yml"))
+            lines = [
+                (f"{entry['file']}, " if is_mixture else "") + describe(entry, entry["problems"])
+                for entry in itertools.islice(entries, MAX_MESSAGES)
+            ]
             raise ValueError(
                 f"{len(broken)} of {len(table)} rows in {config.data_path} are broken:\n" + "\n".join(lines) + "\n"
                 "See all with `python -m training.check_data`, fix them, or leave them out with `skip_broken: true`."
@@ -621,20 +625,20 @@ def load_data(config: DataConfig, limit: LengthLimit | None = None, batch_size: 
         FileNotFoundError: If a data file does not exist.
         ValueError: If the data has no supported form, or broken rows.
     """
-    table, source = load_table(config)
-    if table is None:
+    if config.streaming and isinstance(source := find_source(config), IterableDataset):
         arguments = {"source": source, "config": config, "limit": limit, "batch_size": batch_size}
         return IterableDataset.from_generator(stream_samples, gen_kwargs=arguments)
+    table, source = load_table(config)
     table = leave_out_broken_rows(table, source, config, limit)
     return table.with_transform(partial(read_samples, table=table, source=source, config=config))
 
 
-def load_table(config: DataConfig) -> tuple[Dataset | None, Dataset | IterableDataset | None]:
-    """The converted rows (`None` for a stream) and their source (`None` for JSON)."""
+def load_table(config: DataConfig) -> tuple[Dataset, Dataset | None]:
+    """The converted rows, and the dataset that they come from if it is not JSON."""
     if config.data_path.endswith((".yaml", ".yml")):
         return read_mixture(config), None
     source = find_source(config)
-    return None if isinstance(source, IterableDataset) else read_table(config, source), source
+    return read_table(config, source), source
 
 
 def get_lengths(dataset: Dataset) -> tuple[list[int], list[bool]]:

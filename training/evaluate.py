@@ -15,6 +15,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -203,18 +204,15 @@ def score(expected: str, answer: str) -> dict[str, Any]:
     structure, number = parse_json(expected), parse_number(expected)
     found = parse_json(answer) if structure is not None else None
     result: dict[str, Any] = {"exact": int(answer.strip() == expected.strip()), "numeric": None, "fields": None}
-    if structure is None:
-        result["anls"] = float(anls_score(expected, answer))
-    else:  # a list against text would be a list of alternatives
-        result["anls"] = float(anls_score(structure, {"": answer} if found is None else found))
+    # against text a list would be one of alternatives
+    truth, given = (expected, answer) if structure is None else (structure, {"": answer} if found is None else found)
+    result["anls"] = anls_score(truth, given)
     if number is not None:
-        given = parse_number(answer)
-        result["numeric"] = int(given is not None and abs(given - number) <= 0.05 * abs(number))
+        answered = parse_number(answer)
+        result["numeric"] = int(answered is not None and abs(answered - number) <= 0.05 * abs(number))
     if structure is not None:
-        fields, answered = list_fields(structure), list_fields(found) if found is not None else []
-        rest = list(answered)
-        right = sum(1 for pair in fields if pair in rest and not rest.remove(pair))
-        result["fields"] = [right, len(answered), len(fields)]
+        fields, guesses = Counter(list_fields(structure)), Counter([] if found is None else list_fields(found))
+        result["fields"] = [(fields & guesses).total(), guesses.total(), fields.total()]
     return result
 
 

@@ -17,7 +17,7 @@ ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant"
 # Where a part of a message may have its image; `url` and `base64` are transformers' and refused
 IMAGE_KEYS = ("image", "path", "url", "base64", "bytes")
 TYPE_COLUMNS = ("question_type", "type", "kind", "category")
-IMAGE_PART = {"type": "image", "text": None}
+IMAGE_PART: dict[str, str | None] = {"type": "image", "text": None}
 # What webdataset calls images, by their suffix
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 
@@ -107,16 +107,16 @@ def convert_row(row: Any, folder: str = "", plain: bool = False) -> Chat:
         chat.problems.append(f"it must be an object with a chat, but is {_quote(row)}")
         return chat
     if "__key__" in row:  # webdataset: one column per file
-        content = row.get("json") if isinstance(row.get("json"), dict) else {}
-        suffixes = [name for name in row if name.lower() in IMAGE_SUFFIXES]
-        row = {"id": row["__key__"], **{name: value for name, value in row.items() if name != "json"}, **content}
-        row.update({"images": {name: row[name] for name in suffixes}} if suffixes else {})
+        files = {name: value for name, value in row.items() if name.lower() in IMAGE_SUFFIXES}
+        content = row.get("json")
+        row = {"id": row["__key__"], **(content if isinstance(content, dict) else {})}
+        row |= {"images": files} if files else {}
     identifier = row.get("id")
     chat.id = None if identifier is None else str(identifier).encode(errors="replace").decode()
     chat.type = next((str(row[name]) for name in TYPE_COLUMNS if isinstance(row.get(name), str)), None)
     turns, places, is_llava = _find_turns(row, chat)
     column = "images" if row.get("images") is not None else "image"
-    value = row.get(column)
+    value = _parse(row.get(column))
     found = [([column], value)] if isinstance(value, str) else _find_images(value, [column])
     given = [_locate(chat, keys, image, folder) for keys, image in found]
     if chat.problems:
@@ -166,8 +166,8 @@ def _find_turns(row: dict, chat: Chat) -> tuple[list, Callable[[int], list], boo
 
 
 def _parse(value: Any) -> Any:
-    """Lists of turns that a CSV file or a JSON column has as text."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
+    """Lists of turns or names that a CSV file or a JSON column has as text."""
+    if isinstance(value, str) and value.startswith(("[{", '["')):
         try:
             return json.loads(value)
         except ValueError:
@@ -202,7 +202,7 @@ def _add_messages(
             chat.problems.append(f"turn {index} has the unknown speaker {speaker!r} (known are {', '.join(ROLES)})")
             continue
         if isinstance(content, str):
-            text, parts = content, [{"type": "text", "text": content}]
+            text, parts = content, [dict[str, Any](type="text", text=content)]
             if IMAGE_TAG in content:
                 # Images come first in their message, wherever their tags are, as in the released data loader
                 num_tags, text = content.count(IMAGE_TAG), content.replace(IMAGE_TAG, "").strip()

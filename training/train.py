@@ -134,11 +134,13 @@ class TrainingOptions:
         given = {name: getattr(self, f"{name}_learning_rate") for name in PARTS}
         return {PARTS[name]: rate for name, rate in given.items() if rate is not None}
 
-    def get_data_config(self, stage: Stage, output_dir: Path, is_eval: bool = False) -> DataConfig | None:
-        """Where training or evaluation data comes from; `None` without evaluation data."""
-        path = self.eval_data_path if is_eval else self.data_path
-        if path is None or path.lower() in ("", "none", "null"):
-            return None
+    def __post_init__(self) -> None:
+        if self.eval_data_path is not None and self.eval_data_path.lower() in ("", "none", "null"):
+            self.eval_data_path = None
+
+    def get_data_config(self, stage: Stage, output_dir: Path, is_eval: bool = False) -> DataConfig:
+        """Where training or evaluation data comes from."""
+        path = (self.eval_data_path if is_eval else None) or self.data_path
         same = path == self.data_path
         return DataConfig(
             path,
@@ -242,14 +244,14 @@ def make_trainer(
     base_revision = revision if adapter is None else {**revision, "revision": None}
     config = load_config(stage, base, options.low_res_size, **base_revision)
     processor = load_processor(stage, model_args.model_name_or_path, options.size, options.low_res_size, **revision)
-    context = config.text_config.max_position_embeddings
-    limit = LengthLimit(processor, min(training_args.max_length or context, context))
+    lengths = [length for length in (training_args.max_length, config.context_length) if length is not None]
+    limit = LengthLimit(processor, min(lengths)) if lengths else None
     with training_args.main_process_first(desc="reading the data"):
         batch_size = training_args.train_batch_size * training_args.world_size
         train_dataset = load_data(options.get_data_config(stage, output_dir), limit, batch_size)
-        eval_config = options.get_data_config(stage, output_dir, is_eval=True)
-        evaluates = eval_config is not None and training_args.eval_strategy != "no"
-        eval_dataset = load_data(eval_config, limit, batch_size) if evaluates else None
+        eval_dataset = None
+        if training_args.eval_strategy != "no":
+            eval_dataset = load_data(options.get_data_config(stage, output_dir, is_eval=True), limit, batch_size)
 
     set_seed(training_args.seed)  # inserted adapters start at random
     model = AutoModelForImageTextToText.from_pretrained(
@@ -312,8 +314,7 @@ def check_options(options: TrainingOptions, training_args: SFTConfig, model_args
     for name, (value, reason) in UNSUPPORTED.items():
         if vars(training_args).get(name, value) != value:
             raise ValueError(f"`{name}` must stay {value}, but is {getattr(training_args, name)!r}: {reason}.")
-    has_eval_data = options.get_data_config(STAGES[options.stage], Path(), is_eval=True) is not None
-    if training_args.eval_strategy != "no" and not has_eval_data:
+    if training_args.eval_strategy != "no" and options.eval_data_path is None:
         raise ValueError(f"`eval_strategy` is {training_args.eval_strategy.value}, but `eval_data_path` is missing.")
 
 

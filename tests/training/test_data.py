@@ -455,7 +455,8 @@ def write_tar(path):
 def test_every_kind_of_file(tmp_path, kind, streaming):
     for index, image in enumerate(IMAGES):
         image.save(tmp_path / f"{index}.png")
-    rows = [{"prompt": "What is this?", "completion": "Red.", "image": f"{index}.png"} for index in range(3)]
+    names = [f'["{index}.png"]' if kind == "csv" else f"{index}.png" for index in range(3)]
+    rows = [{"prompt": "What is this?", "completion": "Red.", "image": name} for name in names]
     path = tmp_path / f"rows.{kind}"
     if kind == "csv":
         Dataset.from_list(rows).to_csv(path)
