@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, HfArgumentParser
 
-from .data import DataConfig, LengthLimit, describe, find_broken_rows, load_table
+from .checks import LengthLimit, describe, find_broken_rows
+from .data import DataConfig, load_table
 
 
 @dataclass

@@ -32,7 +32,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 from transformers.image_processing_utils import BatchFeature
 from trl.data_utils import prepare_multimodal_messages
 
-from .data import DataConfig, leave_out_broken_rows, load_table, read_images, to_messages, write_whole
+from .checks import to_messages
+from .data import DataConfig, leave_out_broken_rows, load_table, read_images, write_whole
 
 
 METRICS = {
@@ -305,8 +306,8 @@ def compare(first: list[dict], second: list[dict]) -> dict[str, dict]:
             }
             p_value = stats.permutation_test((difference,), np.mean, **options).pvalue
         means = {"first": values[:, 0].mean(), "second": values[:, 1].mean(), "difference": difference.mean()}
-        numbers = {**means, "p_value": p_value}
-        result[name] = {**{k: round(float(v), 6) for k, v in numbers.items()}, "questions": len(values)}
+        rounded = {key: round(float(value), 6) for key, value in means.items()}
+        result[name] = {**rounded, "p_value": float(p_value), "questions": len(values)}
     return result
 
 

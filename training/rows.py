@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from datasets import Dataset
 from PIL import Image
 
 
@@ -310,3 +311,8 @@ def get_image(row: dict, keys: str) -> Any:
     for key in json.loads(keys):
         value = _parse(value)[key]
     return value["bytes"] if isinstance(value, dict) else value
+
+
+def read_source_row(source: Dataset, index: int) -> dict:
+    """One row of a dataset, images undecoded."""
+    return source.with_format("arrow")[index].to_pylist()[0]

@@ -23,7 +23,8 @@ from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config, get_quantiza
 
 from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE
 
-from .data import DataConfig, LengthLimit, load_data, write_whole
+from .checks import LengthLimit
+from .data import DataConfig, load_data, write_whole
 from .lora import BASE_FOLDER, find_base, fits, load_adapter, write_base
 from .stages import (
     LORA_TARGET_MODULES,
@@ -262,11 +263,13 @@ def make_trainer(
         quantization_config=get_quantization_config(model_args),
         **base_revision,
     )
+    base = os.path.abspath(base) if os.path.isdir(base) else base  # the result names it, wherever it is opened
     if model_args.use_peft and not fits(base, config, processor, **base_revision):
-        base = str((output_dir / BASE_FOLDER).resolve())
+        full_base = output_dir.resolve() / BASE_FOLDER
         with training_args.main_process_first(local=False):
-            if training_args.should_save and not os.path.exists(base):
-                write_base(Path(base), model.name_or_path, config, model, processor)
+            if training_args.should_save and not full_base.exists():
+                write_base(full_base, base, config, model, processor)
+        base = str(full_base)
     if adapter is not None:
         model = load_adapter(model, adapter, model_args)
     if not model_args.use_peft:

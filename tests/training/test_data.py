@@ -22,7 +22,8 @@ from PIL import Image as PILImage
 
 from training.check_data import CheckOptions
 from training.check_data import check_data as check
-from training.data import DataConfig, LengthLimit, check_image, get_lengths, load_table, sample_rows
+from training.checks import LengthLimit, check_image
+from training.data import DataConfig, get_lengths, load_table, sample_rows
 from training.data import load_data as load
 from training.rows import convert_row, read_rows
 from training.stages import STAGES, load_processor
