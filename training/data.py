@@ -38,6 +38,8 @@ from .rows import convert_row, get_image, is_embedded, read_rows, read_source_ro
 BUILDERS = {".csv": "csv", ".parquet": "parquet", ".tar": "webdataset"}
 ROW_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 MAX_MESSAGES = 20
+# Bytes of JSON that a process converts at least
+PART_SIZE = 2**26
 BATCH_SIZE = 1000
 
 PART = {"type": Value("string"), "text": Value("string")}
@@ -116,12 +118,24 @@ class RowsBuilder(datasets.ArrowBasedBuilder):
         return datasets.DatasetInfo(features=FEATURES)
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        return [datasets.SplitGenerator(name=datasets.Split.TRAIN)]
+        # one process for each; they read the whole file, and convert a part of it
+        return [datasets.SplitGenerator(datasets.Split.TRAIN, gen_kwargs={"parts": list(range(self.num_parts))})]
 
-    def _generate_tables(self) -> Iterator[tuple[Any, pa.Table]]:
-        config = self.config
-        rows: Iterable = read_rows(config.path) if config.source is None else iterate(config.source)
-        converted = (convert(row, index, config) for index, row in enumerate(rows))
+    @property
+    def num_parts(self) -> int:
+        """In how many parts a file is converted at the same time."""
+        is_large = self.config.path.endswith((".json", ".jsonl")) and os.path.exists(self.config.path)
+        return max(1, min(os.cpu_count() or 1, os.path.getsize(self.config.path) // PART_SIZE)) if is_large else 1
+
+    def _generate_tables(self, parts: list[int]) -> Iterator[tuple[Any, pa.Table]]:
+        config, num_parts = self.config, self.num_parts
+        if config.source is not None:
+            rows: Iterable = enumerate(iterate(config.source))
+        else:
+            size = os.path.getsize(config.path) / num_parts
+            numbered = enumerate(read_rows(config.path))
+            rows = ((i, row) for i, (row, at) in numbered if min(int(at / size), num_parts - 1) in parts)
+        converted = (convert(row, index, config) for index, row in rows)
         gc.disable()  # it would walk millions of dicts that reference counting frees: half of the time
         try:
             for number in itertools.count():
@@ -129,7 +143,10 @@ class RowsBuilder(datasets.ArrowBasedBuilder):
                 if not batch:
                     return
                 columns = {name: [row[name] for row in batch] for name in FEATURES}
-                yield datasets.builder.Key(0, number), pa.Table.from_pydict(columns, schema=FEATURES.arrow_schema)
+                yield (
+                    datasets.builder.Key(parts[0], number),
+                    pa.Table.from_pydict(columns, schema=FEATURES.arrow_schema),
+                )
         finally:
             gc.enable()
 
@@ -225,7 +242,7 @@ def read_table(config: DataConfig, source: Dataset | None) -> Dataset:
         states=states,
     )
     try:
-        builder.download_and_prepare()
+        builder.download_and_prepare(num_proc=builder.num_parts if builder.num_parts > 1 else None)
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, (OSError, ValueError)):
             raise error.__cause__ from None

@@ -46,13 +46,16 @@ class Chat:
     num_bytes: int = 0
 
 
-def read_rows(path: str | os.PathLike, chunk_size: int = 2**24) -> Iterator[Any]:
+def read_rows(path: str | os.PathLike, chunk_size: int = 2**24) -> Iterator[tuple[Any, int]]:
     """
     Reads the rows of a JSON array or of JSON lines one by one, so that a file of gigabytes needs little memory.
 
     Args:
         path (`str` or `os.PathLike`): The file; may be compressed (`.gz`).
         chunk_size (`int`, *optional*, defaults to 2**24): Characters per read.
+
+    Yields:
+        `tuple`: A row, and the character after it.
 
     Raises:
         ValueError: If the file is not JSON; says where.
@@ -86,7 +89,7 @@ def read_rows(path: str | os.PathLike, chunk_size: int = 2**24) -> Iterator[Any]
                     raise ValueError(
                         f"{path} has an unreadable row at character {offset + position}: {error}."
                     ) from error
-                yield row
+                yield row, offset + position
             buffer, offset = buffer[position:], offset + position
     if depth:
         raise ValueError(f"{path} is an array whose brackets do not match. Was it downloaded completely?")

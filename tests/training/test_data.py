@@ -49,10 +49,22 @@ def write(path, rows, kind):
 def test_rows_are_read_in_pieces(tmp_path, kind, chunk_size):
     rows = [{"id": 1, "text": 'a "b", [c] }{ é 漢\n\t\\'}, {}, {"n": {"m": [1, [2]]}}, {"id": "x"}]
     path = write(tmp_path / "rows", rows, kind)
-    assert list(read_rows(path, chunk_size=chunk_size)) == rows
+    assert [row for row, _ in read_rows(path, chunk_size=chunk_size)] == rows
     with gzip.open(tmp_path / "rows.gz", "wb") as file:
         file.write(path.read_bytes())
-    assert list(read_rows(tmp_path / "rows.gz", chunk_size=chunk_size)) == rows
+    assert [row for row, _ in read_rows(tmp_path / "rows.gz", chunk_size=chunk_size)] == rows
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("num_parts", [2, 3])
+def test_a_large_file_is_converted_in_parts(tmp_path, monkeypatch, num_parts):
+    rows = [{"id": index, "conversations": [human("é" * (index % 7)), gpt(f"No. {index}")]} for index in range(2500)]
+    path = write(tmp_path / "rows.json", rows, "json")
+    monkeypatch.setattr("training.data.PART_SIZE", path.stat().st_size // num_parts)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    table, _ = load_table(DataConfig(str(path)))
+    assert table["row"][:] == list(range(2500)) and table["id"][:] == [str(index) for index in range(2500)]
+    assert [m[1]["content"][0]["text"] for m in table["messages"]] == [f"No. {index}" for index in range(2500)]
 
 
 @pytest.mark.parametrize(
