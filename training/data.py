@@ -4,8 +4,10 @@
 import gc
 import itertools
 import json
+import math
 import os
 import random
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -277,22 +279,18 @@ def read_mixture(config: DataConfig) -> Dataset:
 
 def sample_rows(num_rows: int, strategy: str) -> list[int] | range:
     """Indices that a sampling strategy of [`read_mixture`] chooses."""
-    kind, _, amount = strategy.partition(":")
-    try:
-        share = amount.endswith("%")
-        number = min(num_rows, -(-num_rows * int(amount[:-1]) // 100) if share else int(amount or num_rows))
-    except ValueError:
-        kind = ""
-    if kind == "random":
-        return sorted(random.Random(0).sample(range(num_rows), number))
-    choices = {"all": range(num_rows)} if not amount else {}
-    if kind in ("first", "end"):
-        choices[kind] = range(number) if kind == "first" else range(num_rows - number, num_rows)
-    if kind not in choices:
+    match = re.fullmatch(r"all|(first|end|random):(\d+)(%?)", strategy)
+    if match is None:
         raise ValueError(
             f"`sampling_strategy` must be all, first:N, end:N or random:N (a number or percentage), not {strategy!r}."
         )
-    return choices[kind]
+    kind, amount, percent = match.groups()
+    if kind is None:
+        return range(num_rows)
+    number = min(num_rows, math.ceil(num_rows * int(amount) / 100) if percent else int(amount))
+    if kind == "random":
+        return sorted(random.Random(0).sample(range(num_rows), number))
+    return range(number) if kind == "first" else range(num_rows - number, num_rows)
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -305,7 +303,7 @@ def write_whole(file: Path, text: str) -> None:
     unfinished = file.with_name(f".{file.name}.incomplete")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text)
+        unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(file)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
@@ -366,7 +364,8 @@ def read_images(row: dict, source: Dataset | dict | None) -> list[Image.Image]:
     Raises:
         ValueError: If one cannot be decoded; names row and file.
     """
-    images = []
+    images: list[Image.Image] = []
+    content: Path | bytes
     for image in row["images"]:
         if image["path"]:
             content = Path(image["path"])  # a path, and never an address

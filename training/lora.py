@@ -4,6 +4,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
@@ -20,15 +21,22 @@ BASE_FOLDER = "_base"  # `push_to_hub` leaves out what begins with an underscore
 WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors")
 
 
-def find_base(model_name_or_path: str, revision: str | None = None) -> tuple[str, str | None]:
-    """The base model of a starting point, and the starting point itself if it is an adapter folder."""
-    if os.path.isfile(os.path.join(model_name_or_path, "config.json")):
-        return model_name_or_path, None
-    if find_adapter_config_file(model_name_or_path, revision=revision) is None:
-        return model_name_or_path, None
-    return PeftConfig.from_pretrained(
-        model_name_or_path, revision=revision
-    ).base_model_name_or_path, model_name_or_path
+def find_base(model_name_or_path: str, **kwargs: Any) -> tuple[str, dict[str, Any], str | None]:
+    """
+    The base model of a starting point.
+
+    Args:
+        model_name_or_path (`str`): Folder or Hub id of a model or adapter.
+        kwargs: `revision` and others for `from_pretrained`.
+
+    Returns:
+        `tuple`: The base, `kwargs` for it, and `model_name_or_path` if it is an adapter, else `None`.
+    """
+    is_model = os.path.isfile(os.path.join(model_name_or_path, "config.json"))
+    if is_model or find_adapter_config_file(model_name_or_path, revision=kwargs.get("revision")) is None:
+        return model_name_or_path, kwargs, None
+    adapter = PeftConfig.from_pretrained(model_name_or_path, revision=kwargs.get("revision"))
+    return adapter.base_model_name_or_path, {**kwargs, "revision": None}, model_name_or_path
 
 
 def load_adapter(model: PreTrainedModel, adapter: str, options: ModelConfig) -> PreTrainedModel | PeftModel:
@@ -51,7 +59,7 @@ def load_adapter(model: PreTrainedModel, adapter: str, options: ModelConfig) -> 
     return model
 
 
-def fits(base: str, config: LlavaHrConfig, processor: LlavaHrProcessor, **kwargs: str | bool | None) -> bool:
+def fits(base: str, config: LlavaHrConfig, processor: LlavaHrProcessor, **kwargs: Any) -> bool:
     """Whether `base` has the MR-Adapters and the processor that training with LoRA uses."""
     saved = AutoProcessor.from_pretrained(base, **kwargs)
     saved_config = LlavaHrConfig.from_pretrained(base, revision=kwargs.get("revision"))

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
-from PIL import Image
 
 
 IMAGE_TAG = "<image>"
@@ -292,7 +291,7 @@ def is_unicode(text: str) -> bool:
 
 def is_embedded(image: Any) -> bool:
     """Whether a row has the image itself rather than its name."""
-    return isinstance(image.get("bytes") if isinstance(image, dict) else image, (bytes, Image.Image))
+    return isinstance(image.get("bytes") if isinstance(image, dict) else image, bytes)
 
 
 def is_inside(folder: str | os.PathLike, name: str) -> bool:
@@ -308,8 +307,8 @@ def is_inside(folder: str | os.PathLike, name: str) -> bool:
     return os.path.abspath(os.path.join(folder, name)).startswith(os.path.join(folder, ""))
 
 
-def get_image(row: dict, keys: str) -> Any:
-    """The image that keys (a JSON list) lead to in a row: `bytes` or a `PIL.Image.Image`."""
+def get_image(row: dict, keys: str) -> bytes:
+    """The content of the image that keys (a JSON list) lead to in a row."""
     value: Any = row
     for key in json.loads(keys):
         value = _parse(value)[key]

@@ -18,9 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForImageTextToText, set_seed
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel, set_seed
 from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config, get_quantization_config
 
+from modeling_llava_hr import LlavaHrConfig, LlavaHrProcessor
 from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE
 
 from .checks import LengthLimit
@@ -241,8 +243,7 @@ def make_trainer(
         training_args.learning_rate = stage.lora_learning_rate if model_args.use_peft else stage.learning_rate
 
     revision = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
-    base, adapter = find_base(model_args.model_name_or_path, model_args.model_revision)
-    base_revision = revision if adapter is None else {**revision, "revision": None}
+    base, base_revision, adapter = find_base(model_args.model_name_or_path, **revision)
     config = load_config(stage, base, options.low_res_size, **base_revision)
     processor = load_processor(stage, model_args.model_name_or_path, options.size, options.low_res_size, **revision)
     lengths = [length for length in (training_args.max_length, config.context_length) if length is not None]
@@ -254,32 +255,7 @@ def make_trainer(
         if training_args.eval_strategy != "no":
             eval_dataset = load_data(options.get_data_config(stage, output_dir, is_eval=True), limit, batch_size)
 
-    set_seed(training_args.seed)  # inserted adapters start at random
-    model = AutoModelForImageTextToText.from_pretrained(
-        base,
-        config=copy.deepcopy(config),  # loading adds what quantization needs
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
-        quantization_config=get_quantization_config(model_args),
-        **base_revision,
-    )
-    base = os.path.abspath(base) if os.path.isdir(base) else base  # the result names it, wherever it is opened
-    if model_args.use_peft and not fits(base, config, processor, **base_revision):
-        full_base = output_dir.resolve() / BASE_FOLDER
-        with training_args.main_process_first(local=False):
-            if training_args.should_save and not full_base.exists():
-                write_base(full_base, base, config, model, processor)
-        base = str(full_base)
-    if adapter is not None:
-        model = load_adapter(model, adapter, model_args)
-    if not model_args.use_peft:
-        freeze(model, stage, options.frozen)
-    elif adapter is not None:
-        model.peft_config["default"].base_model_name_or_path = base
-    else:
-        model.name_or_path = base  # PEFT notes it in the result
-        model_args.lora_target_modules = model_args.lora_target_modules or LORA_TARGET_MODULES
-        model_args.lora_modules_to_save = model_args.lora_modules_to_save or get_modules_to_save(config)
+    model = load_model(options, training_args, model_args, config, processor)
     trainer = LlavaHrTrainer(
         model=model,
         args=training_args,
@@ -297,6 +273,55 @@ def make_trainer(
     if training_args.bf16 or model_args.dtype == "float32":
         trainer.keep_trained_in_float32()
     return trainer, checkpoint
+
+
+def load_model(
+    options: TrainingOptions,
+    training_args: SFTConfig,
+    model_args: ModelConfig,
+    config: LlavaHrConfig,
+    processor: LlavaHrProcessor,
+) -> PreTrainedModel | PeftModel:
+    """
+    Loads the starting point, and with LoRA prepares what the result's base will be.
+
+    Args:
+        options, training_args, model_args: See [`make_trainer`].
+        config ([`LlavaHrConfig`]): Configuration that the stage trains with.
+        processor ([`LlavaHrProcessor`]): Processor that the stage trains with.
+
+    Returns:
+        The model with its trained parameters, or with LoRA the model or LoRA to train.
+    """
+    revision = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    base, revision, adapter = find_base(model_args.model_name_or_path, **revision)
+    set_seed(training_args.seed)  # inserted adapters start at random
+    model = AutoModelForImageTextToText.from_pretrained(
+        base,
+        config=copy.deepcopy(config),  # loading adds what quantization needs
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        quantization_config=get_quantization_config(model_args),
+        **revision,
+    )
+    base = os.path.abspath(base) if os.path.isdir(base) else base  # the result names it, wherever it is opened
+    if model_args.use_peft and not fits(base, config, processor, **revision):
+        full_base = Path(training_args.output_dir).resolve() / BASE_FOLDER
+        with training_args.main_process_first(local=False):
+            if training_args.should_save and not full_base.exists():
+                write_base(full_base, base, config, model, processor)
+        base = str(full_base)
+    if adapter is not None:
+        model = load_adapter(model, adapter, model_args)
+    if not model_args.use_peft:
+        freeze(model, STAGES[options.stage], options.frozen)
+    elif adapter is not None:
+        model.peft_config["default"].base_model_name_or_path = base
+    else:
+        model.name_or_path = base  # PEFT notes it in the result
+        model_args.lora_target_modules = model_args.lora_target_modules or LORA_TARGET_MODULES
+        model_args.lora_modules_to_save = model_args.lora_modules_to_save or get_modules_to_save(config)
+    return model
 
 
 def check_options(options: TrainingOptions, training_args: SFTConfig, model_args: ModelConfig) -> None:
