@@ -199,7 +199,7 @@ def find_source(config: DataConfig) -> Dataset | IterableDataset | None:
             raise FileNotFoundError(f"The data file {path} (`data_path` or `eval_data_path`) does not exist.")
         if suffix not in BUILDERS:
             return None
-        return load_dataset(BUILDERS[suffix], data_files=path, split="train", streaming=config.streaming)
+        return _load(path, BUILDERS[suffix], data_files=path, split="train", streaming=config.streaming)
     if is_file:
         known = ", ".join([*ROW_SUFFIXES, *BUILDERS, ".yaml"])
         raise ValueError(f"`data_path` ({path}) is of an unknown kind: its name must end with {known}.")
@@ -210,12 +210,16 @@ def find_source(config: DataConfig) -> Dataset | IterableDataset | None:
                 raise ValueError(f"`data_path` ({path}) has no split {config.split!r}, but {', '.join(source)}.")
             source = source[config.split]
         return source.to_iterable_dataset() if config.streaming else source
+    options = {"name": config.name, "revision": config.revision, "streaming": config.streaming}
+    return _load(path, path, split=config.split or "train", **options)
+
+
+def _load(data_path: str, *args: Any, **kwargs: Any) -> Dataset | IterableDataset:
+    """[`datasets.load_dataset`], whose errors list known configurations and splits, with the path in front of them."""
     try:
-        return load_dataset(
-            path, config.name, split=config.split or "train", revision=config.revision, streaming=config.streaming
-        )
-    except ValueError as error:  # an unknown configuration or split; `datasets` lists the known ones
-        raise ValueError(f"`data_path` ({path}): {error}") from error
+        return load_dataset(*args, **kwargs)
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(f"`data_path` ({data_path}): {error.__cause__ or error}") from error
 
 
 def read_table(config: DataConfig, source: Dataset | None) -> Dataset:

@@ -567,6 +567,13 @@ def test_an_unknown_split_or_configuration_lists_the_known_ones(tmp_path):
         load_data(tmp_path / "hub", name="x")
 
 
+@pytest.mark.parametrize(("name", "content"), [("rows.parquet", b"PAR1, cut off"), ("rows.txt", b"What?")])
+def test_files_that_cannot_be_read_are_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"`data_path` \(.*{name}\)"):
+        load_data(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet", "rows.tar"])
 def test_a_missing_data_file_is_named(tmp_path, name):
     with pytest.raises(FileNotFoundError, match=f"{name} .* does not exist"):
