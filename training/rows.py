@@ -116,7 +116,9 @@ def convert_row(row: Any, folder: str = "", plain: bool = False) -> Chat:
         row |= {"images": files} if files else {}
     identifier = row.get("id")
     chat.id = None if identifier is None else str(identifier).encode(errors="replace").decode()
-    chat.type = next((str(row[name]) for name in TYPE_COLUMNS if isinstance(row.get(name), str)), None)
+    for name in TYPE_COLUMNS:
+        if chat.type is None and name in row:
+            chat.type = row[name] if isinstance(row[name], str) else None
     turns, places, is_llava = _find_turns(row, chat)
     column = "images" if row.get("images") is not None else "image"
     value = _parse(row.get(column))
@@ -194,7 +196,7 @@ def _add_messages(
     chat: Chat, turns: list, places: Callable[[int], list], given: list[tuple[list, Any]], folder: str
 ) -> int:
     """Adds `turns` to `chat` with the images of their parts; returns how many of the `given` ones they refer to."""
-    used = 0
+    used, parts = 0, list[dict]()
     for index, turn in enumerate(turns):
         turn = turn if isinstance(turn, dict) else {}
         speaker, content = turn.get("from"), turn.get("value")
@@ -205,7 +207,7 @@ def _add_messages(
             chat.problems.append(f"turn {index} has the unknown speaker {speaker!r} (known are {', '.join(ROLES)})")
             continue
         if isinstance(content, str):
-            text, parts = content, [dict[str, Any](type="text", text=content)]
+            text, parts = content, [{"type": "text", "text": content}]
             if IMAGE_TAG in content:
                 # Images come first in their message, wherever their tags are, as in the released data loader
                 num_tags, text = content.count(IMAGE_TAG), content.replace(IMAGE_TAG, "").strip()
