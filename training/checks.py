@@ -22,7 +22,7 @@ from .rows import get_image, read_source_row
 
 
 # The smallest views: only whether they can be made matters
-IMAGE_READER = LlavaHrImageProcessorPil(size=14, high_res_size=32)
+IMAGE_READER = LlavaHrImageProcessorPil(size=32, low_res_size=14)
 # How a complete file ends; in other formats, and where something follows the end, the image is decoded
 FILE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
 # More tokens than a template puts around a message

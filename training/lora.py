@@ -60,11 +60,12 @@ def load_adapter(model: PreTrainedModel, adapter: str, options: ModelConfig) -> 
 
 
 def fits(base: str, config: LlavaHrConfig, processor: LlavaHrProcessor, **kwargs: Any) -> bool:
-    """Whether `base` has the MR-Adapters and the processor that training with LoRA uses."""
+    """Whether `base` has the MR-Adapters, sides and processor that training with LoRA uses."""
     saved = AutoProcessor.from_pretrained(base, **kwargs)
     saved_config = LlavaHrConfig.from_pretrained(base, revision=kwargs.get("revision"))
     return (
         saved_config.mr_adapter_layers == config.mr_adapter_layers
+        and saved_config.low_res_size == config.low_res_size
         and saved.chat_template == processor.chat_template
         and saved.image_processor.to_dict() == processor.image_processor.to_dict()
     )

@@ -26,7 +26,7 @@ def test_receipts(mini, tmp_path, capsys):
 
     before = run(TINY, "before")
     options = ("--max_steps", "30", "--per_device_train_batch_size", "4", "--learning_rate", "5e-3", "--use_peft")
-    options += ("--size", "56", "--high_res_size", "256")
+    options += ("--size", "256", "--low_res_size", "56")
     mini.train("finetune", TINY, folder / "train.jsonl", tmp_path / "lora", *options)
     AutoModelForImageTextToText.from_pretrained(tmp_path / "lora")
     after = run(tmp_path / "lora", "after")
