@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """TRL's own trainers, as shipped, on the tiny model: conversational data with `images`, no code of ours between."""
 
+import functools
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,7 @@ from trl import (
 )
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
+from examples.grpo import make_questions
 
 
 # TRL 1.16 on transformers 5.24, and its experimental parts
@@ -128,6 +132,19 @@ def test_a_folder_alone_is_enough(tmp_path):
     trainer = make_trainer("sft", tmp_path, model=TINY_MODEL)
     assert type(trainer.model).__name__ == "LlavaHrForConditionalGeneration"
     trainer.train()
+
+
+@pytest.mark.parametrize("name", ["dpo", "grpo"])
+def test_examples(name, tmp_path, monkeypatch, capsys):
+    example = importlib.import_module(f"examples.{name}")
+    make_few = functools.partial(make_questions, num_images=2)
+    monkeypatch.setattr(example, "make_questions", lambda split, num_images: make_few(split))
+    batch = ["--per_device_train_batch_size", "4", *(["--num_generations", "2"] if name == "grpo" else [])]
+    options = ["--output_dir", str(tmp_path), "--max_steps", "2", "--logging_steps", "1", *batch]
+    monkeypatch.setattr(sys, "argv", [name, *options, "--use_cpu", "true"])
+    example.main()
+    assert (tmp_path / "model.safetensors").exists()
+    assert name == "dpo" or "mean reward: " in capsys.readouterr().out
 
 
 def make_llava():
