@@ -17,6 +17,7 @@ import os
 from dataclasses import is_dataclass
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
@@ -190,7 +191,12 @@ class LlavaHrProcessor(ProcessorMixin):
         has_start = bos_token is not None and isinstance(first, str) and first.startswith(bos_token)
         if has_start and "add_special_tokens" not in kwargs.get("text_kwargs", {}):
             kwargs.setdefault("add_special_tokens", False)
-        return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        inputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        offsets = inputs.get("offset_mapping")
+        if "text_replacement_offsets" in inputs and isinstance(offsets, torch.Tensor):
+            # `apply_chat_template` iterates over it to mask the answers, which is slow over a tensor
+            inputs["offset_mapping"] = offsets.tolist()
+        return inputs
 
     def apply_chat_template(
         self, conversation: list[dict] | list[list[dict]], chat_template: str | None = None, **kwargs: Any

@@ -148,6 +148,15 @@ def test_answers_alone_are_supervised_with_several_pictures_and_turns(processor)
     assert "".join(tokens).replace("▁", " ") == " They are equal.</s> The same.</s>"
 
 
+@pytest.mark.parametrize("for_masks", [True, False])
+def test_offsets_for_masks_are_a_list(processor, for_masks):
+    """transformers iterates over them in Python; over a tensor that takes most of the time of a training batch."""
+    kwargs = {"return_offsets_mapping": True, "return_text_replacement_offsets": for_masks, "return_tensors": "pt"}
+    offsets = processor(text="Hello there", **kwargs)["offset_mapping"]
+    assert isinstance(offsets, list if for_masks else torch.Tensor)
+    assert torch.as_tensor(offsets)[0, -1, 1] == len("Hello there")
+
+
 def text_after_last_system_sentence(prompt):
     return prompt.split("user's questions. ")[1]
 

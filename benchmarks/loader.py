@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Training batches from files: LLaVA-HR's collator against TRL's with transformers' `LlavaProcessor`.
+
+    python -m benchmarks.loader                  # on the CPU, with as many workers as there are cores
+    python -m benchmarks.loader --preset full    # batches are pinned and copied to the GPU
+
+At 256 px with the sizes of the tiny model, at 1024 px with those of 7B, and LLaVA-1.5 at 1022 px, which has one view
+of the same area. LLaVA-HR masks all but the answers; "transformers' masks" is LLaVA-HR without its processor's
+shortcut for that, and LLaVA is measured as it is, without masks. The results also say how much shared memory
+prefetched batches need, and how many samples per second keep an H100 busy.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch.utils.data import DataLoader
+from transformers import AutoProcessor, LlavaImageProcessor, LlavaProcessor
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from modeling_llava_hr import LlavaHrImageProcessor, LlavaHrProcessor
+from training.trainer import LlavaHrDataCollator
+
+from ._common import BenchmarkArguments, Timing, compare, make_target, ratio, run_benchmark, synchronize
+from .plan import GPUS, SAMPLES, calibrate, get_stage_flops
+from .preprocessing import draw_picture, encode
+
+
+TINY = Path(__file__).parent.parent / "examples" / "tiny-llava-hr"
+WORKERS = (0, 1, 2, 4, 16)
+# Of the image processor: the tiny model's at 256 px, 7B's at 1024 px
+SIZES = {256: {"size": 56, "high_res_size": 256, "patch_size": 7}, 1024: {"size": 448, "high_res_size": 1024}}
+LLAVA_SIDE = 1022
+# What a training on one GPU with many cores would set: samples per step, workers, and torch's default of batches that
+# each worker has ready
+SHARED_MEMORY_CASE = {"batch_size": 64, "workers": 12, "prefetch_factor": 2}
+TURNS = [
+    ("What is shown?", "A street with three signs and a blue circle at the top left."),
+    ("What does the red sign say?", "4711"),
+    ("Where is the circle, and what color does it have?", "It is blue and at the top left of the image."),
+    ("What does the green sign say?", "0815"),
+    ("Is anything else written on the signs?", "No, those are all the texts that can be read here."),
+]
+
+
+@dataclass
+class LoaderArguments(BenchmarkArguments):
+    """
+    Options of this benchmark beside those of every one.
+
+    Args:
+        batch_size (`int`): Samples per batch.
+        num_batches (`int`): Batches per round.
+        workers (`list[int]`): Numbers of worker processes; those above the number of cores are skipped.
+    """
+
+    batch_size: int = field(default=8, metadata={"help": "samples per batch"})
+    num_batches: int = field(default=8, metadata={"help": "batches per round"})
+    workers: list[int] = field(default_factory=lambda: list(WORKERS), metadata={"help": "worker processes"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("batch_size", "num_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, but got {getattr(self, name)}.")
+        cores = len(os.sched_getaffinity(0))
+        self.workers = [number for number in self.workers if 0 <= number <= cores]
+        if not self.workers:
+            raise ValueError(f"--workers must have a number from 0 to {cores}, the cores of this machine.")
+
+
+class TransformersMasks(LlavaHrProcessor):
+    """LLaVA-HR's processor with transformers' own way of masking: it iterates over a tensor of offsets."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = super().__call__(*args, **kwargs)
+        if "offset_mapping" in inputs:
+            inputs["offset_mapping"] = torch.tensor(inputs["offset_mapping"])
+        return inputs
+
+
+def make_collators(side: int) -> dict[str, DataCollatorForVisionLanguageModeling]:
+    """What is compared at a side of the high-resolution view, by name."""
+    processor = AutoProcessor.from_pretrained(TINY)
+    tokenizer, template = processor.tokenizer, processor.chat_template
+    image_processor = LlavaHrImageProcessor(**SIZES[side])
+    parts = {"image_processor": image_processor, "tokenizer": tokenizer, "chat_template": template}
+    collators = {
+        "llava-hr": LlavaHrDataCollator(LlavaHrProcessor(**parts), assistant_only_loss=True),
+        "llava-hr, transformers' masks": LlavaHrDataCollator(TransformersMasks(**parts), assistant_only_loss=True),
+    }
+    if side == 1024:
+        # as LLaVA-1.5 is used: the whole image, padded to a square
+        sizes = {"size": {"shortest_edge": LLAVA_SIDE}, "crop_size": LLAVA_SIDE, "do_pad": True}
+        llava = LlavaProcessor(
+            LlavaImageProcessor(**sizes),
+            tokenizer,
+            patch_size=14,
+            vision_feature_select_strategy="default",
+            chat_template=template,
+            num_additional_image_tokens=1,
+        )
+        collators["llava"] = DataCollatorForVisionLanguageModeling(llava)
+    return collators
+
+
+def make_samples(folder: Path, side: int, number: int) -> list[dict[str, Any]]:
+    """Chats about a JPEG file a quarter wider than the view, as TRL's collator takes them."""
+    file = folder / f"{side}.jpg"
+    file.write_bytes(encode(draw_picture(side * 5 // 4, side * 15 // 16)))
+    messages = []
+    for question, answer in TURNS:
+        images = [] if messages else [{"type": "image"}]
+        messages.append({"role": "user", "content": [*images, {"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return [{"messages": messages, "images": [str(file)]} for _ in range(number)]
+
+
+def load(loader: DataLoader, device: str) -> None:
+    """Takes all batches to the device."""
+    for batch in loader:
+        for tensor in batch.values():
+            tensor.to(device, non_blocking=True)
+    synchronize()
+
+
+def measure(side: int, samples: list[dict[str, Any]], arguments: LoaderArguments) -> dict[str, Any]:
+    """
+    Loads the samples in each way and with each number of workers.
+
+    Returns:
+        `dict`: For each name, `bytes_per_sample` and, by the number of workers, the [`Timing`] of a round.
+    """
+    results = {}
+    for name, collator in make_collators(side).items():
+        batch = collator(samples[: arguments.batch_size])
+        num_bytes = sum(tensor.nbytes for tensor in batch.values()) / len(batch["input_ids"])
+        results[name] = {"bytes_per_sample": num_bytes, "collator": collator}
+    timings: dict[str, dict[int, Timing]] = {name: {} for name in results}
+    for workers in arguments.workers:
+        loaders = {
+            name: DataLoader(
+                samples,
+                arguments.batch_size,
+                collate_fn=result["collator"],
+                num_workers=workers,
+                pin_memory=arguments.on_gpu,
+                persistent_workers=workers > 0,
+            )
+            for name, result in results.items()
+        }
+        functions = {name: partial(load, loader, arguments.device) for name, loader in loaders.items()}
+        for name, timing in compare(functions, arguments, f"{side} px, {workers} workers").items():
+            timings[name][workers] = timing
+    return {
+        name: {"bytes_per_sample": result["bytes_per_sample"], "timings": timings[name]}
+        for name, result in results.items()
+    }
+
+
+def get_needs(bytes_per_sample: float) -> dict[str, float]:
+    """What a training of 7B asks of its loader: shared memory in bytes, and samples per second for an H100."""
+    utilization, _ = calibrate()
+    flops = get_stage_flops("7b", "llava-hr-1024", "finetune") / SAMPLES["finetune"]
+    case = SHARED_MEMORY_CASE
+    return {
+        **case,
+        "shared_memory_bytes": bytes_per_sample * case["batch_size"] * case["workers"] * case["prefetch_factor"],
+        "flops_per_sample": flops,
+        "utilization": utilization,
+        "h100_samples_per_second": GPUS["h100"].flops * utilization / flops,
+    }
+
+
+def find_targets(measured: dict[int, Any], needs: dict[str, float], arguments: LoaderArguments) -> list[dict]:
+    """What the project wants, beside what came out; see [`make_target`]."""
+    first, most = arguments.workers[0], max(arguments.workers)
+    small, large = ({name: result["timings"] for name, result in measured[side].items()} for side in (256, 1024))
+    number = arguments.batch_size * arguments.num_batches
+    busy = Timing([number / needs["h100_samples_per_second"]] * arguments.repeats)
+    masks = "llava-hr, transformers' masks"
+    return [
+        make_target(
+            f"samples/s at 256 px over those with transformers' masks, {first} workers",
+            ratio(small[masks][first], small["llava-hr"][first]),
+            3,
+            True,
+            True,
+        ),
+        *(
+            make_target(
+                f"samples/s at 1024 px over LLaVA's at {LLAVA_SIDE} px, {workers} workers",
+                ratio(large["llava"][workers], large["llava-hr"][workers]),
+                1,
+                True,
+                True,
+            )
+            for workers in arguments.workers
+        ),
+        make_target(
+            f"samples/s at 1024 px over what keeps an H100 busy in stage 2 of 7B, {most} workers",
+            ratio(busy, large["llava-hr"][most]),
+            1,
+            True,
+            True,
+        ),
+    ]
+
+
+def draw(results: dict[str, Any], arguments: LoaderArguments) -> Figure:
+    """Samples per second over the number of workers."""
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    for axes, (side, entries) in zip(figure.subplots(1, len(results["sides"])), results["sides"].items(), strict=True):
+        for name, entry in entries.items():
+            axes.plot(list(entry["samples_per_second"]), list(entry["samples_per_second"].values()), "o-", label=name)
+        axes.set(title=f"{side} px", xlabel="worker processes", ylabel="samples per second", ylim=(0, None))
+        axes.legend(fontsize="small")
+    return figure
+
+
+def describe(results: dict[str, Any], arguments: LoaderArguments) -> str:
+    """Megabytes and rates of everything, and what a training needs."""
+    lines = []
+    for side, entries in results["sides"].items():
+        for name, entry in entries.items():
+            rates = ", ".join(f"{rate:.1f} ({workers})" for workers, rate in entry["samples_per_second"].items())
+            megabytes = entry["bytes_per_sample"] / 1e6
+            lines.append(f"{side} px, {name}: {megabytes:.2f} MB per sample; samples/s (workers): {rates}")
+    needs = results["needs"]
+    lines.append(
+        "{batch_size} samples of 1024 px, {workers} workers, {prefetch_factor} batches each: ".format(**needs)
+        + f"{needs['shared_memory_bytes'] / 1e9:.1f} GB of shared memory"
+    )
+    lines.append(
+        f"An H100 in stage 2 of 7B: {needs['flops_per_sample'] / 1e12:.0f} TFLOP per sample, at "
+        f"{needs['utilization']:.0%} of its rate {needs['h100_samples_per_second']:.1f} samples/s"
+    )
+    return "\n".join(lines)
+
+
+def run(arguments: LoaderArguments) -> Iterator[dict[str, Any]]:
+    """Measures one side after the other; yields the results after each."""
+    torch.set_num_threads(1)  # as in a worker
+    number = arguments.batch_size * arguments.num_batches
+    measured: dict[int, Any] = {}
+    results: dict[str, Any] = {"sides": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for side in SIZES:
+            measured[side] = measure(side, make_samples(Path(folder), side, number), arguments)
+            results["sides"][str(side)] = {
+                name: {
+                    "bytes_per_sample": entry["bytes_per_sample"],
+                    "seconds": {str(key): timing.to_dict() for key, timing in entry["timings"].items()},
+                    "samples_per_second": {
+                        str(key): number / timing.median for key, timing in entry["timings"].items()
+                    },
+                }
+                for name, entry in measured[side].items()
+            }
+            yield results
+    results["needs"] = get_needs(measured[1024]["llava-hr"]["bytes_per_sample"])
+    results["targets"] = find_targets(measured, results["needs"], arguments)
+    yield results
+
+
+def main() -> None:
+    run_benchmark("loader", LoaderArguments, run, draw, describe)
+
+
+if __name__ == "__main__":
+    main()

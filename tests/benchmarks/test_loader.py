@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small run of `benchmarks.loader`, and what it compares."""
+
+import os
+
+import pytest
+import torch
+
+from benchmarks import loader
+from benchmarks._common import Timing
+from benchmarks.loader import LoaderArguments
+
+
+VIEW_VALUES = {"256": 3 * (256**2 + 56**2), "1024": 3 * (1024**2 + 448**2)}
+
+
+# transformers 5.24 decodes LLaVA's files with torchvision
+@pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
+def test_run(run_benchmark):
+    results = run_benchmark(
+        loader, "--workers", "0", "1", "--batch_size", "2", "--num_batches", "2", "--repeats", "1", "--warmup", "0"
+    )
+    assert {side: len(entries) for side, entries in results["sides"].items()} == {"256": 2, "1024": 3}
+    for side, entries in results["sides"].items():
+        for name, entry in entries.items():
+            values = 3 * 1022**2 if name == "llava" else VIEW_VALUES[side]
+            text_bytes = entry["bytes_per_sample"] - 4 * values
+            assert 3 * 8 * 200 < text_bytes < 3 * 8 * 6000  # ids, mask and labels of an image and its chat
+            assert entry["samples_per_second"].keys() == {"0", "1"}
+            for workers, rate in entry["samples_per_second"].items():
+                assert rate * entry["seconds"][workers]["median"] == pytest.approx(4)
+    needs = results["needs"]
+    per_sample = results["sides"]["1024"]["llava-hr"]["bytes_per_sample"]
+    assert needs["shared_memory_bytes"] == pytest.approx(64 * 12 * 2 * per_sample)
+    assert 75e12 < needs["flops_per_sample"] < 85e12  # about 80 TFLOP
+    assert needs["h100_samples_per_second"] == pytest.approx(989e12 * needs["utilization"] / needs["flops_per_sample"])
+    assert len(results["targets"]) == 4
+
+
+def test_both_ways_of_masking_give_the_same_batches(tmp_path):
+    (samples,) = [loader.make_samples(tmp_path, 256, 2)]
+    batches = [collator(samples) for collator in loader.make_collators(256).values()]
+    assert batches[0].keys() == batches[1].keys()
+    assert all(torch.equal(values, batches[1][name]) for name, values in batches[0].items())
+    learned = batches[0]["labels"][0]
+    tokenizer = next(iter(loader.make_collators(256).values())).processor.tokenizer
+    assert tokenizer.decode(learned[learned != -100]) == "".join(f" {answer}</s>" for _, answer in loader.TURNS)
+
+
+def test_targets_compare_rates():
+    arguments = LoaderArguments(workers=[0, 1], repeats=2)
+    ours, slow, llava = ({n: Timing([seconds] * 2) for n in (0, 1)} for seconds in (2.0, 8.0, 1.0))
+    names = ("llava-hr", "llava-hr, transformers' masks", "llava")
+    entries = {name: {"timings": timings} for name, timings in zip(names, (ours, slow, llava), strict=True)}
+    targets = loader.find_targets({256: entries, 1024: entries}, {"h100_samples_per_second": 64.0}, arguments)
+    # 64 samples in 2 s are 32 per second
+    assert [target["measured"]["median"] for target in targets] == [4, 0.5, 0.5, 0.5]
+    assert [target["met"] for target in targets] == [True, False, False, False]
+
+
+def test_no_more_workers_than_cores():
+    assert max(LoaderArguments(workers=[0, 1, 100_000]).workers) <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    "option, named",
+    [
+        ({"batch_size": 0}, "--batch_size must be"),
+        ({"num_batches": 0}, "--num_b"),
+        ({"workers": [10**6]}, "--workers"),
+    ],
+)
+def test_refused_options(option, named):
+    with pytest.raises(ValueError, match=named):
+        LoaderArguments(**option)
