@@ -23,6 +23,7 @@ import importlib.util
 import io
 import json
 import multiprocessing
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -177,6 +178,14 @@ def get_split(text: str) -> str:
     """
     bucket = hashlib.sha256(text.encode()).digest()[0] * 10 // 256
     return {8: "validation", 9: "test"}.get(bucket, "train")
+
+
+def count_cores() -> int:
+    """The cores that this process may use, at most 16: more hardly help to draw or to load batches."""
+    try:
+        return min(len(os.sched_getaffinity(0)), 16)
+    except AttributeError:  # not Linux
+        return min(os.cpu_count() or 1, 16)
 
 
 def get_rng(seed: int, split: str, index: int) -> np.random.Generator:
@@ -623,7 +632,7 @@ class FinePrintArguments(FinePrintConfig):
         num_test (`int`): Number of test pictures.
         shown_ratio (`float`): Below 1, the pictures are reduced to this share of their side, as the low-resolution
             view is, and enlarged again: the same pictures for a control that has no sharp view.
-        workers (`int`): Processes; what is drawn does not depend on it.
+        workers (`int`): Processes, one per available core by default; what is drawn does not depend on it.
     """
 
     output: str = field(default="", metadata={"help": "folder to write to"})
@@ -631,7 +640,7 @@ class FinePrintArguments(FinePrintConfig):
     num_validation: int = field(default=100, metadata={"help": "number of validation pictures"})
     num_test: int = field(default=500, metadata={"help": "number of test pictures"})
     shown_ratio: float = field(default=1.0, metadata={"help": "below 1: pictures hold a low-resolution view only"})
-    workers: int = field(default=2, metadata={"help": "processes; what is drawn does not depend on it"})
+    workers: int = field(default_factory=count_cores, metadata={"help": "processes that draw; all cores by default"})
 
 
 def generate(arguments: FinePrintArguments) -> None:

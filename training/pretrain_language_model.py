@@ -72,7 +72,7 @@ class PretrainLanguageModelArguments:
         width, layers, heads (`int`): Of the Llama. Four narrow heads had not learned which text is asked for in
             the steps that were tried.
         steps (`int`): Number of steps.
-        batch_size (`int`): Texts a step.
+        batch_size (`int`): Texts per step; fewer for images above 256 px, whose sequences are long.
         learning_rate (`float`): Highest learning rate (warm-up, cosine).
         device (`str`): Where to train.
         seed (`int`): Of weights and texts.
@@ -309,7 +309,7 @@ def pretrain(arguments: PretrainLanguageModelArguments) -> dict[str, float]:
     )
     eye = SceneEmbedding(len(config.characters), arguments.width)
     records = _train(arguments, nn.ModuleDict({"model": model, "eye": eye}), tokenizer, painter, rng)
-    model.cpu().save_pretrained(arguments.output)
+    model.to("cpu", torch.bfloat16).save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
     first, last = (torch.tensor(part).nanmean(0).tolist() for part in (records[:10], records[-10:]))
     return {"first_loss": first[0], "last_loss": last[0], "last_characters": last[1]}
@@ -340,7 +340,9 @@ def _train(
         # half of the steps are for the smallest, where it learns to look things up
         later = 2 * step / arguments.steps - 1
         number = 0 if later < 0 else min(1 + int(later * (len(grids) - 1)), len(grids) - 1)
-        batch = get_batch(tokenizer, painter, grids[number], arguments.max_signs, rng, arguments.batch_size)
+        # a grid above 8 x 8 doubles the sequence and more: half as many texts for each doubling
+        count = max(1, min(arguments.batch_size, arguments.batch_size * 8 // grids[number]))
+        batch = get_batch(tokenizer, painter, grids[number], arguments.max_signs, rng, count)
         targets = {name: target.to(arguments.device) for name, target in batch.pop("targets").items()}
         batch = {name: value.to(arguments.device) for name, value in batch.items()}
         input_ids, labels = batch["input_ids"], batch["labels"]

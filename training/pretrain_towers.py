@@ -51,6 +51,7 @@ from training.fineprint import (
     Scene,
     Shape,
     Sign,
+    count_cores,
     draw_sample,
     get_caption,
     get_rng,
@@ -89,7 +90,7 @@ class PretrainTowersArguments:
         learning_rate (`float`): Highest learning rate of the first part (warm-up, cosine); a fifth for the second.
         blind (`bool`): The high-resolution tower sees the low-resolution view, enlarged: the control's towers.
         device (`str`): Where to train.
-        workers (`int`): Processes that draw; 0 for this one.
+        workers (`int`): Processes that draw, one per available core by default; 0 for this one.
         seed (`int`): Of weights and pictures.
     """
 
@@ -113,7 +114,7 @@ class PretrainTowersArguments:
     learning_rate: float = field(default=2e-3, metadata={"help": "highest learning rate"})
     blind: bool = field(default=False, metadata={"help": "the high-resolution tower sees the enlarged low-res view"})
     device: str = field(default="cpu", metadata={"help": "where to train"})
-    workers: int = field(default=2, metadata={"help": "processes that draw"})
+    workers: int = field(default_factory=count_cores, metadata={"help": "processes that draw; all cores by default"})
     seed: int = field(default=0, metadata={"help": "of weights and pictures"})
 
 
@@ -470,10 +471,11 @@ def pretrain(arguments: PretrainTowersArguments) -> dict:
     result["in_scenes"] = evaluate_reader(arguments, reader, test, arguments.blind)
     output = Path(arguments.output)
     (output / "high_res_tower").mkdir(parents=True, exist_ok=True)
-    state_dict = {name: tensor.contiguous().cpu() for name, tensor in reader.tower.state_dict().items()}
+    towers.to("cpu", torch.bfloat16)
+    state_dict = {name: tensor.contiguous() for name, tensor in reader.tower.state_dict().items()}
     save_file(state_dict, output / "high_res_tower" / "model.safetensors", metadata={"format": "pt"})
     (output / "high_res_tower" / "config.json").write_text(json.dumps({"architecture": ARCHITECTURE}) + "\n")
-    clip.cpu().save_pretrained(output / "vision_tower")
+    clip.save_pretrained(output / "vision_tower")
     return result
 
 

@@ -4,9 +4,14 @@ Trains a tiny LLaVA-HR from nothing, by this project's own commands one after an
 
     python -m training.train_tiny --preset cpu --output .cache/train-tiny
 
-FinePrint, language model, towers, `conversion.assemble`, stage 1, stage 2 on growing pictures, evaluation. What is
-there already is left out, so that the same command goes on where it was interrupted. The result is `OUTPUT/model`,
-in bfloat16, and `OUTPUT/evaluation.json`.
+Language model, towers, FinePrint, `conversion.assemble`, stage 1, stage 2 on growing images, evaluation. Complete
+steps are skipped, so the same command resumes an interrupted training. The result is `OUTPUT/model`, in bfloat16, and
+`OUTPUT/evaluation.json`.
+
+The GPU preset begins with the same small language model and towers, which are trained on a CPU beforehand:
+
+    python -m training.train_tiny --preset gpu --only_parts --output .cache/parts
+    python -m training.train_tiny --preset gpu --parts .cache/parts --output .cache/train-tiny-1024
 """
 
 import json
@@ -24,6 +29,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
 from conversion._common import new_folder
+from training.fineprint import count_cores
 
 
 ROOT = Path(__file__).parent.parent
@@ -111,30 +117,19 @@ PRESETS = {
         num_test=300,
         options=("--use_cpu=True", "--bf16=True", "--dataloader_num_workers=1"),
     ),
+    # Drawing, both stages and evaluation in five minutes on an H100 with 16 cores (docs/results.md)
     "gpu": Preset(
-        towers=(
-            "--reading_steps=6000",
-            "--joint_steps=2000",
-            "--size=512",
-            "--max_signs=6",
-            "--reading_batch_size=256",
-            "--joint_batch_size=128",
-            "--device=cuda",
-            "--workers=12",
-        ),
-        language_model=("--steps=4000", "--batch_size=128", "--max_signs=6", "--device=cuda"),
+        towers=("--reading_steps=4800", "--joint_steps=150", "--size=256", "--max_signs=4", "--joint_batch_size=16"),
+        language_model=("--steps=1000", "--batch_size=32", "--max_signs=6"),
         alphabet="alphanumeric",
-        pretrain=Course(size=256, max_signs=2, num_train=40000, steps=500, learning_rate=2e-3, batch_size=128),
+        pretrain=Course(size=256, max_signs=2, num_train=8000, steps=300, learning_rate=2e-3, batch_size=128),
         finetune=(
-            Course(size=256, max_signs=2, num_train=40000, steps=2000, learning_rate=1.5e-3, batch_size=128),
-            Course(size=512, max_signs=4, num_train=40000, steps=3000, learning_rate=1e-3, batch_size=128),
-            Course(size=1024, max_signs=6, num_train=20000, steps=1500, learning_rate=5e-4, batch_size=64),
-            Course(
-                size=1024, max_signs=6, num_train=20000, steps=500, learning_rate=2e-4, batch_size=64, frozen=False
-            ),
+            Course(size=256, max_signs=2, num_train=8000, steps=200, learning_rate=1e-3, batch_size=128),
+            Course(size=512, max_signs=4, num_train=6000, steps=150, learning_rate=1e-3, batch_size=128),
+            Course(size=1024, max_signs=6, num_train=4000, steps=200, learning_rate=7e-4, batch_size=64),
         ),
-        num_test=1000,
-        options=("--use_cpu=False", "--bf16=True", "--dataloader_num_workers=12"),
+        num_test=150,
+        options=("--use_cpu=False", "--bf16=True", "--dataloader_num_workers=14"),
     ),
 }
 
@@ -149,11 +144,12 @@ class TrainTinyArguments:
         output (`str`): Folder for everything that is made.
         pathway (`str`): `"both"`, or the other controls: `"low_res"` alone (LLaVA-1.5's design) or `"high_res"` alone,
             with the same number of tokens. The other pathway's share of the fusion is zero and stays so.
-        blind (`bool`): The fair control: the same recipe, the towers' training included, on pictures that hold no
-            more than the low-resolution view does.
-        parts (`str`, *optional*): Output of another training. What does not depend on `pathway` and `blind` is taken
-            from there: the language model and, unless `blind`, towers and pictures.
-        workers (`int`): Processes that draw.
+        blind (`bool`): The fair control: the same recipe, the towers' training included, on images that hold no more
+            than the low-resolution view does.
+        parts (`str`, *optional*): Output of another training. Its language model and, unless `blind`, its towers and
+            images are used as far as they are complete; the rest is made in `output`.
+        only_parts (`bool`): Stop after the language model and the towers.
+        workers (`int`): Processes that draw, one per available core by default.
         seed (`int`): Of weights and data.
         dry_run (`bool`): Print the commands only.
     """
@@ -162,8 +158,9 @@ class TrainTinyArguments:
     output: str = field(default=".cache/train-tiny", metadata={"help": "folder for everything that is made"})
     pathway: str = field(default="both", metadata={"help": "both, low_res or high_res"})
     blind: bool = field(default=False, metadata={"help": "the fair control: no more than the low-res view holds"})
-    parts: str | None = field(default=None, metadata={"help": "another training to take what is equal from"})
-    workers: int = field(default=2, metadata={"help": "processes that draw"})
+    parts: str | None = field(default=None, metadata={"help": "another training whose parts are used"})
+    only_parts: bool = field(default=False, metadata={"help": "stop after the language model and the towers"})
+    workers: int = field(default_factory=count_cores, metadata={"help": "processes that draw; all cores by default"})
     seed: int = field(default=0, metadata={"help": "of weights and data"})
     dry_run: bool = field(default=False, metadata={"help": "print the commands only"})
 
@@ -182,18 +179,57 @@ def get_low_res_size(size: int) -> int:
     return size // STRIDE * PATCH_SIZE
 
 
+def find_part(arguments: TrainTinyArguments, name: str, done: str) -> Path:
+    """The folder of a part: that in `parts` if it is complete there and may be used, else that in `output`."""
+    part = Path(arguments.parts or arguments.output, name)
+    usable = (part / done).exists() and not (arguments.blind and name != "language-model")
+    return part if usable else Path(arguments.output, name)
+
+
+def module(name: str, *options: str | Path) -> list[str]:
+    """The command that runs a module of this project."""
+    return [sys.executable, "-m", name, *map(str, options)]
+
+
+def get_part_steps(arguments: TrainTinyArguments) -> Iterator[Step]:
+    """The commands that make language model and towers."""
+    preset = PRESETS[arguments.preset]
+    common = (f"--alphabet={preset.alphabet}", f"--seed={arguments.seed}")
+    language_model = find_part(arguments, "language-model", "tokenizer.json")
+    command = module(
+        "training.pretrain_language_model",
+        f"--output={language_model}",
+        f"--size={preset.finetune[-1].size}",
+        *preset.language_model,
+        *common,
+    )
+    yield Step("language model", language_model / "tokenizer.json", command)
+    towers = find_part(arguments, "towers", "towers.json")
+    command = module(
+        "training.pretrain_towers",
+        f"--output={towers}",
+        f"--tokenizer={language_model}",
+        f"--low_res_ratio={LOW_RES_RATIO}",
+        f"--patch_size={PATCH_SIZE}",
+        f"--workers={arguments.workers}",
+        *preset.towers,
+        *(["--blind"] if arguments.blind else []),
+        *common,
+    )
+    yield Step("towers", towers / "towers.json", command)
+
+
 def get_steps(arguments: TrainTinyArguments) -> Iterator[Step]:
     """The commands of a training in their order."""
     preset, output, seed = PRESETS[arguments.preset], Path(arguments.output), f"--seed={arguments.seed}"
-    parts = Path(arguments.parts or output)
-    pictures = output if arguments.blind else parts
-    alphabet = f"--alphabet={preset.alphabet}"
-
-    def module(name: str, *options: str | Path) -> list[str]:
-        return [sys.executable, "-m", name, *map(str, options)]
+    parts = list(get_part_steps(arguments))
+    yield from parts
+    if arguments.only_parts:
+        return
+    language_model, towers = (step.done.parent for step in parts)
 
     def data_folder(course: Course) -> Path:
-        return pictures / f"fineprint-{course.size}-{course.max_signs}"
+        return find_part(arguments, f"fineprint-{course.size}-{course.max_signs}", "test.jsonl")
 
     for course in {data_folder(course): course for course in (preset.pretrain, *preset.finetune)}.values():
         folder = data_folder(course)
@@ -206,40 +242,10 @@ def get_steps(arguments: TrainTinyArguments) -> Iterator[Step]:
             f"--num_test={preset.num_test}",
             f"--workers={arguments.workers}",
             *([f"--shown_ratio={LOW_RES_RATIO}"] if arguments.blind else []),
-            alphabet,
+            f"--alphabet={preset.alphabet}",
             seed,
         )
         yield Step(folder.name, folder / "test.jsonl", command)
-
-    language_model, towers = parts / "language-model", pictures / "towers"
-    yield Step(
-        "language model",
-        language_model / "tokenizer.json",
-        module(
-            "training.pretrain_language_model",
-            f"--output={language_model}",
-            f"--size={preset.finetune[-1].size}",
-            *preset.language_model,
-            alphabet,
-            seed,
-        ),
-    )
-    yield Step(
-        "towers",
-        towers / "towers.json",
-        module(
-            "training.pretrain_towers",
-            f"--output={towers}",
-            f"--tokenizer={language_model}",
-            f"--low_res_ratio={LOW_RES_RATIO}",
-            f"--patch_size={PATCH_SIZE}",
-            f"--workers={arguments.workers}",
-            *preset.towers,
-            *(["--blind"] if arguments.blind else []),
-            alphabet,
-            seed,
-        ),
-    )
     model = output / "untrained"
     yield Step(
         "assemble",
@@ -303,6 +309,8 @@ def main() -> None:
     for name, choices in (("preset", PRESETS), ("pathway", UNUSED)):
         if (value := getattr(arguments, name)) not in choices:
             sys.exit(f"error: --{name} must be one of {', '.join(choices)}, but got {value!r}.")
+    if arguments.parts and not Path(arguments.parts, "language-model", "tokenizer.json").exists():
+        sys.exit(f"error: --parts: {arguments.parts} has no complete language-model. Name the output of a training.")
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     steps = list(get_steps(arguments))
@@ -311,22 +319,22 @@ def main() -> None:
         if arguments.dry_run:
             continue
         if step.done.exists():
-            print(f"{step.done} is there already.", flush=True)
+            print(f"{step.done} exists already.", flush=True)
             continue
         if step.name.endswith("pretrain"):  # not right after assembling, where a kill could come between
             silence(output / "untrained", arguments.pathway)
         start = time.time()
         if subprocess.run(step.command, cwd=ROOT).returncode:
-            sys.exit(f"error: {step.name} failed, see above. The same command goes on from there.")
+            sys.exit(f"error: {step.name} failed, see above. The same command resumes there.")
         with (output / "seconds.jsonl").open("a") as file:
             file.write(json.dumps({"step": step.name, "seconds": round(time.time() - start)}) + "\n")
-    if arguments.dry_run:
+    if arguments.dry_run or arguments.only_parts:
         return
     if not (output / "model").exists():
         save_final(steps[-1].done.parent, output / "model")
     data = [f"--data={step.done.parent}" for step in steps if step.name.startswith("fineprint")][-1]
     command = [sys.executable, "-m", "training.evaluate_fineprint", f"--model={output / 'model'}", data]
-    device = "cuda" if arguments.preset == "gpu" else "cpu"
+    device = "cpu" if "--use_cpu=True" in PRESETS[arguments.preset].options else "cuda"
     command += [f"--device={device}", f"--output={output / 'evaluation.json'}"]
     if subprocess.run(command, cwd=ROOT).returncode:
         sys.exit("error: evaluation failed, see above. The same command tries it again.")

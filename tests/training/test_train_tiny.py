@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import json
 import re
 import shutil
@@ -21,7 +22,6 @@ from training.train_tiny import (
     PRESETS,
     UNUSED,
     Course,
-    Preset,
     TrainTinyArguments,
     get_low_res_size,
     get_steps,
@@ -59,6 +59,26 @@ def test_every_stage_starts_from_the_one_before(preset):
     assert [Path(start[1]) for start in starts if start] == made[2:-1]
 
 
+@pytest.mark.parametrize("blind", [False, True])
+def test_parts_that_are_complete_are_used(tmp_path, blind):
+    """Language model, towers and one data set are there, but another is not; the fair control needs its own towers."""
+    parts, output = tmp_path / "parts", tmp_path / "output"
+    complete = {"language-model": "tokenizer.json", "towers": "towers.json", "fineprint-256-2": "test.jsonl"}
+    for name, file in complete.items():
+        (parts / name).mkdir(parents=True)
+        (parts / name / file).touch()
+    steps = get_steps(TrainTinyArguments(preset="gpu", parts=str(parts), output=str(output), blind=blind))
+    folders = {step.done.parent for step in steps}
+    used = {"language-model"} if blind else set(complete)
+    assert {folder.name for folder in folders if folder.parent == parts} == used
+    assert {"untrained", "0-pretrain", "fineprint-1024-6"} < {f.name for f in folders if f.parent == output}
+
+
+def test_only_parts():
+    steps = get_steps(TrainTinyArguments(preset="gpu", only_parts=True))
+    assert [step.command[2] for step in steps] == ["training.pretrain_language_model", "training.pretrain_towers"]
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_both_views_have_whole_patches(preset):
     for course in (PRESETS[preset].pretrain, *PRESETS[preset].finetune):
@@ -89,6 +109,11 @@ def test_wrong_choices_are_named(option, monkeypatch):
         run(monkeypatch, option)
 
 
+def test_parts_without_a_language_model_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="error: --parts: .*nowhere has no complete language-model"):
+        run(monkeypatch, f"--parts={tmp_path / 'nowhere'}", f"--output={tmp_path}")
+
+
 def test_a_dry_run_prints_every_command_and_makes_nothing(tmp_path, monkeypatch, capsys):
     run(monkeypatch, f"--output={tmp_path}", "--dry_run")
     printed = capsys.readouterr().out
@@ -109,13 +134,13 @@ def test_goes_on_with_what_is_missing(tmp_path, monkeypatch, capfd):
     shutil.copytree(TINY, steps[-1].done.parent, dirs_exist_ok=True)
 
     (tmp_path / "untrained" / "config.json").unlink()
-    with pytest.raises(SystemExit, match="error: assemble failed, see above. The same command goes on from there"):
+    with pytest.raises(SystemExit, match="error: assemble failed, see above. The same command resumes there"):
         run(monkeypatch, f"--output={tmp_path}")
     (tmp_path / "untrained" / "config.json").touch()
     capfd.readouterr()
 
     run(monkeypatch, f"--output={tmp_path}")
-    assert capfd.readouterr().out.count("is there already") == len(steps)
+    assert capfd.readouterr().out.count("exists already") == len(steps)
     weights, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", TINY))
     assert weights.keys() == expected.keys()
     assert all(weight.dtype == torch.bfloat16 and weight.equal(expected[name]) for name, weight in weights.items())
@@ -125,28 +150,45 @@ def test_goes_on_with_what_is_missing(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.slow
 def test_every_step_runs(tmp_path, monkeypatch, capfd):
-    """The whole of `make train-tiny` with a few steps of a few pictures; the same command again trains nothing."""
+    """
+    The GPU preset with a few steps on a few small images, its parts made by another command; then the same command
+    again, which trains nothing.
+    """
     little = ("--size=128", "--max_signs=2")
     towers = ("--reading_steps=2", "--joint_steps=2", "--reading_batch_size=4", "--joint_batch_size=2")
-    course = Course(size=128, max_signs=2, num_train=8, steps=2, learning_rate=1e-3, batch_size=2)
-    preset = Preset(
+
+    def shrink(course: Course) -> Course:
+        return dataclasses.replace(course, size=course.size // 4, num_train=8, steps=2, batch_size=2)
+
+    preset = dataclasses.replace(
+        PRESETS["gpu"],
         towers=(*towers, *little, "--num_pictures=8", "--num_test=4"),
         language_model=("--steps=2", "--batch_size=4", "--max_signs=2"),
-        alphabet="digits",
-        pretrain=course,
-        finetune=(course,),
+        pretrain=shrink(PRESETS["gpu"].pretrain),
+        finetune=tuple(map(shrink, PRESETS["gpu"].finetune)),
         num_test=2,
-        options=("--use_cpu=True", "--bf16=True", "--dataloader_num_workers=0"),
+        options=("--use_cpu=True", "--bf16=True", "--dataloader_num_workers=1"),
     )
-    monkeypatch.setitem(PRESETS, "cpu", preset)
-    options = (f"--output={tmp_path}", "--pathway=low_res", "--workers=1")
+    monkeypatch.setitem(PRESETS, "gpu", preset)
+    parts, output = tmp_path / "parts", tmp_path / "output"
+    run(monkeypatch, "--preset=gpu", "--only_parts", f"--output={parts}", "--workers=1")
+    assert sorted(path.name for path in parts.iterdir()) == ["language-model", "seconds.jsonl", "towers"]
+    assert {weight.dtype for weight in load_file(parts / "language-model" / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
+    made = {path: path.stat().st_mtime_ns for path in parts.rglob("*")}
+
+    options = ("--preset=gpu", f"--parts={parts}", f"--output={output}", "--pathway=low_res", "--workers=1")
     run(monkeypatch, *options)
-    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights = load_file(output / "model" / "model.safetensors")
     assert not weights["model.vision_tower.fusion.high_res_proj.weight"].any()
     assert weights["model.vision_tower.fusion.low_res_proj.weight"].any()
-    steps = [json.loads(line)["step"] for line in (tmp_path / "seconds.jsonl").read_text().splitlines()]
-    assert steps == ["fineprint-128-2", "language model", "towers", "assemble", "0-pretrain", "1-finetune"]
-    assert json.loads((tmp_path / "evaluation.json").read_text())["accuracy"]["fine"]["num_questions"] > 0
+    steps = [json.loads(line)["step"] for line in (output / "seconds.jsonl").read_text().splitlines()]
+    data = ["fineprint-64-2", "fineprint-128-4", "fineprint-256-6"]
+    assert steps == [*data, "assemble", "0-pretrain", "1-finetune", "2-finetune", "3-finetune"]
+    assert json.loads((output / "evaluation.json").read_text())["accuracy"]["fine"]["num_questions"] > 0
+    assert {path: path.stat().st_mtime_ns for path in parts.rglob("*")} == made
+
     capfd.readouterr()
     run(monkeypatch, *options)
-    assert capfd.readouterr().out.count("is there already") == len(steps)
+    assert capfd.readouterr().out.count("exists already") == len(steps) + 2
