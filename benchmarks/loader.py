@@ -11,7 +11,7 @@ shortcut for that, and LLaVA is measured as it is, without masks. The results al
 prefetched batches need, and how many samples per second keep an H100 busy.
 """
 
-import os
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +26,7 @@ from transformers import AutoProcessor, LlavaImageProcessor, LlavaProcessor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from modeling_llava_hr import LlavaHrImageProcessor, LlavaHrProcessor
+from training.fineprint import count_cores
 from training.trainer import LlavaHrDataCollator
 
 from ._common import BenchmarkArguments, Timing, compare, make_target, ratio, run_benchmark, synchronize
@@ -56,13 +57,15 @@ class LoaderArguments(BenchmarkArguments):
     Options of this benchmark beside those of every one.
 
     Args:
+        repeats (`int`): Rounds that count.
         batch_size (`int`): Samples per batch.
-        num_batches (`int`): Batches per round.
+        num_batches (`int`): Batches per round and worker.
         workers (`list[int]`): Numbers of worker processes; those above the number of cores are skipped.
     """
 
+    repeats: int = field(default=3, metadata={"help": "rounds that count"})
     batch_size: int = field(default=8, metadata={"help": "samples per batch"})
-    num_batches: int = field(default=8, metadata={"help": "batches per round"})
+    num_batches: int = field(default=4, metadata={"help": "batches per round and worker"})
     workers: list[int] = field(default_factory=lambda: list(WORKERS), metadata={"help": "worker processes"})
 
     def __post_init__(self):
@@ -70,7 +73,7 @@ class LoaderArguments(BenchmarkArguments):
         for name in ("batch_size", "num_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, but got {getattr(self, name)}.")
-        cores = len(os.sched_getaffinity(0))
+        cores = count_cores()
         self.workers = [number for number in self.workers if 0 <= number <= cores]
         if not self.workers:
             raise ValueError(f"--workers must have a number from 0 to {cores}, the cores of this machine.")
@@ -92,11 +95,12 @@ def make_collators(side: int) -> dict[str, DataCollatorForVisionLanguageModeling
     tokenizer, template = processor.tokenizer, processor.chat_template
     image_processor = LlavaHrImageProcessor(**SIZES[side])
     parts = {"image_processor": image_processor, "tokenizer": tokenizer, "chat_template": template}
-    collators = {
-        "llava-hr": LlavaHrDataCollator(LlavaHrProcessor(**parts), assistant_only_loss=True),
-        "llava-hr, transformers' masks": LlavaHrDataCollator(TransformersMasks(**parts), assistant_only_loss=True),
-    }
-    if side == 1024:
+    collators = {"llava-hr": LlavaHrDataCollator(LlavaHrProcessor(**parts), assistant_only_loss=True)}
+    if side == 256:
+        masks = LlavaHrDataCollator(TransformersMasks(**parts), assistant_only_loss=True)
+        collators["llava-hr, transformers' masks"] = masks
+    else:
+        collators["llava-hr, bfloat16"] = dataclasses.replace(collators["llava-hr"], pixel_dtype=torch.bfloat16)
         # as LLaVA-1.5 is used: the whole image, padded to a square
         sizes = {"size": {"shortest_edge": LLAVA_SIDE}, "crop_size": LLAVA_SIDE, "do_pad": True}
         llava = LlavaProcessor(
@@ -131,38 +135,38 @@ def load(loader: DataLoader, device: str) -> None:
     synchronize()
 
 
-def measure(side: int, samples: list[dict[str, Any]], arguments: LoaderArguments) -> dict[str, Any]:
+def measure(side: int, folder: Path, arguments: LoaderArguments) -> dict[str, dict[int, Timing]]:
     """
-    Loads the samples in each way and with each number of workers.
+    Loads samples in each way and with each number of workers.
 
     Returns:
-        `dict`: For each name, `bytes_per_sample` and, by the number of workers, the [`Timing`] of a round.
+        `dict[str, dict[int, Timing]]`: For each name, by the number of workers, seconds per sample.
     """
-    results = {}
-    for name, collator in make_collators(side).items():
-        batch = collator(samples[: arguments.batch_size])
-        num_bytes = sum(tensor.nbytes for tensor in batch.values()) / len(batch["input_ids"])
-        results[name] = {"bytes_per_sample": num_bytes, "collator": collator}
-    timings: dict[str, dict[int, Timing]] = {name: {} for name in results}
+    collators = make_collators(side)
+    timings: dict[str, dict[int, Timing]] = {name: {} for name in collators}
     for workers in arguments.workers:
+        samples = make_samples(folder, side, arguments.batch_size * arguments.num_batches * max(workers, 1))
         loaders = {
             name: DataLoader(
                 samples,
                 arguments.batch_size,
-                collate_fn=result["collator"],
+                collate_fn=collator,
                 num_workers=workers,
                 pin_memory=arguments.on_gpu,
                 persistent_workers=workers > 0,
             )
-            for name, result in results.items()
+            for name, collator in collators.items()
         }
         functions = {name: partial(load, loader, arguments.device) for name, loader in loaders.items()}
         for name, timing in compare(functions, arguments, f"{side} px, {workers} workers").items():
-            timings[name][workers] = timing
-    return {
-        name: {"bytes_per_sample": result["bytes_per_sample"], "timings": timings[name]}
-        for name, result in results.items()
-    }
+            timings[name][workers] = Timing([seconds / len(samples) for seconds in timing.seconds])
+    return timings
+
+
+def count_bytes(side: int, folder: Path) -> dict[str, float]:
+    """Bytes per sample of a batch of each collator."""
+    batches = {name: collator(make_samples(folder, side, 2)) for name, collator in make_collators(side).items()}
+    return {name: sum(tensor.nbytes for tensor in batch.values()) / 2 for name, batch in batches.items()}
 
 
 def get_needs(bytes_per_sample: float) -> dict[str, float]:
@@ -179,39 +183,24 @@ def get_needs(bytes_per_sample: float) -> dict[str, float]:
     }
 
 
-def find_targets(measured: dict[int, Any], needs: dict[str, float], arguments: LoaderArguments) -> list[dict]:
+def find_targets(
+    timings: dict[int, dict[str, dict[int, Timing]]], needs: dict[str, float], arguments: LoaderArguments
+) -> list[dict]:
     """What the project wants, beside what came out; see [`make_target`]."""
-    first, most = arguments.workers[0], max(arguments.workers)
-    small, large = ({name: result["timings"] for name, result in measured[side].items()} for side in (256, 1024))
-    number = arguments.batch_size * arguments.num_batches
-    busy = Timing([number / needs["h100_samples_per_second"]] * arguments.repeats)
-    masks = "llava-hr, transformers' masks"
-    return [
-        make_target(
-            f"samples/s at 256 px over those with transformers' masks, {first} workers",
-            ratio(small[masks][first], small["llava-hr"][first]),
+    first, most, (small, large) = min(arguments.workers), max(arguments.workers), timings.values()
+    busy = Timing([1 / needs["h100_samples_per_second"]] * arguments.repeats)
+    ratios = {
+        f"samples/s at 256 px over those with transformers' masks, {first} workers": (
+            ratio(small["llava-hr, transformers' masks"][first], small["llava-hr"][first]),
             3,
-            True,
-            True,
-        ),
-        *(
-            make_target(
-                f"samples/s at 1024 px over LLaVA's at {LLAVA_SIDE} px, {workers} workers",
-                ratio(large["llava"][workers], large["llava-hr"][workers]),
-                1,
-                True,
-                True,
-            )
-            for workers in arguments.workers
-        ),
-        make_target(
-            f"samples/s at 1024 px over what keeps an H100 busy in stage 2 of 7B, {most} workers",
-            ratio(busy, large["llava-hr"][most]),
-            1,
-            True,
-            True,
-        ),
-    ]
+        )
+    }
+    for workers in arguments.workers:
+        name = f"samples/s at 1024 px over LLaVA's at {LLAVA_SIDE} px, {workers} workers"
+        ratios[name] = (ratio(large["llava"][workers], large["llava-hr"][workers]), 1)
+    name = f"samples/s at 1024 px over what keeps an H100 busy in stage 2 of 7B, {most} workers"
+    ratios[name] = (ratio(busy, large["llava-hr"][most]), 1)
+    return [make_target(name, measured, target, True, True) for name, (measured, target) in ratios.items()]
 
 
 def draw(results: dict[str, Any], arguments: LoaderArguments) -> Figure:
@@ -248,25 +237,22 @@ def describe(results: dict[str, Any], arguments: LoaderArguments) -> str:
 def run(arguments: LoaderArguments) -> Iterator[dict[str, Any]]:
     """Measures one side after the other; yields the results after each."""
     torch.set_num_threads(1)  # as in a worker
-    number = arguments.batch_size * arguments.num_batches
-    measured: dict[int, Any] = {}
+    timings: dict[int, dict[str, dict[int, Timing]]] = {}
     results: dict[str, Any] = {"sides": {}}
     with tempfile.TemporaryDirectory() as folder:
         for side in SIZES:
-            measured[side] = measure(side, make_samples(Path(folder), side, number), arguments)
+            num_bytes, timings[side] = count_bytes(side, Path(folder)), measure(side, Path(folder), arguments)
             results["sides"][str(side)] = {
                 name: {
-                    "bytes_per_sample": entry["bytes_per_sample"],
-                    "seconds": {str(key): timing.to_dict() for key, timing in entry["timings"].items()},
-                    "samples_per_second": {
-                        str(key): number / timing.median for key, timing in entry["timings"].items()
-                    },
+                    "bytes_per_sample": num_bytes[name],
+                    "seconds_per_sample": {str(workers): timing.to_dict() for workers, timing in entry.items()},
+                    "samples_per_second": {str(workers): 1 / timing.median for workers, timing in entry.items()},
                 }
-                for name, entry in measured[side].items()
+                for name, entry in timings[side].items()
             }
             yield results
-    results["needs"] = get_needs(measured[1024]["llava-hr"]["bytes_per_sample"])
-    results["targets"] = find_targets(measured, results["needs"], arguments)
+    results["needs"] = get_needs(results["sides"]["1024"]["llava-hr"]["bytes_per_sample"])
+    results["targets"] = find_targets(timings, results["needs"], arguments)
     yield results
 
 

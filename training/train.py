@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, PreTrainedModel, set_seed
 from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config, get_quantization_config
@@ -256,6 +257,7 @@ def make_trainer(
             eval_dataset = load_data(options.get_data_config(stage, output_dir, is_eval=True), limit, batch_size)
 
     model = load_model(options, training_args, model_args, config, processor)
+    in_bfloat16 = training_args.bf16 or model_args.dtype == "bfloat16"
     trainer = LlavaHrTrainer(
         model=model,
         args=training_args,
@@ -263,6 +265,7 @@ def make_trainer(
             processor,
             assistant_only_loss=training_args.assistant_only_loss,
             pad_to_multiple_of=training_args.pad_to_multiple_of,
+            pixel_dtype=torch.bfloat16 if in_bfloat16 else torch.float32,
         ),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,

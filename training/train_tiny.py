@@ -119,14 +119,14 @@ PRESETS = {
     ),
     # Drawing, both stages and evaluation in five minutes on an H100 with 16 cores (docs/results.md)
     "gpu": Preset(
-        towers=("--reading_steps=4800", "--joint_steps=150", "--size=256", "--max_signs=4", "--joint_batch_size=16"),
+        towers=("--reading_steps=3400", "--joint_steps=150", "--size=256", "--max_signs=4", "--joint_batch_size=16"),
         language_model=("--steps=1000", "--batch_size=32", "--max_signs=6"),
         alphabet="alphanumeric",
         pretrain=Course(size=256, max_signs=2, num_train=8000, steps=300, learning_rate=2e-3, batch_size=128),
         finetune=(
             Course(size=256, max_signs=2, num_train=8000, steps=200, learning_rate=1e-3, batch_size=128),
-            Course(size=512, max_signs=4, num_train=6000, steps=150, learning_rate=1e-3, batch_size=128),
-            Course(size=1024, max_signs=6, num_train=4000, steps=200, learning_rate=7e-4, batch_size=64),
+            Course(size=512, max_signs=4, num_train=4000, steps=150, learning_rate=1e-3, batch_size=128),
+            Course(size=1024, max_signs=6, num_train=3000, steps=200, learning_rate=7e-4, batch_size=64),
         ),
         num_test=150,
         options=("--use_cpu=False", "--bf16=True", "--dataloader_num_workers=14"),

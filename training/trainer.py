@@ -36,7 +36,13 @@ class LlavaHrDataCollator(DataCollatorForVisionLanguageModeling):
     batch uses every parameter, as in the released code: where parameters are sharded all processes must run the same
     modules, and none gets a gradient in one process and none in another. Of samples with `num_answers` only the last
     answers remain in the labels.
+
+    Args:
+        pixel_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of `pixel_values`. A tower that
+            computes in bfloat16 rounds them anyway, and bfloat16 takes half the shared memory between processes.
     """
+
+    pixel_dtype: torch.dtype = torch.float32
 
     def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         """Samples -> `input_ids`, `attention_mask`, `labels`, `pixel_values`."""
@@ -45,10 +51,11 @@ class LlavaHrDataCollator(DataCollatorForVisionLanguageModeling):
             if "num_answers" in example:
                 keep_last_answers(labels, example["num_answers"])
         if "pixel_values" in batch:
+            batch["pixel_values"] = batch["pixel_values"].to(self.pixel_dtype)
             return batch
         image_processor = self.processor.image_processor
         stride, patch_size = image_processor.high_res_stride, image_processor.patch_size
-        batch["pixel_values"] = torch.zeros(1, 3, stride, stride)
+        batch["pixel_values"] = torch.zeros(1, 3, stride, stride, dtype=self.pixel_dtype)
         batch["low_res_pixel_values"] = torch.zeros(1, 3, patch_size, patch_size)  # one token
         size = (len(examples), self.pad_to_multiple_of or 1)
         column = torch.full(size, self.processor.tokenizer.pad_token_id, dtype=batch["input_ids"].dtype)

@@ -24,11 +24,11 @@ def test_run(run_benchmark):
     for side, entries in results["sides"].items():
         for name, entry in entries.items():
             values = 3 * 1022**2 if name == "llava" else VIEW_VALUES[side]
-            text_bytes = entry["bytes_per_sample"] - 4 * values
+            text_bytes = entry["bytes_per_sample"] - (2 if name.endswith("bfloat16") else 4) * values
             assert 3 * 8 * 200 < text_bytes < 3 * 8 * 6000  # ids, mask and labels of an image and its chat
-            assert entry["samples_per_second"].keys() == {"0", "1"}
             for workers, rate in entry["samples_per_second"].items():
-                assert rate * entry["seconds"][workers]["median"] == pytest.approx(4)
+                assert rate * entry["seconds_per_sample"][workers]["median"] == pytest.approx(1)
+            assert entry["samples_per_second"].keys() == {"0", "1"}
     needs = results["needs"]
     per_sample = results["sides"]["1024"]["llava-hr"]["bytes_per_sample"]
     assert needs["shared_memory_bytes"] == pytest.approx(64 * 12 * 2 * per_sample)
@@ -38,7 +38,7 @@ def test_run(run_benchmark):
 
 
 def test_both_ways_of_masking_give_the_same_batches(tmp_path):
-    (samples,) = [loader.make_samples(tmp_path, 256, 2)]
+    samples = loader.make_samples(tmp_path, 256, 2)
     batches = [collator(samples) for collator in loader.make_collators(256).values()]
     assert batches[0].keys() == batches[1].keys()
     assert all(torch.equal(values, batches[1][name]) for name, values in batches[0].items())
@@ -50,16 +50,14 @@ def test_both_ways_of_masking_give_the_same_batches(tmp_path):
 def test_targets_compare_rates():
     arguments = LoaderArguments(workers=[0, 1], repeats=2)
     ours, slow, llava = ({n: Timing([seconds] * 2) for n in (0, 1)} for seconds in (2.0, 8.0, 1.0))
-    names = ("llava-hr", "llava-hr, transformers' masks", "llava")
-    entries = {name: {"timings": timings} for name, timings in zip(names, (ours, slow, llava), strict=True)}
-    targets = loader.find_targets({256: entries, 1024: entries}, {"h100_samples_per_second": 64.0}, arguments)
-    # 64 samples in 2 s are 32 per second
-    assert [target["measured"]["median"] for target in targets] == [4, 0.5, 0.5, 0.5]
-    assert [target["met"] for target in targets] == [True, False, False, False]
+    small, large = {"llava-hr": ours, "llava-hr, transformers' masks": slow}, {"llava-hr": ours, "llava": llava}
+    targets = loader.find_targets({256: small, 1024: large}, {"h100_samples_per_second": 0.25}, arguments)
+    assert [target["measured"]["median"] for target in targets] == [4, 0.5, 0.5, 2]
+    assert [target["met"] for target in targets] == [True, False, False, True]
 
 
 def test_no_more_workers_than_cores():
-    assert max(LoaderArguments(workers=[0, 1, 100_000]).workers) <= len(os.sched_getaffinity(0))
+    assert max(LoaderArguments(workers=[0, 1, 100_000]).workers) <= os.cpu_count()
 
 
 @pytest.mark.parametrize(
