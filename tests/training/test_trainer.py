@@ -89,6 +89,24 @@ def test_texts_alone_give_the_same_loss_and_a_gradient_for_everything(stage2, da
     assert seen == []
 
 
+def test_bfloat16_views_change_a_bfloat16_training_within_rounding(stage2, data):
+    """The high-resolution tower rounds its input to bfloat16 anyway; the low-resolution view is rounded once more."""
+    model, processor = stage2
+    samples = [sample for sample in load_data(str(data / "train.jsonl")) if sample["images"]][:3]
+    exact, rounded = (
+        LlavaHrDataCollator(processor, assistant_only_loss=True, pixel_dtype=dtype)(samples)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert exact.keys() == rounded.keys()
+    for name, values in exact.items():
+        assert torch.equal(rounded[name], values.bfloat16() if values.is_floating_point() else values)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        outputs = [model(**batch) for batch in (exact, rounded)]
+    features = [output.image_outputs.high_res_features for output in outputs]
+    assert torch.equal(*features)
+    assert outputs[1].loss.item() == pytest.approx(outputs[0].loss.item(), rel=2**-7)
+
+
 def make_checkpoint(folder, step, world_size=1):
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True)
