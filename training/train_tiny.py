@@ -8,10 +8,11 @@ Language model, towers, FinePrint, `conversion.assemble`, stage 1, stage 2 on gr
 steps are skipped, so the same command resumes an interrupted training. The result is `OUTPUT/model`, in bfloat16, and
 `OUTPUT/evaluation.json`.
 
-The GPU preset begins with the same small language model and towers, which are trained on a CPU beforehand:
+The GPU preset starts from a language model and towers that a CPU trained beforehand. They are in `training/parts`; the
+first command makes them again:
 
     python -m training.train_tiny --preset gpu --only_parts --output .cache/parts
-    python -m training.train_tiny --preset gpu --parts .cache/parts --output .cache/train-tiny-1024
+    python -m training.train_tiny --preset gpu --parts training/parts --output .cache/train-tiny-1024
 """
 
 import json
@@ -124,7 +125,7 @@ PRESETS = {
         alphabet="alphanumeric",
         pretrain=Course(size=256, max_signs=2, num_train=8000, steps=300, learning_rate=2e-3, batch_size=128),
         finetune=(
-            Course(size=256, max_signs=2, num_train=8000, steps=200, learning_rate=1e-3, batch_size=128),
+            Course(size=256, max_signs=2, num_train=8000, steps=300, learning_rate=1e-3, batch_size=128),
             Course(size=512, max_signs=4, num_train=4000, steps=150, learning_rate=1e-3, batch_size=128),
             Course(size=1024, max_signs=6, num_train=3000, steps=200, learning_rate=7e-4, batch_size=64),
         ),
