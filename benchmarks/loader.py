@@ -5,10 +5,10 @@ Training batches from files: LLaVA-HR's collator against TRL's with transformers
     python -m benchmarks.loader                  # on the CPU, with as many workers as there are cores
     python -m benchmarks.loader --preset full    # batches are pinned and copied to the GPU
 
-At 256 px with the sizes of the tiny model, at 1024 px with those of 7B, and LLaVA-1.5 at 1022 px, which has one view
-of the same area. LLaVA-HR masks all but the answers; "transformers' masks" is LLaVA-HR without its processor's
-shortcut for that, and LLaVA is measured as it is, without masks. The results also say how much shared memory
-prefetched batches need, and how many samples per second keep an H100 busy.
+At 256 px with the sizes of the tiny model, at 1024 px with those of 7B, and LLaVA-1.5 at 1022 px. LLaVA-HR masks all
+but the answers; "transformers' masks" is LLaVA-HR without its processor's shortcut for that, and LLaVA is measured as it
+is, without masks. The results also say how much shared memory prefetched batches need, and how many samples per second
+keep an H100 busy.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from .preprocessing import draw_picture, encode
 TINY = Path(__file__).parent.parent / "examples" / "tiny-llava-hr"
 WORKERS = (0, 1, 2, 4, 16)
 # Of the image processor: the tiny model's at 256 px, 7B's at 1024 px
-SIZES = {256: {"size": 56, "high_res_size": 256, "patch_size": 7}, 1024: {"size": 448, "high_res_size": 1024}}
+SIZES = {256: {"size": 256, "low_res_size": 56, "patch_size": 7}, 1024: {"size": 1024}}
 LLAVA_SIDE = 1022
 # What a training on one GPU with many cores would set: samples per step, workers, and torch's default of batches that
 # each worker has ready
@@ -90,7 +90,7 @@ class TransformersMasks(LlavaHrProcessor):
 
 
 def make_collators(side: int) -> dict[str, DataCollatorForVisionLanguageModeling]:
-    """What is compared at a side of the high-resolution view, by name."""
+    """What is compared at a side of the image, by name."""
     processor = AutoProcessor.from_pretrained(TINY)
     tokenizer, template = processor.tokenizer, processor.chat_template
     image_processor = LlavaHrImageProcessor(**SIZES[side])
@@ -116,7 +116,7 @@ def make_collators(side: int) -> dict[str, DataCollatorForVisionLanguageModeling
 
 
 def make_samples(folder: Path, side: int, number: int) -> list[dict[str, Any]]:
-    """Chats about a JPEG file a quarter wider than the view, as TRL's collator takes them."""
+    """Chats about a JPEG file a quarter wider than the image side, as TRL's collator takes them."""
     file = folder / f"{side}.jpg"
     file.write_bytes(encode(draw_picture(side * 5 // 4, side * 15 // 16)))
     messages = []
