@@ -6,9 +6,9 @@ Training batches from files: LLaVA-HR's collator against TRL's with transformers
     python -m benchmarks.loader --preset full    # batches are pinned and copied to the GPU
 
 At 256 px with the sizes of the tiny model, at 1024 px with those of 7B, and LLaVA-1.5 at 1022 px. LLaVA-HR masks all
-but the answers; "transformers' masks" is LLaVA-HR without its processor's shortcut for that, and LLaVA is measured as it
-is, without masks. The results also say how much shared memory prefetched batches need, and how many samples per second
-keep an H100 busy.
+but the answers; "transformers' masks" is LLaVA-HR without its processor's shortcut for that, and LLaVA is measured as
+it is, without masks. The results also say how much shared memory prefetched batches need, and how many samples per
+second keep an H100 busy.
 """
 
 import dataclasses
