@@ -17,10 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor, LlavaImageProcessor, LlavaProcessor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -33,6 +32,9 @@ from ._common import BenchmarkArguments, Timing, compare, make_target, ratio, ru
 from .plan import GPUS, SAMPLES, calibrate, get_stage_flops
 from .preprocessing import draw_picture, encode
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-llava-hr"
 WORKERS = (0, 1, 2, 4, 16)
@@ -203,15 +205,14 @@ def find_targets(
     return [make_target(name, measured, target, True, True) for name, (measured, target) in ratios.items()]
 
 
-def draw(results: dict[str, Any], arguments: LoaderArguments) -> Figure:
+def draw(figure: "Figure", results: dict[str, Any], arguments: LoaderArguments) -> None:
     """Samples per second over the number of workers."""
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure.set_size_inches(9, 3.5)
     for axes, (side, entries) in zip(figure.subplots(1, len(results["sides"])), results["sides"].items(), strict=True):
         for name, entry in entries.items():
             axes.plot(list(entry["samples_per_second"]), list(entry["samples_per_second"].values()), "o-", label=name)
         axes.set(title=f"{side} px", xlabel="worker processes", ylabel="samples per second", ylim=(0, None))
         axes.legend(fontsize="small")
-    return figure
 
 
 def describe(results: dict[str, Any], arguments: LoaderArguments) -> str:
