@@ -92,7 +92,7 @@ def test_texts_alone_give_the_same_loss_and_a_gradient_for_everything(stage2, da
 def test_bfloat16_views_change_a_bfloat16_training_within_rounding(stage2, data):
     """The high-resolution tower rounds its input to bfloat16 anyway; the low-resolution view is rounded once more."""
     model, processor = stage2
-    samples = [sample for sample in load_data(str(data / "train.jsonl")) if sample["images"]][:3]
+    samples = [sample for sample in load_data(DataConfig(str(data / "train.jsonl"))) if sample["images"]][:3]
     exact, rounded = (
         LlavaHrDataCollator(processor, assistant_only_loss=True, pixel_dtype=dtype)(samples)
         for dtype in (torch.float32, torch.bfloat16)
