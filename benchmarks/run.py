@@ -56,14 +56,13 @@ class RunArguments(OutputArguments):
         preset (`str`): `"cpu"` or `"full"`, see [`benchmarks._common.BenchmarkArguments`].
         minutes (`float`): Budget for all steps.
         steps (`list[str]`, *optional*): Names of the steps to run; all of the preset by default.
-        parts (`str`, *optional*): Language model and towers of the tiny model, trained beforehand by
-            [`training.train_tiny`]. Without them, its training takes longer than any budget here.
+        parts (`str`): Language model and towers of the tiny model, trained beforehand by [`training.train_tiny`].
     """
 
     preset: str = field(default="cpu", metadata={"help": "cpu or full"})
     minutes: float = field(default=12.0, metadata={"help": "budget for all steps"})
     steps: list[str] | None = field(default=None, metadata={"help": "names of the steps to run"})
-    parts: str | None = field(default=None, metadata={"help": "parts of the tiny model, trained beforehand"})
+    parts: str = field(default="training/parts", metadata={"help": "parts of the tiny model, trained beforehand"})
 
     def __post_init__(self):
         if self.preset not in ("cpu", "full"):
@@ -148,10 +147,11 @@ def get_steps(arguments: RunArguments, missing: set[str]) -> list[Step]:
                 "gpu",
                 "--output",
                 ".cache/tiny",
-                *(["--parts", parts] if parts else []),
+                "--parts",
+                parts,
             ],
-            300 if parts else 4800,
-            ("trl", "datasets"),
+            300,
+            ("trl", "datasets", "matplotlib"),  # FinePrint's fonts are matplotlib's
         ),
     ]
 

@@ -494,7 +494,6 @@ class LlavaHrVisionModel(LlavaHrPreTrainedModel):
     input_modalities = ("image",)
     _auto_class = "AutoModel"
     _input_embed_layer = "patch_embedding"
-    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?(language_model|multi_modal_projector)\.", r"^lm_head\."]
     _can_record_outputs = {
         "hidden_states": [CLIPEncoderLayer, SiglipEncoderLayer],
         "attentions": [CLIPAttention, SiglipAttention],

@@ -76,7 +76,7 @@ def make_request(kind: str, arguments: tuple, index: int) -> Instance:
 
 
 def get_prompt(doc: dict, answer: str = "") -> str:
-    tags = "<image>\n" * len(doc["images"])
+    tags = "<image> \n" * len(doc["images"])  # the suffix of Llama's tokenizer
     return f"<s> {SYSTEM} USER: {tags}{doc['text']} ASSISTANT:{answer}"
 
 
