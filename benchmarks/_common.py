@@ -35,11 +35,6 @@ PACKAGES = ("torch", "torchvision", "transformers", "timm", "pillow", "peft", "t
 
 T = TypeVar("T")
 
-# What durations are taken with. `BENCHMARK_CLOCK=processor` counts the processor time of this process instead, for a
-# CPU that other programs use as well; set `OMP_NUM_THREADS=1` with it, since threads that wait for each other count.
-CLOCK = os.environ.get("BENCHMARK_CLOCK", "wall")
-clock = {"wall": time.perf_counter, "processor": time.process_time}[CLOCK]
-
 
 @dataclass
 class OutputArguments:
@@ -164,10 +159,10 @@ def unless_out_of_memory(function: Callable[[], T]) -> T | None:
 def time_phase(function: Callable[[], Any]) -> dict[str, float]:
     """The one phase, `seconds`, of a function that does not measure itself, for [`compare_phases`]."""
     synchronize()
-    start = clock()
+    start = time.perf_counter()
     function()
     synchronize()
-    return {"seconds": clock() - start}
+    return {"seconds": time.perf_counter() - start}
 
 
 def compare(
@@ -271,7 +266,7 @@ def get_machine() -> dict[str, Any]:
         (line.split(":", 1)[1].strip() for line in _read_lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
     )
-    machine = {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "clock": CLOCK}
+    machine = {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if torch.cuda.is_initialized():
         machine["gpu"] = torch.cuda.get_device_name()
     return {**machine, "versions": {"python": platform.python_version(), **get_versions()}}

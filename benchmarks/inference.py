@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import itertools
 import statistics
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -28,7 +29,6 @@ from ._common import (
     BenchmarkArguments,
     Timing,
     added_gpu_bytes,
-    clock,
     compare_phases,
     in_fresh_process,
     make_target,
@@ -113,7 +113,7 @@ class TokenClock(BaseStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         # transformers has copied the tokens to the CPU, so the device has finished them
-        self.times.append(clock())
+        self.times.append(time.perf_counter())
 
     def end(self) -> None:
         pass
@@ -139,7 +139,7 @@ def answer(
     model.generation_config.eos_token_id = None  # random weights must not end an answer
     streamer = TokenClock()
     synchronize()
-    start = clock()
+    start = time.perf_counter()
     model.generate(
         **inputs,
         max_new_tokens=num_tokens,

@@ -103,7 +103,6 @@ def test_the_gpu_steps_do_without_bitsandbytes(missing):
     steps = {step.name: step for step in run.get_steps(RunArguments(preset="full"), missing)}
     assert list(steps)[:5] == ["inference", "roofline", "training", "gpu tests", "largest batch"]
     assert sum(step.estimate for step in list(steps.values())[:5]) < 9 * 60  # the rest is for what fits
-    assert steps["tiny model"].estimate > 3600  # from nothing; with what was trained beforehand:
     *_, tiny = run.get_steps(RunArguments(preset="full", parts="there"), missing)
     assert tiny.command[-2:] == ["--parts", "there"] and tiny.estimate <= 300
     quantized = not missing

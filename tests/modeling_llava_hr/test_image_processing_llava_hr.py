@@ -595,7 +595,8 @@ def test_refused_sources(processor, tmp_path, server):
         f"{server}/missing.png": "the URL .*missing.png.*404",
         "http://127.0.0.1:1/closed.png": "the URL .*closed.png",
         "data:image/png;base64,AAAA": "base64.*AAAA",
-        "ü": "base64.*ü",
+        "ü": "No such file.*ü",
+        "A" * 60: "not an existing file, so read as base64: .*AAAA",
     }.items():
         with pytest.raises(ValueError, match=rf"`images` cannot be read as an image .*{named}"):
             processor(source)
