@@ -33,24 +33,14 @@ class CheckOptions:
 
 
 def check_data(options: CheckOptions) -> int:
-    """
-    Prints a line for each broken row and a summary.
-
-    Returns:
-        `int`: The number of broken rows.
-
-    Raises:
-        ValueError: If the data cannot be read.
-    """
+    """Prints a line for each broken row and a summary, and returns the number of broken rows."""
     limit = None
     if options.model is not None and options.max_length is not None:
         limit = LengthLimit(AutoProcessor.from_pretrained(options.model), options.max_length)
     elif options.model is not None or options.max_length is not None:
         raise ValueError("`model` and `max_length` belong together: give both, or neither.")
-    config = DataConfig(
-        options.data_path, options.image_folder, options.dataset_config, options.split, plain=options.plain
-    )
-    table, source = load_table(config)
+    place = (options.data_path, options.image_folder, options.dataset_config, options.split)
+    table, source = load_table(DataConfig(*place, plain=options.plain))
     broken = find_broken_rows(table, source, decode=True, limit=limit)
     kinds: Counter[str] = Counter()
     columns = table.select_columns(["row", "id"])

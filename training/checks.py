@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from modeling_llava_hr import LlavaHrImageProcessorPil, LlavaHrProcessor
 
-from .rows import get_image, read_source_row
+from .rows import get_image
 
 
 # The smallest views: only whether they can be made matters
@@ -32,18 +32,11 @@ BATCH_SIZE = 1000
 
 def check_image(image: str | bytes | dict, decode: bool = False) -> str | None:
     """
-    What is wrong with an image.
-
-    Args:
-        image (`str`, `bytes` or `dict`): A path, the content of a file, or `{"bytes": ...}`.
-        decode (`bool`): Whether to decode it. Otherwise only header and end of the file are read, unless they leave
-            doubts.
-
-    Returns:
-        `str`: The problem, or `None`.
+    What is wrong with an image, if anything: a path, the content of a file, or `{"bytes": ...}`. Unless `decode` is
+    set, only header and end of the file are read where these leave no doubts.
     """
     content = image["bytes"] if isinstance(image, dict) else image
-    name = "embedded in the row" if not isinstance(content, str) else repr(content)
+    name = repr(content) if isinstance(content, str) else "embedded in the row"
     if isinstance(content, str) and not os.path.exists(content):
         return f"image {name} is missing"
     try:
@@ -70,22 +63,11 @@ def has_expected_end(content: str | bytes) -> bool:
 
 
 def find_broken_rows(
-    table: Dataset,
-    source: Dataset | None = None,
-    decode: bool = False,
-    limit: "LengthLimit | None" = None,
+    table: Dataset, source: Dataset | None = None, decode: bool = False, limit: "LengthLimit | None" = None
 ) -> dict[int, list[str]]:
     """
-    The rows that cannot be trained on.
-
-    Args:
-        table (`Dataset`): See [`read_table`].
-        source (`Dataset`, *optional*): Has the embedded images of the rows.
-        decode (`bool`): Whether to decode every image, rather than read the header and end of its file.
-        limit ([`LengthLimit`], *optional*): Largest number of tokens.
-
-    Returns:
-        `dict[int, list[str]]`: Indices of rows and what is wrong with them.
+    Indices of the rows that cannot be trained on, and what is wrong with them. `table` and `source` are those of
+    [`~training.data.load_table`]; with `decode` every image is decoded, rather than header and end of its file read.
     """
     columns = table.with_format("arrow")[:]
     has_problems = pc.greater(pc.list_value_length(columns["problems"]), 0).to_numpy()
@@ -95,22 +77,17 @@ def find_broken_rows(
     paths = images.flatten().field("path")
     with ThreadPool(os.cpu_count()) as pool:  # reading and decoding release Python's lock
         names = pc.drop_null(pc.unique(paths)).to_pylist()
-        check = partial(check_image, decode=decode)
-        found = tqdm(pool.imap(check, names, chunksize=64), "Checking images", len(names), unit=" files")
+        found = pool.imap(partial(check_image, decode=decode), names, chunksize=64)
+        found = tqdm(found, "Checking images", len(names), unit=" files")
         problems = {name: problem for name, problem in zip(names, found, strict=True) if problem}
         for position in np.flatnonzero(pc.is_in(paths, pa.array(list(problems), pa.string())).to_numpy(False)):
             broken.setdefault(int(rows[position]), []).append(problems[paths[position].as_py()])
-        if decode and source is not None:
-            embedded = [(int(row), i) for i, row in enumerate(rows) if not paths[i].is_valid]
+        if decode and source is not None:  # otherwise checked when they were converted
             keys = images.flatten().field("keys")
-
-            def check_embedded(place: tuple[int, int]) -> str | None:
-                return check_image(get_image(read_source_row(source, place[0]), keys[place[1]].as_py()), decode)
-
-            found = tqdm(
-                pool.imap(check_embedded, embedded), "Checking embedded images", len(embedded), unit=" images"
-            )
-            for (row, _), problem in zip(embedded, found, strict=True):
+            embedded = [(source, int(row), keys[i].as_py()) for i, row in enumerate(rows) if keys[i].is_valid]
+            found = pool.imap(lambda place: check_image(get_image(*place), decode), embedded)
+            found = tqdm(found, "Checking embedded images", len(embedded), unit=" images")
+            for (_, row, _), problem in zip(embedded, found, strict=True):
                 if problem:
                     broken.setdefault(row, []).append(problem)
     if limit is not None:
@@ -121,13 +98,7 @@ def find_broken_rows(
 
 @dataclass
 class LengthLimit:
-    """
-    Largest number of tokens of a chat, image tokens included; counted without reading an image.
-
-    Args:
-        processor ([`LlavaHrProcessor`]): Its chat template, tokenizer and sizes count.
-        max_length (`int`): Largest number of tokens.
-    """
+    """Largest number of tokens of a chat, image tokens included; `processor` counts them without reading an image."""
 
     processor: LlavaHrProcessor
     max_length: int
@@ -152,12 +123,11 @@ class LengthLimit:
         for start in range(0, len(candidates), BATCH_SIZE):
             indices = candidates[start : start + BATCH_SIZE]
             counts = self.count(table[indices]["messages"])
-            yield from (
-                (int(i), self.describe(n)) for i, n in zip(indices, counts, strict=True) if n > self.max_length
-            )
+            found = zip(indices, counts, strict=True)
+            yield from ((int(i), self.describe(n)) for i, n in found if n > self.max_length)
 
     def describe(self, num_tokens: int) -> str:
-        """What is wrong with a row of so many tokens."""
+        """What is wrong with a row of `num_tokens` tokens."""
         return f"it has {num_tokens} tokens, more than {self.max_length} (`max_length`, or the model's context)"
 
 

@@ -19,26 +19,17 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
-from datasets import (
-    Dataset,
-    DatasetDict,
-    Features,
-    IterableDataset,
-    List,
-    Value,
-    concatenate_datasets,
-    load_dataset,
-    load_from_disk,
-)
+from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value
 from PIL import Image
 
 from . import rows
 from .checks import IMAGE_READER, LengthLimit, check_image, describe, find_broken_rows, to_messages
-from .rows import convert_row, get_image, is_embedded, read_rows, read_source_row
+from .rows import convert_row, get_image, is_embedded, read_rows
 
 
 BUILDERS = {".csv": "csv", ".parquet": "parquet", ".tar": "webdataset"}
 ROW_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+MIXTURE_SUFFIXES = (".yaml", ".yml")
 MAX_MESSAGES = 20
 # Bytes of JSON that a process converts at least
 PART_SIZE = 2**26
@@ -71,9 +62,7 @@ class DataConfig:
             of such files, a folder written by `save_to_disk`, or whatever `datasets.load_dataset` accepts.
         image_folder (`str`, *optional*): Folder that relative image names start from. Default: the folder of the
             file, or the folder itself; for a dataset on the Hub the working directory.
-        name (`str`, *optional*): Configuration of a dataset with several.
-        split (`str`): Split of a dataset with several.
-        revision (`str`, *optional*): Revision of a dataset on the Hub.
+        name, split, revision (`str`, *optional*): Configuration, split and revision, as in `datasets.load_dataset`.
         streaming (`bool`): Whether `datasets` reads on demand.
         plain (`bool`): Whether rows must be one image, one question and one answer (stage 1).
         skip_broken (`bool`): Whether to leave broken rows out rather than refuse the data.
@@ -104,7 +93,7 @@ class DataConfig:
 class RowsConfig(datasets.BuilderConfig):
     """The arguments of [`RowsBuilder`]; `datasets` derives the cache key from them."""
 
-    path: str = ""
+    data_path: str = ""
     folder: str = ""
     plain: bool = False
     source: Dataset | None = None
@@ -126,127 +115,81 @@ class RowsBuilder(datasets.ArrowBasedBuilder):
     @property
     def num_parts(self) -> int:
         """In how many parts a file is converted at the same time."""
-        is_large = self.config.path.endswith((".json", ".jsonl")) and os.path.exists(self.config.path)
-        return max(1, min(os.cpu_count() or 1, os.path.getsize(self.config.path) // PART_SIZE)) if is_large else 1
+        if not self.config.data_path.endswith((".json", ".jsonl")):
+            return 1
+        return max(1, min(os.cpu_count() or 1, os.path.getsize(self.config.data_path) // PART_SIZE))
 
     def _generate_tables(self, parts: list[int]) -> Iterator[tuple[Any, pa.Table]]:
         config, num_parts = self.config, self.num_parts
-        if config.source is not None:
-            rows: Iterable = enumerate(iterate(config.source))
+        if config.source is not None:  # images undecoded, as `{"bytes", "path"}`
+            tables = config.source.with_format("arrow").iter(batch_size=100)
+            numbered: Iterable = enumerate(row for table in tables for row in table.to_pylist())
         else:
-            size = os.path.getsize(config.path) / num_parts
-            numbered = enumerate(read_rows(config.path))
-            rows = ((i, row) for i, (row, at) in numbered if min(int(at / size), num_parts - 1) in parts)
-        converted = (convert(row, index, config) for index, row in rows)
+            size = os.path.getsize(config.data_path) / num_parts
+            found = enumerate(read_rows(config.data_path))
+            numbered = ((i, row) for i, (row, at) in found if min(int(at / size), num_parts - 1) in parts)
+        converted = (convert(row, index, config) for index, row in numbered)
+        batches = iter(lambda: list(itertools.islice(converted, BATCH_SIZE)), [])
         gc.disable()  # it would walk millions of dicts that reference counting frees: half of the time
         try:
-            for number in itertools.count():
-                batch = list(itertools.islice(converted, BATCH_SIZE))
-                if not batch:
-                    return
-                columns = {name: [row[name] for row in batch] for name in FEATURES}
-                yield (
-                    datasets.builder.Key(parts[0], number),
-                    pa.Table.from_pydict(columns, schema=FEATURES.arrow_schema),
-                )
+            for number, batch in enumerate(batches):
+                yield datasets.builder.Key(parts[0], number), pa.Table.from_pylist(batch, FEATURES.arrow_schema)
         finally:
             gc.enable()
 
 
-def iterate(source: Dataset) -> Iterator[dict]:
-    """The rows of a dataset, images undecoded as `{"bytes", "path"}`."""
-    for table in source.with_format("arrow").iter(batch_size=100):
-        yield from table.to_pylist()
-
-
-def convert(row: Any, index: int, config: RowsConfig) -> dict[str, Any]:
+def convert(row: Any, index: int, config: DataConfig | RowsConfig) -> dict[str, Any]:
     """A row as the table has it, embedded images checked. See [`~training.rows.convert_row`]."""
     chat = convert_row(row, config.folder, config.plain)
     references = []
     for keys, image in chat.images:
-        if is_embedded(image):
-            problem = check_image(image)
-            chat.problems += [problem] if problem else []
-            references.append({"path": None, "keys": json.dumps(keys)})
-        else:
-            references.append({"path": image, "keys": None})
-    return {
-        "file": config.path,
-        "row": index,
-        "id": chat.id or str(index),
-        "type": chat.type,
-        "messages": [] if chat.problems else chat.messages,
-        "images": [] if chat.problems else references,
-        "num_answers": chat.num_answers,
-        "num_bytes": 0 if chat.problems else chat.num_bytes,
-        "problems": chat.problems,
-    }
+        embedded = is_embedded(image)
+        if embedded and (problem := check_image(image)):
+            chat.problems.append(problem)
+        references.append({"path": None, "keys": json.dumps(keys)} if embedded else {"path": image, "keys": None})
+    if chat.problems:
+        chat.messages, references, chat.num_bytes = [], [], 0
+    place = {"file": config.data_path, "row": index, "id": chat.id or str(index)}
+    return {**vars(chat), **place, "images": references}
 
 
 def find_source(config: DataConfig) -> Dataset | IterableDataset | None:
     """
     What `datasets` reads itself; `None` for JSON, of which `datasets` would hold whole arrays in memory and whose rows
     may differ in their fields.
-
-    Raises:
-        FileNotFoundError: If a file does not exist.
-        ValueError: If the suffix, configuration or split is unknown; lists the known ones.
     """
     path, suffix = config.data_path, Path(config.data_path.removesuffix(".gz")).suffix
+    is_known = path.endswith(ROW_SUFFIXES + MIXTURE_SUFFIXES) or suffix in BUILDERS
     is_file = os.path.isfile(path)
-    if path.endswith((*ROW_SUFFIXES, ".yaml", ".yml")) or suffix in BUILDERS:
-        if not is_file and not has_magic(path):
-            raise FileNotFoundError(f"The data file {path} (`data_path` or `eval_data_path`) does not exist.")
-        if suffix not in BUILDERS:
-            return None
-        return _load(path, BUILDERS[suffix], data_files=path, split="train", streaming=config.streaming)
-    if is_file:
+    if is_known and not is_file and not has_magic(path):
+        raise FileNotFoundError(f"The data file {path} (`data_path` or `eval_data_path`) does not exist.")
+    if is_file and not is_known:
         known = ", ".join([*ROW_SUFFIXES, *BUILDERS, ".yaml"])
         raise ValueError(f"`data_path` ({path}) is of an unknown kind: its name must end with {known}.")
-    if os.path.isfile(os.path.join(path, "state.json")) or os.path.isfile(os.path.join(path, "dataset_dict.json")):
-        source = load_from_disk(path)
+    if is_known and suffix not in BUILDERS:
+        return None
+    if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
+        source = datasets.load_from_disk(path)
         if isinstance(source, DatasetDict):
             if config.split not in source:
                 raise ValueError(f"`data_path` ({path}) has no split {config.split!r}, but {', '.join(source)}.")
             source = source[config.split]
         return source.to_iterable_dataset() if config.streaming else source
-    options = {"name": config.name, "revision": config.revision, "streaming": config.streaming}
-    return _load(path, path, split=config.split or "train", **options)
-
-
-def _load(data_path: str, *args: Any, **kwargs: Any) -> Dataset | IterableDataset:
-    """[`datasets.load_dataset`], whose errors list known configurations and splits, with the path in front of them."""
-    try:
-        return load_dataset(*args, **kwargs)
+    options = {"path": path, "name": config.name, "split": config.split or "train", "revision": config.revision}
+    if is_known:
+        options = {"path": BUILDERS[suffix], "data_files": path, "split": "train"}
+    try:  # its errors list known configurations and splits
+        return datasets.load_dataset(**options, streaming=config.streaming)
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise ValueError(f"`data_path` ({data_path}): {error.__cause__ or error}") from error
+        raise ValueError(f"`data_path` ({path}): {error.__cause__ or error}") from error
 
 
 def read_table(config: DataConfig, source: Dataset | None) -> Dataset:
-    """
-    Converts all rows once, into the cache of `datasets`.
-
-    Args:
-        config ([`DataConfig`]): Where rows come from.
-        source (`Dataset`, *optional*): See [`find_source`].
-
-    Returns:
-        `Dataset` with the columns of `FEATURES`, memory-mapped.
-
-    Raises:
-        ValueError: If a file is not JSON; says where.
-    """
+    """Converts all rows, of JSON or of `source`, once: a memory-mapped table in the cache of `datasets`."""
     files = [__file__, rows.__file__, *([config.data_path] if source is None else [])]
     states = tuple((state.st_size, state.st_mtime_ns) for state in map(os.stat, files))
     path = os.path.abspath(config.data_path) if os.path.exists(config.data_path) else config.data_path
-    builder = RowsBuilder(
-        cache_dir=datasets.config.HF_DATASETS_CACHE,
-        path=path,
-        folder=config.folder,
-        plain=config.plain,
-        source=source,
-        states=states,
-    )
+    builder = RowsBuilder(data_path=path, folder=config.folder, plain=config.plain, source=source, states=states)
     try:
         builder.download_and_prepare(num_proc=builder.num_parts if builder.num_parts > 1 else None)
     except datasets.exceptions.DatasetGenerationError as error:
@@ -260,9 +203,6 @@ def read_mixture(config: DataConfig) -> Dataset:
     """
     The rows of a mixture in LLaVA-NeXT's YAML form: `datasets`, a list of `json_path` and `sampling_strategy` (`all`,
     or `first`, `end` or `random` with a number or a percentage, such as `random:10%`).
-
-    Raises:
-        ValueError: If the file does not have this form.
     """
     with open(config.data_path, encoding="utf-8") as file:
         content = yaml.safe_load(file)
@@ -274,11 +214,9 @@ def read_mixture(config: DataConfig) -> Dataset:
         path = os.path.join(os.path.dirname(config.data_path), entry["json_path"])
         if not path.endswith(ROW_SUFFIXES):
             raise ValueError(f"`json_path` ({path}) in {config.data_path} must end with {', '.join(ROW_SUFFIXES)}.")
-        part = DataConfig(path, config.image_folder, plain=config.plain)
-        find_source(part)  # whether the file exists
-        table = read_table(part, None)
+        table, _ = load_table(DataConfig(path, config.image_folder, plain=config.plain))
         tables.append(table.select(sample_rows(len(table), str(entry.get("sampling_strategy", "all")))))
-    return concatenate_datasets(tables)
+    return datasets.concatenate_datasets(tables)
 
 
 def sample_rows(num_rows: int, strategy: str) -> list[int] | range:
@@ -298,12 +236,7 @@ def sample_rows(num_rows: int, strategy: str) -> list[int] | range:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """
-    Writes a file atomically.
-
-    Raises:
-        OSError: If it cannot be written; names it.
-    """
+    """Writes a file atomically, and its folder. An `OSError` names it."""
     unfinished = file.with_name(f".{file.name}.incomplete")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -325,14 +258,12 @@ def leave_out_broken_rows(
     table: Dataset, source: Dataset | None, config: DataConfig, limit: LengthLimit | None
 ) -> Dataset:
     """
-    Refuses data with broken rows, or leaves them out and lists them in the report. If there is a report, the same rows
-    are left out again, so that a resumed run sees the same data.
-
-    Raises:
-        ValueError: If rows are broken and not to be skipped, or all are.
+    Refuses data with broken rows (`ValueError`), or leaves them out and lists them in the report. If there is a
+    report, the same rows are left out again, so that a resumed run sees the same data.
     """
-    if config.skip_broken and config.report is not None and config.report.exists():
-        known = {(entry["file"], entry["row"]) for entry in read_report(config.report) if "replaced_by" not in entry}
+    report = config.report if config.skip_broken else None
+    if report is not None and report.exists():
+        known = {(entry["file"], entry["row"]) for entry in read_report(report) if "replaced_by" not in entry}
         places = zip(table["file"], table["row"], strict=True) if known else ()
         broken = {index for index, place in enumerate(places) if place in known}
     else:
@@ -341,7 +272,7 @@ def leave_out_broken_rows(
         columns = table.select_columns(["file", "row", "id"])
         entries = ({**columns[index], "problems": found} for index, found in problems.items())
         if broken and not config.skip_broken:
-            is_mixture = config.data_path.endswith((".yaml", ".yml"))
+            is_mixture = config.data_path.endswith(MIXTURE_SUFFIXES)
             lines = [
                 (f"{entry['file']}, " if is_mixture else "") + describe(entry, entry["problems"])
                 for entry in itertools.islice(entries, MAX_MESSAGES)
@@ -350,8 +281,8 @@ def leave_out_broken_rows(
                 f"{len(broken)} of {len(table)} rows in {config.data_path} are broken:\n" + "\n".join(lines) + "\n"
                 "See all with `python -m training.check_data`, fix them, or leave them out with `skip_broken: true`."
             )
-        if config.skip_broken and config.report is not None:
-            write_whole(config.report, "".join(json.dumps(entry) + "\n" for entry in entries))
+        if report is not None:
+            write_whole(report, "".join(json.dumps(entry) + "\n" for entry in entries))
     if len(broken) == len(table):
         raise ValueError(f"All {len(table)} rows in {config.data_path} are broken; see {config.report}.")
     return table.select(sorted(set(range(len(table))) - broken)) if broken else table
@@ -359,28 +290,17 @@ def leave_out_broken_rows(
 
 def read_images(row: dict, source: Dataset | dict | None) -> list[Image.Image]:
     """
-    The images of a row of the table, decoded.
-
-    Args:
-        row (`dict`): A row of the table.
-        source (`Dataset` or `dict`, *optional*): Has its embedded images, or is the row of the source.
-
-    Raises:
-        ValueError: If one cannot be decoded; names row and file.
+    The decoded images of a row of the table; embedded ones are in the dataset `source`, or in the row `source` itself.
+    A `ValueError` names row and file of one that cannot be decoded.
     """
-    images: list[Image.Image] = []
-    content: Path | bytes
+    images = []
     for image in row["images"]:
-        if image["path"]:
-            content = Path(image["path"])  # a path, and never an address
-        else:
-            content = get_image(
-                source if isinstance(source, dict) else read_source_row(source, row["row"]), image["keys"]
-            )
+        path = image["path"]  # a path, and never an address
+        content = Path(path) if path else get_image(source, row["row"], image["keys"])
         try:
             images.append(IMAGE_READER.process_image(IMAGE_READER.fetch_images(content), do_convert_rgb=True))
         except ValueError as error:
-            name = repr(image["path"]) if image["path"] else "embedded in the row"
+            name = repr(path) if path else "embedded in the row"
             problem = f"image {name} is broken: {error.__cause__ or error}"
             raise ValueError(f"{describe(row, [problem])} ({row['file']})") from error
     return images
@@ -436,19 +356,15 @@ def record(row: dict, problems: list[str], config: DataConfig, **more: Any) -> N
 
 def stream_samples(
     source: IterableDataset, config: DataConfig, limit: LengthLimit | None, batch_size: int
-) -> Iterator:
+) -> Iterator[dict]:
     """
     The samples of a stream in another order: `batch_size` with images or `batch_size` without at a time, so that no
-    batch mixes them. At the end, each of the two kinds is filled up with some of its last samples again.
-
-    Raises:
-        ValueError: If a row is broken and not to be skipped; names it.
+    batch mixes them. At the end, each of the two kinds is filled up with some of its last samples again. A
+    `ValueError` names a broken row that is not to be skipped.
     """
-    rows_config = RowsConfig(path=config.data_path, folder=config.folder, plain=config.plain)
     waiting: dict[bool, list[dict]] = {True: [], False: []}
-    source = source.decode(False) if source.features else source
-    for index, source_row in enumerate(source):
-        row = convert(source_row, index, rows_config)
+    for index, source_row in enumerate(source.decode(False) if source.features else source):
+        row = convert(source_row, index, config)
         problems, images = row["problems"], []
         if limit is not None and not problems and (num_tokens := limit.count([row["messages"]])[0]) > limit.max_length:
             problems = [limit.describe(num_tokens)]
@@ -484,7 +400,7 @@ def load_data(config: DataConfig, limit: LengthLimit | None = None, batch_size: 
 
     Raises:
         FileNotFoundError: If a data file does not exist.
-        ValueError: If the data has no supported form, or broken rows.
+        ValueError: If the data has no supported form, or broken rows, or no such configuration or split.
     """
     if config.streaming and isinstance(source := find_source(config), IterableDataset):
         arguments = {"source": source, "config": config, "limit": limit, "batch_size": batch_size}
@@ -496,18 +412,12 @@ def load_data(config: DataConfig, limit: LengthLimit | None = None, batch_size: 
 
 def load_table(config: DataConfig) -> tuple[Dataset, Dataset | None]:
     """The converted rows, and the dataset that they come from if it is not JSON."""
-    if config.data_path.endswith((".yaml", ".yml")):
-        return read_mixture(config), None
     source = find_source(config)
-    return read_table(config, source), source
+    is_mixture = config.data_path.endswith(MIXTURE_SUFFIXES)
+    return read_mixture(config) if is_mixture else read_table(config, source), source
 
 
 def get_lengths(dataset: Dataset) -> tuple[list[int], list[bool]]:
-    """
-    What samples are grouped by: for each the length of its text, and whether it has an image.
-
-    Args:
-        dataset (`Dataset`): See [`load_data`].
-    """
+    """What samples of [`load_data`] are grouped by: the length of their text, and whether they have an image."""
     columns = dataset.with_format("arrow")[:]
     return columns["num_bytes"].to_pylist(), pc.greater(pc.list_value_length(columns["images"]), 0).to_pylist()

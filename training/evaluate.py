@@ -44,7 +44,7 @@ METRICS = {
     "recall": "field recall",
     "f1": "field F1",
 }
-FIELD_METRICS = ("precision", "recall", "f1")
+SHARES = ("exact", "numeric")
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 NUM_WORST = 20
 # Numbers in memory for a bootstrap or permutation test
@@ -53,32 +53,16 @@ MAX_RESAMPLED = 2_000_000
 
 @dataclass
 class EvaluateOptions:
-    """
-    What is evaluated, and how.
-
-    Args:
-        output (`str`): Folder for answers, results and report.
-        model (`str`): Folder or Hub id of a model with its processor, or of a LoRA result.
-        data_path, image_folder, dataset_config, dataset_split, dataset_revision (`str`):
-            The data, see [`~training.data.DataConfig`].
-        skip_broken (`bool`): Leave broken rows out and list them in `skipped_rows.jsonl`.
-        max_questions (`int`, *optional*): Only the first questions.
-        batch_size (`int`): Questions per call of `generate`.
-        max_new_tokens (`int`): Length of an answer.
-        processor_kwargs (`str`): JSON object of arguments for the processor, such as `{"size": 768}`.
-        dtype (`str`): Such as `bfloat16`; by default the checkpoint's.
-        device (`str`): Where to run.
-        compare (`list[str]`): Outputs of two evaluations to compare instead.
-    """
+    """What is evaluated, and how; described in the help of each field."""
 
     output: str = field(metadata={"help": "folder for answers, results and report"})
-    model: str | None = field(default=None, metadata={"help": "folder or Hub id"})
+    model: str | None = field(default=None, metadata={"help": "folder or Hub id of a model or a LoRA result"})
     data_path: str | None = field(default=None, metadata={"help": "file, folder or Hub id of the data"})
     image_folder: str | None = field(default=None, metadata={"help": "folder that relative image names start from"})
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of a dataset with several"})
     dataset_split: str = field(default="test", metadata={"help": "split of a dataset with several"})
     dataset_revision: str | None = field(default=None, metadata={"help": "revision of a dataset on the Hub"})
-    skip_broken: bool = field(default=False, metadata={"help": "leave broken rows out and list them"})
+    skip_broken: bool = field(default=False, metadata={"help": "leave broken rows out; listed in the output"})
     max_questions: int | None = field(default=None, metadata={"help": "only the first questions"})
     batch_size: int = field(default=8, metadata={"help": "questions per call of `generate`"})
     max_new_tokens: int = field(default=128, metadata={"help": "length of an answer"})
@@ -98,9 +82,8 @@ class EvaluateOptions:
 
 def list_questions(table: Dataset) -> list[tuple[int, int]]:
     """Row and turn of every answer that training would learn, questions without images first."""
-    columns = table.select_columns(["messages", "images", "num_answers"])
     questions = []
-    for index, row in enumerate(columns):
+    for index, row in enumerate(table.select_columns(["messages", "num_answers"])):
         answers = [turn for turn, message in enumerate(row["messages"]) if message["role"] == "assistant"]
         for turn in answers[-row["num_answers"] :]:
             questions.append((_count_images(row["messages"][:turn]), index, turn))
@@ -192,15 +175,9 @@ def list_fields(value: Any, keys: tuple = ()) -> list[tuple]:
 
 def score(expected: str, answer: str) -> dict[str, Any]:
     """
-    Scores of an answer.
-
-    Args:
-        expected, answer (`str`): What should be answered, and what was.
-
-    Returns:
-        `dict`: `exact` (0 or 1, but for spaces around), `anls` (0 to 1, ANLS*, field by field for JSON), `numeric` (0
-        or 1, within 5 %; `None` unless a number is expected), and `fields`: of JSON, how many fields are right,
-        answered and expected (else `None`).
+    Scores of an answer: `exact` (0 or 1, but for spaces around), `anls` (0 to 1, ANLS*, field by field for JSON),
+    `numeric` (0 or 1, within 5 %; `None` unless a number is expected), and `fields`: of JSON, how many fields are
+    right, answered and expected (else `None`).
     """
     structure, number = parse_json(expected), parse_number(expected)
     found = parse_json(answer) if structure is not None else None
@@ -217,67 +194,48 @@ def score(expected: str, answer: str) -> dict[str, Any]:
     return result
 
 
-def _field_metric(name: str, right: Any, answered: Any, expected: Any) -> Any:
-    total = {"precision": answered, "recall": expected, "f1": (answered + expected) / 2}[name]
-    return right / np.maximum(total, 1)
+def get_ratio(record: dict, name: str) -> tuple[float, float] | None:
+    """A metric of an answer as what is right, and of how much; `None` where the question has no such metric."""
+    if name in ("precision", "recall", "f1"):
+        if record["fields"] is None:
+            return None
+        right, answered, expected = record["fields"]
+        return right, {"precision": answered, "recall": expected, "f1": (answered + expected) / 2}[name]
+    return None if record[name] is None else (record[name], 1)
+
+
+def _divide_sums(right: Any, total: Any, axis: int = -1) -> Any:
+    return np.sum(right, axis) / np.maximum(np.sum(total, axis), 1)
 
 
 def summarize(records: list[dict]) -> dict[str, dict]:
     """
-    Metrics with 95 % confidence intervals: Wilson's for shares, the bootstrap's for others.
-
-    Args:
-        records (`list[dict]`): Answers with their scores.
-
-    Returns:
-        `dict`: By metric: `value`, `low`, `high`, `questions`; without those that no answer has.
+    Metrics of answers with scores, by name: `value`, its 95 % confidence interval `low` to `high` (Wilson's for
+    shares, the bootstrap's for others), and the number of `questions`. Those that no answer has are left out.
     """
     result = {}
     for name in METRICS:
-        key = "fields" if name in FIELD_METRICS else name
-        values = np.array([record[key] for record in records if record[key] is not None])
-        if not len(values):
+        ratios = [ratio for record in records if (ratio := get_ratio(record, name)) is not None]
+        if not ratios:
             continue
-        if name in ("exact", "numeric"):
-            value = values.mean()
-            interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
-        else:
-            columns = values.T.astype(float) if key == "fields" else values[None]
-
-            def statistic(indices: np.ndarray, axis: int = -1, name: str = name, columns: np.ndarray = columns) -> Any:
-                sums = columns[:, indices].sum(axis=-1)
-                return _field_metric(name, *sums) if len(columns) > 1 else sums[0] / indices.shape[-1]
-
-            value, indices = statistic(np.arange(len(values))), np.arange(len(values))
+        right, total = np.array(ratios, dtype=float).T
+        if name in SHARES:
+            interval = stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
+        elif len(right) > 1:
             options: dict[str, Any] = {"n_resamples": 1000, "method": "percentile", "rng": 0, "vectorized": True}
-            options["batch"] = max(1, MAX_RESAMPLED // len(values))
-            few = len(values) < 2
-            interval = None if few else stats.bootstrap((indices,), statistic, **options).confidence_interval
-        low, high = (interval.low, interval.high) if interval is not None else (math.nan, math.nan)
-        numbers = {"value": value, "low": low, "high": high}
-        result[name] = {**{k: round(float(v), 4) for k, v in numbers.items()}, "questions": len(values)}
+            options["batch"] = max(1, MAX_RESAMPLED // len(right))
+            interval = stats.bootstrap((right, total), _divide_sums, paired=True, **options).confidence_interval
+        else:
+            interval = (math.nan, math.nan)
+        numbers = dict(zip(("value", "low", "high"), (_divide_sums(right, total), *interval), strict=True))
+        result[name] = {**{k: round(float(v), 4) for k, v in numbers.items()}, "questions": len(right)}
     return result
-
-
-def get_values(record: dict) -> dict[str, float | None]:
-    """The metrics of one answer that a paired test compares."""
-    fields = record["fields"]
-    f1 = None if fields is None else float(_field_metric("f1", *fields))
-    return {"exact": record["exact"], "anls": record["anls"], "numeric": record["numeric"], "f1": f1}
 
 
 def compare(first: list[dict], second: list[dict]) -> dict[str, dict]:
     """
-    Compares answers to the same questions: McNemar's exact test for shares, a permutation test for others.
-
-    Args:
-        first, second (`list[dict]`): Answers with their scores.
-
-    Returns:
-        `dict`: By metric: mean `first`, `second` and `difference` of an answer, `p_value`, `questions`.
-
-    Raises:
-        ValueError: If they are not answers to the same questions.
+    Compares scored answers to the same questions, by metric: the means `first` and `second` and their `difference`,
+    the `p_value` (McNemar's exact test for shares, a permutation test for others), and the number of `questions`.
     """
     keys = ("row", "turn", "question", "expected")
     a, b = ({tuple(record[key] for key in keys): record for record in records} for records in (first, second))
@@ -287,24 +245,20 @@ def compare(first: list[dict], second: list[dict]) -> dict[str, dict]:
         )
     result = {}
     for name in ("exact", "anls", "numeric", "f1"):
-        pairs = [(get_values(a[key])[name], get_values(b[key])[name]) for key in a]
-        values = np.array([pair for pair in pairs if None not in pair], dtype=float)
+        ratios = [(get_ratio(a[key], name), get_ratio(b[key], name)) for key in a]
+        values = np.array([pair for pair in ratios if None not in pair], dtype=float)  # (questions, 2 runs, 2)
         if not len(values):
             continue
+        values = values[..., 0] / np.maximum(values[..., 1], 1)
         difference = values[:, 1] - values[:, 0]
         better, worse = int((difference > 0).sum()), int((difference < 0).sum())
         if better + worse == 0:
             p_value = 1.0
-        elif name in ("exact", "numeric"):
+        elif name in SHARES:
             p_value = stats.binomtest(better, better + worse).pvalue
         else:
-            options: dict[str, Any] = {
-                "permutation_type": "samples",
-                "n_resamples": 9999,
-                "rng": 0,
-                "vectorized": True,
-            }
-            p_value = stats.permutation_test((difference,), np.mean, **options).pvalue
+            options: dict[str, Any] = {"n_resamples": 9999, "rng": 0, "vectorized": True}
+            p_value = stats.permutation_test((difference,), np.mean, permutation_type="samples", **options).pvalue
         means = {"first": values[:, 0].mean(), "second": values[:, 1].mean(), "difference": difference.mean()}
         rounded = {key: round(float(value), 6) for key, value in means.items()}
         result[name] = {**rounded, "p_value": float(p_value), "questions": len(values)}
@@ -320,10 +274,8 @@ def read_answers(folder: Path) -> list[dict]:
 
 def evaluate(options: EvaluateOptions) -> dict:
     """
-    Answers all questions that have no answer in `output` yet, and writes results and report.
-
-    Raises:
-        ValueError: If the data cannot be read, or `output` has answers of another evaluation.
+    Answers all questions that have no answer in `output` yet, and writes results and report. A `ValueError` says that
+    the data cannot be read, or that `output` has answers of another evaluation.
     """
     output = Path(options.output)
     settings = {k: v for k, v in asdict(options).items() if k not in ("output", "compare", "batch_size", "device")}

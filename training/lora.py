@@ -21,17 +21,14 @@ BASE_FOLDER = "_base"  # `push_to_hub` leaves out what begins with an underscore
 WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors")
 
 
+def get_modules_to_save(config: LlavaHrConfig) -> list[str]:
+    """Names of the modules that are trained fully beside LoRA, and saved with it."""
+    adapters = [f"mr_adapters.{index}" for index in range(len(config.mr_adapter_layers or []))]
+    return [*adapters, "vision_tower.fusion", "multi_modal_projector"]
+
+
 def find_base(model_name_or_path: str, **kwargs: Any) -> tuple[str, dict[str, Any], str | None]:
-    """
-    The base model of a starting point.
-
-    Args:
-        model_name_or_path (`str`): Folder or Hub id of a model or adapter.
-        kwargs: `revision` and others for `from_pretrained`.
-
-    Returns:
-        `tuple`: The base, `kwargs` for it, and `model_name_or_path` if it is an adapter, else `None`.
-    """
+    """The base of a model or adapter, `kwargs` for its `from_pretrained`, and the adapter if it is one."""
     is_model = os.path.isfile(os.path.join(model_name_or_path, "config.json"))
     if is_model or find_adapter_config_file(model_name_or_path, revision=kwargs.get("revision")) is None:
         return model_name_or_path, kwargs, None
@@ -39,13 +36,8 @@ def find_base(model_name_or_path: str, **kwargs: Any) -> tuple[str, dict[str, An
     return adapter.base_model_name_or_path, {**kwargs, "revision": None}, model_name_or_path
 
 
-def load_adapter(model: PreTrainedModel, adapter: str, options: ModelConfig) -> PreTrainedModel | PeftModel:
-    """
-    Puts an earlier LoRA result on its base: to train it further with `use_peft`, else merged.
-
-    Raises:
-        ValueError: If `options` ask for another LoRA than the adapter is.
-    """
+def load_adapter(model: PreTrainedModel, adapter: str, base: str, options: ModelConfig) -> PreTrainedModel | PeftModel:
+    """Puts an earlier LoRA result on `model`: merged, or with `use_peft` to train it further, as one of `base`."""
     model = PeftModel.from_pretrained(model, adapter, is_trainable=options.use_peft)
     if not options.use_peft:
         return model.merge_and_unload()
@@ -56,6 +48,7 @@ def load_adapter(model: PreTrainedModel, adapter: str, options: ModelConfig) -> 
                 f"`{name}` is {getattr(options, name)}, but {adapter} was trained with {value}, and its training "
                 f"continues. Use {value}, or merge it into its base first to start another LoRA."
             )
+    lora.base_model_name_or_path = base
     return model
 
 
@@ -75,15 +68,9 @@ def write_base(
     folder: Path, base: str, config: LlavaHrConfig, model: PreTrainedModel, processor: LlavaHrProcessor
 ) -> None:
     """
-    Writes the base of a LoRA result: links to the weights of `base`, the inserted MR-Adapters, their configuration
-    and the processor. So `from_pretrained`, `pipeline` and PEFT find all of it in the usual way.
-
-    Args:
-        folder (`Path`): New folder; complete or absent.
-        base (`str`): Folder or Hub id of the base model.
-        config ([`LlavaHrConfig`]): Its configuration with the inserted adapters, not quantized.
-        model ([`PreTrainedModel`]): Has the inserted adapters.
-        processor ([`LlavaHrProcessor`]): Saved beside the weights.
+    Writes the base of a LoRA result into a new folder, complete or absent: links to the weights of `base`, the
+    MR-Adapters that were inserted into `model`, `config` (not quantized) and `processor`. So `from_pretrained`,
+    `pipeline` and PEFT find all of it in the usual way.
     """
     source = find_source(base, "model_name_or_path", WEIGHT_FILES)
     weights: dict[str, str] = {}
@@ -96,10 +83,9 @@ def write_base(
                 os.link(file.resolve(), partial / name)
             except OSError:  # another file system
                 os.symlink(file.resolve(), partial / name)
-        inserted = {name: t for name, t in model.state_dict().items() if "mr_adapters" in name and name not in weights}
-        if inserted:
-            tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in inserted.items()}
-            save_file(tensors, partial / "model-mr-adapters.safetensors", metadata={"format": "pt"})
+        state = {name: t for name, t in model.state_dict().items() if "mr_adapters" in name and name not in weights}
+        if inserted := {name: tensor.cpu().contiguous().clone() for name, tensor in state.items()}:
+            save_file(inserted, partial / "model-mr-adapters.safetensors", metadata={"format": "pt"})
             weights.update(dict.fromkeys(inserted, "model-mr-adapters.safetensors"))
         index_file = {"metadata": {}, "weight_map": weights}
         (partial / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=2))

@@ -5,7 +5,7 @@ import gzip
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,40 +24,24 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 
 @dataclass
 class Chat:
-    """
-    A row as a chat.
-
-    Args:
-        id, type (`str`, *optional*): Its own id, and the type of its question.
-        messages (`list[dict]`): `role` and `content`, a list of `{"type": "text", "text"}` and `{"type": "image"}`.
-        images (`list[tuple]`): For each image the keys that lead to it in the row, and its path or content.
-        num_answers (`int`): How many of the last answers are learned: all, or those of `completion`.
-        problems (`list[str]`): What is wrong with the row.
-        num_bytes (`int`): Length of all texts in UTF-8.
-    """
+    """A row as a chat."""
 
     id: str | None = None
-    type: str | None = None
+    type: str | None = None  # of its question
+    # `role` and `content`, a list of `{"type": "text", "text"}` and `{"type": "image"}`
     messages: list[dict] = field(default_factory=list)
+    # for each image the keys that lead to it in the row, and its path or content
     images: list[tuple[list, Any]] = field(default_factory=list)
-    num_answers: int = 0
-    problems: list[str] = field(default_factory=list)
-    num_bytes: int = 0
+    num_answers: int = 0  # how many of the last answers are learned: all, or those of `completion`
+    problems: list[str] = field(default_factory=list)  # what is wrong with the row
+    num_bytes: int = 0  # of all texts in UTF-8
 
 
 def read_rows(path: str | os.PathLike, chunk_size: int = 2**24) -> Iterator[tuple[Any, int]]:
     """
-    Reads the rows of a JSON array or of JSON lines one by one, so that a file of gigabytes needs little memory.
-
-    Args:
-        path (`str` or `os.PathLike`): The file; may be compressed (`.gz`).
-        chunk_size (`int`, *optional*, defaults to 2**24): Characters per read.
-
-    Yields:
-        `tuple`: A row, and the character after it.
-
-    Raises:
-        ValueError: If the file is not JSON; says where.
+    Reads the rows of a JSON array or of JSON lines (`.gz` or not) `chunk_size` characters at a time, so that a file of
+    gigabytes needs little memory. Yields each row and the position of the character after it. A `ValueError` says
+    where the file is not JSON.
     """
     decoder, buffer, offset, end, depth = json.JSONDecoder(), "", 0, False, 0
     with (
@@ -111,34 +95,34 @@ def convert_row(row: Any, folder: str = "", plain: bool = False) -> Chat:
         return chat
     if "__key__" in row:  # webdataset: one column per file
         files = {name: value for name, value in row.items() if name.lower() in IMAGE_SUFFIXES}
-        content = row.get("json")
-        row = {"id": row["__key__"], **(content if isinstance(content, dict) else {})}
-        row |= {"images": files} if files else {}
-    identifier = row.get("id")
-    chat.id = None if identifier is None else str(identifier).encode(errors="replace").decode()
+        content = row["json"] if isinstance(row.get("json"), dict) else {}
+        row = {"id": row["__key__"], **content, **({"images": files} if files else {})}
+    chat.id = None if row.get("id") is None else str(row["id"]).encode(errors="replace").decode()
     for name in TYPE_COLUMNS:
         if chat.type is None and name in row:
             chat.type = row[name] if isinstance(row[name], str) else None
-    turns, places, is_llava = _find_turns(row, chat)
+    turns = _find_turns(row, chat)
     column = "images" if row.get("images") is not None else "image"
     value = _parse(row.get(column))
     found = [([column], value)] if isinstance(value, str) else _find_images(value, [column])
     given = [_locate(chat, keys, image, folder) for keys, image in found]
     if chat.problems:
         return chat
-    used = _add_messages(chat, turns, places, given, folder)
+    used = _add_messages(chat, turns, given, folder)
     roles = [message["role"] for message in chat.messages]
     if not chat.problems:
         _check_order(roles, chat)
-    if used == 0 and given and not chat.images and not is_llava and chat.messages and not chat.problems:
-        # as in TRL, images without a place are those of the first question
-        first = next(message for message in chat.messages if message["role"] == "user")
+    if chat.problems:
+        return chat
+    if used == 0 and not chat.images and turns[0][2].get("from") is None:
+        # as in TRL, images without a place are those of the first question; not so in LLaVA's form
+        first = chat.messages[roles.index("user")]
         first["content"] = [IMAGE_PART] * len(given) + first["content"]
         chat.images, used = given, len(given)
-    if used != len(given) and not chat.problems:
-        chat.problems.append(f"it has {used} {IMAGE_TAG} tags, but {len(given)} images")
     chat.num_answers = chat.num_answers or roles.count("assistant")
-    if plain and not chat.problems and (len(chat.images) != 1 or roles != ["user", "assistant"]):
+    if used != len(given):
+        chat.problems.append(f"it has {used} {IMAGE_TAG} tags, but {len(given)} images")
+    elif plain and (len(chat.images) != 1 or roles != ["user", "assistant"]):
         chat.problems.append("stage 1 takes rows of one image, one question and one answer")
     return chat
 
@@ -147,27 +131,25 @@ def _quote(value: Any) -> str:
     return f"{value!r:.80}"
 
 
-def _find_turns(row: dict, chat: Chat) -> tuple[list, Callable[[int], list], bool]:
-    """Turns, a function that returns the keys that lead to one in the row, and whether they have LLaVA's form."""
+def _find_turns(row: dict, chat: Chat) -> list[tuple[str, int, Any]]:
+    """Turns, each with its column and its index there."""
     if row.get("prompt") is not None and row.get("completion") is not None and row.get("messages") is None:
-        prompt, completion = (
-            value if isinstance(value, list) else [{"role": role, "content": value}]
-            for role, value in (("user", _parse(row["prompt"])), ("assistant", _parse(row["completion"])))
-        )
-        chat.num_answers = sum(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in completion)
-        places = [
-            [name, i] for name, part in (("prompt", prompt), ("completion", completion)) for i in range(len(part))
-        ]
-        return [*prompt, *completion], places.__getitem__, False
+        found = []
+        for name, role in (("prompt", "user"), ("completion", "assistant")):
+            value = _parse(row[name])
+            turns = value if isinstance(value, list) else [{"role": role, "content": value}]
+            found += [(name, index, turn) for index, turn in enumerate(turns)]
+        # of the completion, the last of the two
+        chat.num_answers = sum(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in turns)
+        return found
     name = "messages" if row.get("messages") is not None else "conversations"
     turns = _parse(row.get(name))
     if not isinstance(turns, list) or not turns:
-        found = ", ".join(map(str, row)) or "nothing"
+        columns = ", ".join(map(str, row)) or "nothing"
         problem = f"`{name}` must be a list of at least one question and one answer"
-        chat.problems.append(problem if name in row else f"{problem}, or `prompt` and `completion`; it has {found}")
+        chat.problems.append(problem if name in row else f"{problem}, or `prompt` and `completion`; it has {columns}")
         turns = []
-    is_llava = bool(turns) and isinstance(turns[0], dict) and turns[0].get("from") is not None
-    return turns, lambda index: [name, index], is_llava
+    return [(name, index, turn) for index, turn in enumerate(turns)]
 
 
 def _parse(value: Any) -> Any:
@@ -192,12 +174,10 @@ def _find_images(value: Any, keys: list) -> Iterator[tuple[list, Any]]:
         yield keys, value
 
 
-def _add_messages(
-    chat: Chat, turns: list, places: Callable[[int], list], given: list[tuple[list, Any]], folder: str
-) -> int:
+def _add_messages(chat: Chat, turns: list[tuple[str, int, Any]], given: list[tuple[list, Any]], folder: str) -> int:
     """Adds `turns` to `chat` with the images of their parts; returns how many of the `given` ones they refer to."""
     used, parts = 0, list[dict]()
-    for index, turn in enumerate(turns):
+    for index, (column, position, turn) in enumerate(turns):
         turn = turn if isinstance(turn, dict) else {}
         speaker, content = turn.get("from"), turn.get("value")
         speaker = turn.get("role") if speaker is None else speaker
@@ -215,10 +195,10 @@ def _add_messages(
                 chat.images += given[used : used + num_tags]
                 used += num_tags
                 if role != "user":
-                    problem = f"turn {index} by {speaker} has an {IMAGE_TAG} tag, which belongs to a user's turn"
-                    chat.problems.append(problem)
+                    found = f"turn {index} by {speaker} has an {IMAGE_TAG} tag"
+                    chat.problems.append(f"{found}, which belongs to a user's turn")
         elif isinstance(content, list):
-            parts, new = _convert_parts(chat, content, [*places(index), "content"], given[used:], folder)
+            parts, new = _convert_parts(chat, content, [column, position, "content"], given[used:], folder)
             text, used = "".join(part["text"] or "" for part in parts), used + new
         else:
             chat.problems.append(f"turn {index} has no text in `value` or `content`")
@@ -254,8 +234,7 @@ def _convert_parts(
 
 
 def _check_order(roles: list[str], chat: Chat) -> None:
-    start = int(roles[:1] == ["system"])
-    dialogue = roles[start:]
+    dialogue = roles[1:] if roles[:1] == ["system"] else roles
     if dialogue and dialogue == ["user", "assistant"] * (len(dialogue) // 2):
         return
     for index, pair in enumerate(itertools.pairwise(roles)):
@@ -297,10 +276,7 @@ def is_embedded(image: Any) -> bool:
 
 
 def is_inside(folder: str | os.PathLike, name: str) -> bool:
-    """
-    Whether a name stays below a folder: other people's data must not climb out of it, nor reach the network. An
-    absolute name shows where it leads and is accepted.
-    """
+    """Whether a name stays below a folder, which other people's data must not leave. Absolute paths are allowed."""
     if "://" in name:
         return False
     if os.path.isabs(name) or ".." not in name:
@@ -309,14 +285,9 @@ def is_inside(folder: str | os.PathLike, name: str) -> bool:
     return os.path.abspath(os.path.join(folder, name)).startswith(os.path.join(folder, ""))
 
 
-def get_image(row: dict, keys: str) -> bytes:
-    """The content of the image that keys (a JSON list) lead to in a row."""
-    value: Any = row
+def get_image(source: Dataset | dict, index: int, keys: str) -> bytes:
+    """The content of the image that keys (a JSON list) lead to in row `index` of a dataset, or in a row itself."""
+    value: Any = source if isinstance(source, dict) else source.with_format("arrow")[index].to_pylist()[0]
     for key in json.loads(keys):
         value = _parse(value)[key]
     return value["bytes"] if isinstance(value, dict) else value
-
-
-def read_source_row(source: Dataset, index: int) -> dict:
-    """One row of a dataset, images undecoded."""
-    return source.with_format("arrow")[index].to_pylist()[0]

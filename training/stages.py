@@ -17,26 +17,15 @@ from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE, VICUNA_V1
 
 @dataclass(frozen=True)
 class Stage:
-    """
-    A stage of training.
+    """A stage of training."""
 
-    Args:
-        trainable (`str`): Regular expression that the names of the trained parameters match from their start.
-        mr_adapters (`bool`): Whether the model has MR-Adapters; missing ones are inserted, zero-initialised.
-        chat_template (`str`): Prompt form.
-        size (`int`): Side of the image in pixels.
-        image_aspect_ratio (`str`): How an image is made square: `"pad"` or `"crop"`.
-        learning_rate (`float`): Peak learning rate.
-        lora_learning_rate (`float`, *optional*): The same with LoRA; `None` if the stage knows no LoRA.
-    """
-
-    trainable: str
-    mr_adapters: bool
-    chat_template: str
-    size: int
-    image_aspect_ratio: str
-    learning_rate: float
-    lora_learning_rate: float | None = None
+    trainable: str  # regular expression that the names of the trained parameters match from their start
+    mr_adapters: bool  # whether the model has MR-Adapters; missing ones are inserted, zero-initialised
+    chat_template: str  # prompt form
+    size: int  # side of the image in pixels
+    image_aspect_ratio: str  # how an image is made square: "pad" or "crop"
+    learning_rate: float  # peak
+    lora_learning_rate: float | None = None  # peak with LoRA; `None` if the stage has no LoRA
 
 
 STAGES = {
@@ -67,7 +56,8 @@ def load_config(
     stage: Stage, model_name_or_path: str, low_res_size: int | None = None, **kwargs: Any
 ) -> LlavaHrConfig:
     """
-    The configuration that a stage trains with.
+    The configuration that a stage trains with: that of the starting point, with `low_res_size` and, if the stage has
+    MR-Adapters and the starting point has none, with them at the start of the last three quarters of the ViT.
 
     Args:
         stage ([`Stage`]): The stage.
@@ -75,12 +65,8 @@ def load_config(
         low_res_size (`int`, *optional*): Side of the low-resolution view in pixels, if not that of the released rule.
         kwargs: Passed to `AutoConfig.from_pretrained`.
 
-    Returns:
-        [`LlavaHrConfig`], with MR-Adapters at the start of the last three quarters of the ViT if the stage has
-        them and the starting point has none.
-
     Raises:
-        ValueError: If the starting point is no LLaVA-HR, or has adapters that the stage does not know.
+        ValueError: If the starting point is not a LLaVA-HR, or has adapters that the stage does not know.
     """
     config = AutoConfig.from_pretrained(model_name_or_path, **kwargs)
     if not isinstance(config, LlavaHrConfig):
@@ -103,14 +89,8 @@ def load_processor(
     stage: Stage, model_name_or_path: str, size: int | None = None, low_res_size: int | None = None, **kwargs: Any
 ) -> LlavaHrProcessor:
     """
-    The processor of a starting point, with the prompt form and the image sides of a stage.
-
-    Args:
-        stage ([`Stage`]): The stage.
-        model_name_or_path (`str`): Starting point, a folder or Hub id.
-        size (`int`, *optional*): Side of the image in pixels, if not the stage's.
-        low_res_size (`int`, *optional*): Side of the low-resolution view in pixels, if not that of the released rule.
-        kwargs: Passed to `AutoProcessor.from_pretrained`.
+    The processor of a starting point, with the prompt form and the image sides of a stage. The arguments are those of
+    [`load_config`], and `size`, the side of the image in pixels if it is not the stage's.
     """
     size = size or stage.size
     processor = AutoProcessor.from_pretrained(model_name_or_path, **kwargs)
@@ -127,42 +107,22 @@ def load_processor(
 
 def freeze(model: PreTrainedModel, stage: Stage, frozen: list[str]) -> None:
     """
-    Leaves what the stage trains trainable, except what `frozen` names, and freezes the rest.
-
-    Args:
-        model ([`PreTrainedModel`]): The model, changed in place.
-        stage ([`Stage`]): The stage.
-        frozen (`list[str]`): Regular expressions for names of parameters, matched from the start of the name.
-
-    Raises:
-        ValueError: If an expression matches no parameter, or nothing is left to train.
+    Leaves what the stage trains trainable, and freezes the rest and what `frozen` matches from the start of its name.
+    A `ValueError` says which expression matches no parameter, or that nothing is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
     for pattern in frozen:
         if not any(re.match(pattern, name) for name in names):
             raise ValueError(f"`frozen` has {pattern!r}, which matches no parameter. Names begin like {names[0]!r}.")
     for name, parameter in model.named_parameters():
-        trainable = re.match(stage.trainable, name) and not any(re.match(pattern, name) for pattern in frozen)
-        parameter.requires_grad_(bool(trainable))
+        is_frozen = any(re.match(pattern, name) for pattern in frozen)
+        parameter.requires_grad_(not is_frozen and re.match(stage.trainable, name) is not None)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"Nothing is left to train: `frozen` ({frozen}) covers all that the stage trains.")
 
 
-def get_modules_to_save(config: LlavaHrConfig) -> list[str]:
-    """Names of the modules that are trained fully beside LoRA, and saved with it."""
-    adapters = [f"mr_adapters.{index}" for index in range(len(config.mr_adapter_layers or []))]
-    return [*adapters, "vision_tower.fusion", "multi_modal_projector"]
-
-
 def save_trained_part(stage: Stage, folder: Path, file: Path) -> None:
-    """
-    Writes the weights that a stage trained into one small file, taken from the saved model.
-
-    Args:
-        stage ([`Stage`]): The stage.
-        folder (`Path`): Folder of the saved model.
-        file (`Path`): The safetensors file.
-    """
+    """Writes the weights that a stage trained, taken from the saved model in `folder`, into one safetensors file."""
     tensors = {}
     for weights in sorted(folder.glob("model*.safetensors")):
         with safe_open(weights, framework="pt") as source:

@@ -5,7 +5,7 @@ Trains LLaVA-HR with TRL, both stages:
     python -m training.train --config training/configs/pretrain_7b.yaml --output_dir llava-hr-7b-pretrain
     python -m training.train --config training/configs/finetune_7b.yaml --model_name_or_path llava-hr-7b-pretrain
 
-The same command started again goes on from the newest complete checkpoint. Every field of `SFTConfig` and of
+The same command started again resumes from the newest complete checkpoint. Every field of `SFTConfig` and of
 `ModelConfig` is an option, in the YAML file or on the command line, which wins.
 """
 
@@ -28,17 +28,8 @@ from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE
 
 from .checks import LengthLimit
 from .data import DataConfig, load_data, write_whole
-from .lora import BASE_FOLDER, find_base, fits, load_adapter, write_base
-from .stages import (
-    LORA_TARGET_MODULES,
-    STAGES,
-    Stage,
-    freeze,
-    get_modules_to_save,
-    load_config,
-    load_processor,
-    save_trained_part,
-)
+from .lora import BASE_FOLDER, find_base, fits, get_modules_to_save, load_adapter, write_base
+from .stages import LORA_TARGET_MODULES, STAGES, Stage, freeze, load_config, load_processor, save_trained_part
 from .trainer import (
     LlavaHrDataCollator,
     LlavaHrTrainer,
@@ -83,54 +74,33 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
 }
 
 
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class TrainingOptions:
-    """
-    What training LLaVA-HR needs beyond TRL's `SFTConfig` and `ModelConfig`.
-
-    Args:
-        stage (`str`): `"pretrain"` (projector and fusion alone) or `"finetune"` (with MR-Adapters, everything).
-        data_path (`str`): Training data, see [`~training.data.DataConfig`].
-        eval_data_path (`str`, *optional*): Evaluation data of any supported kind; `none` unsets a config's.
-        image_folder (`str`, *optional*): Folder that relative image names start from; by default the data file's.
-        dataset_config, dataset_revision (`str`, *optional*):
-            Configuration and revision of `data_path`, and of `eval_data_path` where it is the same dataset.
-        eval_dataset_config (`str`, *optional*): Configuration of `eval_data_path`, if it is another one.
-        dataset_train_split, dataset_test_split (`str`): Splits for training and evaluation of datasets with several.
-        streaming (`bool`, *optional*, defaults to `False`): Whether `datasets` reads on demand; needs `max_steps`.
-        skip_broken (`bool`, *optional*, defaults to `False`):
-            Leave broken rows out and list them in `skipped_rows.jsonl` (of evaluation data
-            `skipped_eval_rows.jsonl`), rather than refuse the data.
-        restart (`bool`, *optional*, defaults to `False`): Remove the checkpoints in `output_dir` and start afresh.
-        size (`int`, *optional*): Side of the image in pixels, if not the stage's.
-        low_res_size (`int`, *optional*):
-            Side of the low-resolution view in pixels, if not that of the released rule. Saved with the model.
-        frozen (`list[str]`, *optional*):
-            Regular expressions for names of parameters that stay as they are, besides those the stage freezes.
-        projector_learning_rate, tower_learning_rate, adapter_learning_rate, language_model_learning_rate (`float`,
-            *optional*): Peak learning rates of projector and fusion, of both vision towers, of the MR-Adapters and of
-            the language model (or its LoRA), where they are not `learning_rate`.
-    """
+    """What training LLaVA-HR needs beyond TRL's `SFTConfig` and `ModelConfig`; described in the help of each field."""
 
     stage: str = field(metadata={"choices": list(STAGES), "help": "Stage of training."})
     data_path: str = field(metadata={"help": "Training data: a file, or anything that `datasets` loads."})
-    eval_data_path: str | None = field(default=None, metadata={"help": "Evaluation data; `none` unsets it."})
-    image_folder: str | None = field(default=None, metadata={"help": "Folder that image names start from."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the dataset on the Hub."})
-    eval_dataset_config: str | None = field(default=None, metadata={"help": "Configuration for evaluation."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split for training."})
-    dataset_test_split: str = field(default="test", metadata={"help": "Split for evaluation."})
-    streaming: bool = field(default=False, metadata={"help": "Read on demand what `datasets` loads."})
-    skip_broken: bool = field(default=False, metadata={"help": "Leave broken rows out and write down which."})
-    restart: bool = field(default=False, metadata={"help": "Start afresh: remove the checkpoints in `output_dir`."})
-    size: int | None = field(default=None, metadata={"help": "Side of the image in pixels."})
-    low_res_size: int | None = field(default=None, metadata={"help": "Side of the low-resolution view in pixels."})
+    eval_data_path: str | None = _option(None, "Evaluation data of any supported kind; `none` unsets a config's.")
+    image_folder: str | None = _option(None, "Folder that image names start from; by default the data file's.")
+    dataset_config: str | None = _option(None, "Configuration of `data_path`, and of `eval_data_path` if the same.")
+    dataset_revision: str | None = _option(None, "Revision of `data_path`, and of `eval_data_path` if the same.")
+    eval_dataset_config: str | None = _option(None, "Configuration of `eval_data_path`, if it is another one.")
+    dataset_train_split: str = _option("train", "Split for training.")
+    dataset_test_split: str = _option("test", "Split for evaluation.")
+    streaming: bool = _option(False, "Read on demand what `datasets` loads; needs `max_steps`.")
+    skip_broken: bool = _option(False, "Leave broken rows out and list them, in `skipped(_eval)_rows.jsonl`.")
+    restart: bool = _option(False, "Start afresh: remove the checkpoints in `output_dir`.")
+    size: int | None = _option(None, "Side of the image in pixels, if not the stage's.")
+    low_res_size: int | None = _option(None, "Side of the low-resolution view in pixels, if not the released rule's.")
     frozen: list[str] = field(default_factory=list, metadata={"help": "Regular expressions for frozen parameters."})
-    projector_learning_rate: float | None = field(default=None, metadata={"help": "Of projector and fusion."})
-    tower_learning_rate: float | None = field(default=None, metadata={"help": "Of both vision towers."})
-    adapter_learning_rate: float | None = field(default=None, metadata={"help": "Of the MR-Adapters."})
-    language_model_learning_rate: float | None = field(default=None, metadata={"help": "Of the language model."})
+    projector_learning_rate: float | None = _option(None, "Peak learning rate of projector and fusion.")
+    tower_learning_rate: float | None = _option(None, "Peak learning rate of both vision towers.")
+    adapter_learning_rate: float | None = _option(None, "Peak learning rate of the MR-Adapters.")
+    language_model_learning_rate: float | None = _option(None, "Peak learning rate of the language model or its LoRA.")
 
     @property
     def learning_rates(self) -> dict[str, float]:
@@ -160,7 +130,7 @@ class TrainingOptions:
 
 
 def make_parser() -> TrlParser:
-    """The parser, with the defaults of `SFTConfig` that do not fit pictures or this project replaced."""
+    """The parser, with the defaults of `SFTConfig` that do not fit images or this project replaced."""
     parser = TrlParser((TrainingOptions, SFTConfig, ModelConfig))
     parser.set_defaults(
         learning_rate=None,  # the stage's
@@ -177,47 +147,44 @@ def make_parser() -> TrlParser:
 
 def find_checkpoint(options: TrainingOptions, training_args: SFTConfig, model_args: ModelConfig) -> str | None:
     """
-    The checkpoint that this run goes on from, after removing what interrupted runs left half written (with `restart`,
-    all checkpoints).
-
-    Raises:
-        ValueError: If the checkpoints in `output_dir` are another run's, or not of this command.
+    The checkpoint that this run resumes from, after removing what interrupted runs left half written (with `restart`,
+    all checkpoints). A `ValueError` says that the checkpoints in `output_dir` are not of this command.
     """
     output_dir = Path(training_args.output_dir)
     run = {"stage": options.stage, "model_name_or_path": model_args.model_name_or_path, "data_path": options.data_path}
-    run_file = output_dir / "run.json"
-    checkpoint = None if options.restart else find_last_complete_checkpoint(output_dir)
+    run_file, checkpoints = output_dir / "run.json", list_checkpoints(output_dir)
     earlier = json.loads(run_file.read_text()) if run_file.exists() else None
-    if earlier is None and (strange := list_checkpoints(output_dir)):
+    if earlier is None and checkpoints:
         raise ValueError(
-            f"`output_dir` ({output_dir}) has {strange[-1].name}, which this command did not write: there is no "
+            f"`output_dir` ({output_dir}) has {checkpoints[-1].name}, which this command did not write: there is no "
             "run.json. Name another folder."
         )
+    checkpoint = None if options.restart else find_last_complete_checkpoint(output_dir)
     if checkpoint is not None and earlier != run:
         raise ValueError(
             f"`output_dir` ({output_dir}) has checkpoints of another run: {earlier}, not {run}. Name another folder, "
             "or remove them with `restart: true`."
         )
-    model_only = [] if options.restart else [path for path in list_checkpoints(output_dir) if has_model_only(path)]
-    if model_only and checkpoint is None:
+    model_only = [folder for folder in checkpoints if has_model_only(folder)]
+    if model_only and checkpoint is None and not options.restart:
         raise ValueError(
             f"`output_dir` ({output_dir}) has {model_only[0].name}, saved with `save_only_model`, from which "
             "no run can resume. Start from its weights with `model_name_or_path` and another "
             "`output_dir`, or remove it with `restart: true`."
         )
-    if training_args.should_save:
-        if earlier is not None:
-            shutil.rmtree(output_dir / "incomplete", ignore_errors=True)
-        for folder in list_checkpoints(output_dir):
-            if options.restart or not has_state(folder):
-                shutil.rmtree(folder)
-        if checkpoint is None:
-            for report in REPORTS:
-                (output_dir / report).unlink(missing_ok=True)
-            shutil.rmtree(output_dir / BASE_FOLDER, ignore_errors=True)
-            output_dir.mkdir(parents=True, exist_ok=True)
-            write_whole(output_dir / "training_args.json", training_args.to_json_string())
-            write_whole(run_file, json.dumps(run))
+    if not training_args.should_save:
+        return checkpoint
+    if earlier is not None:
+        shutil.rmtree(output_dir / "incomplete", ignore_errors=True)
+    for folder in checkpoints:
+        if options.restart or not has_state(folder):
+            shutil.rmtree(folder)
+    if checkpoint is None:
+        for report in REPORTS:
+            (output_dir / report).unlink(missing_ok=True)
+        shutil.rmtree(output_dir / BASE_FOLDER, ignore_errors=True)
+        write_whole(output_dir / "training_args.json", training_args.to_json_string())
+        write_whole(run_file, json.dumps(run))
     return checkpoint
 
 
@@ -225,19 +192,15 @@ def make_trainer(
     options: TrainingOptions, training_args: SFTConfig, model_args: ModelConfig
 ) -> tuple[LlavaHrTrainer, str | None]:
     """
-    All that can go wrong with starting point, stage, data and options goes wrong here, the data before the model is
-    loaded.
-
-    Returns:
-        `tuple`: The trainer, and the checkpoint that the run resumes from if there is one.
+    The trainer, and the checkpoint that the run resumes from if there is one. All that can go wrong with starting
+    point, stage, data and options goes wrong here, the data before the model is loaded.
 
     Raises:
         ValueError: If starting point, stage, data and options do not fit each other; the message says what to do.
         OSError: If something cannot be read or written; names the path.
     """
-    stage = STAGES[options.stage]
+    stage, output_dir = STAGES[options.stage], Path(training_args.output_dir)
     check_options(options, training_args, model_args)
-    output_dir = Path(training_args.output_dir)
     with training_args.main_process_first(local=False):
         checkpoint = find_checkpoint(options, training_args, model_args)
     if training_args.learning_rate is None:
@@ -256,7 +219,9 @@ def make_trainer(
         if training_args.eval_strategy != "no":
             eval_dataset = load_data(options.get_data_config(stage, output_dir, is_eval=True), limit, batch_size)
 
-    model = load_model(options, training_args, model_args, config, processor)
+    model = load_model(training_args, model_args, config, processor)
+    if not model_args.use_peft:
+        freeze(model, stage, options.frozen)
     in_bfloat16 = training_args.bf16 or model_args.dtype == "bfloat16"
     trainer = LlavaHrTrainer(
         model=model,
@@ -279,23 +244,9 @@ def make_trainer(
 
 
 def load_model(
-    options: TrainingOptions,
-    training_args: SFTConfig,
-    model_args: ModelConfig,
-    config: LlavaHrConfig,
-    processor: LlavaHrProcessor,
+    training_args: SFTConfig, model_args: ModelConfig, config: LlavaHrConfig, processor: LlavaHrProcessor
 ) -> PreTrainedModel | PeftModel:
-    """
-    Loads the starting point, and with LoRA prepares what the result's base will be.
-
-    Args:
-        options, training_args, model_args: See [`make_trainer`].
-        config ([`LlavaHrConfig`]): Configuration that the stage trains with.
-        processor ([`LlavaHrProcessor`]): Processor that the stage trains with.
-
-    Returns:
-        The model with its trained parameters, or with LoRA the model or LoRA to train.
-    """
+    """Loads the starting point to train with `config`, and with LoRA prepares what the result's base will be."""
     revision = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     base, revision, adapter = find_base(model_args.model_name_or_path, **revision)
     set_seed(training_args.seed)  # inserted adapters start at random
@@ -315,12 +266,8 @@ def load_model(
                 write_base(full_base, base, config, model, processor)
         base = str(full_base)
     if adapter is not None:
-        model = load_adapter(model, adapter, model_args)
-    if not model_args.use_peft:
-        freeze(model, STAGES[options.stage], options.frozen)
-    elif adapter is not None:
-        model.peft_config["default"].base_model_name_or_path = base
-    else:
+        return load_adapter(model, adapter, base, model_args)
+    if model_args.use_peft:
         model.name_or_path = base  # PEFT notes it in the result
         model_args.lora_target_modules = model_args.lora_target_modules or LORA_TARGET_MODULES
         model_args.lora_modules_to_save = model_args.lora_modules_to_save or get_modules_to_save(config)
@@ -328,12 +275,7 @@ def load_model(
 
 
 def check_options(options: TrainingOptions, training_args: SFTConfig, model_args: ModelConfig) -> None:
-    """
-    Refuses options that do not go together, and those without effect.
-
-    Raises:
-        ValueError: If there is one; names it.
-    """
+    """Refuses options that do not go together, and those without effect, with a `ValueError` that names them."""
     if model_args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is missing: the folder or Hub id of the model to start from.")
     if model_args.use_peft and STAGES[options.stage].lora_learning_rate is None:
@@ -350,18 +292,13 @@ def check_options(options: TrainingOptions, training_args: SFTConfig, model_args
 
 
 def run(options: TrainingOptions, trainer: LlavaHrTrainer, checkpoint: str | None) -> None:
-    """
-    Trains and saves the result in `output_dir`. See [`make_trainer`] for the arguments.
-
-    Raises:
-        OSError: If the result cannot be written; names the path.
-    """
-    training_args, output_dir = trainer.args, Path(trainer.args.output_dir)
+    """Trains and saves the result in `output_dir`; an `OSError` names what cannot be written."""
+    output_dir = Path(trainer.args.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_result()
-    if options.stage == "pretrain" and training_args.should_save:
+    if options.stage == "pretrain" and trainer.args.should_save:
         save_trained_part(STAGES[options.stage], output_dir, output_dir / "projector.safetensors")
-    if training_args.push_to_hub:
+    if trainer.args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()
 

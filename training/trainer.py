@@ -57,15 +57,11 @@ class LlavaHrDataCollator(DataCollatorForVisionLanguageModeling):
         stride, patch_size = image_processor.high_res_stride, image_processor.patch_size
         batch["pixel_values"] = torch.zeros(1, 3, stride, stride, dtype=self.pixel_dtype)
         batch["low_res_pixel_values"] = torch.zeros(1, 3, patch_size, patch_size)  # one token
-        size = (len(examples), self.pad_to_multiple_of or 1)
-        column = torch.full(size, self.processor.tokenizer.pad_token_id, dtype=batch["input_ids"].dtype)
-        column[0, 0] = self.processor.image_token_id
-        for name, values in (
-            ("input_ids", column),
-            ("attention_mask", torch.zeros_like(column)),
-            ("labels", torch.full_like(column, -100)),
-        ):
-            batch[name] = torch.cat([batch[name], values], dim=1)
+        width = self.pad_to_multiple_of or 1
+        fill = {"input_ids": self.processor.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
+        for name, value in fill.items():
+            batch[name] = nn.functional.pad(batch[name], (0, width), value=value)
+        batch["input_ids"][0, -width] = self.processor.image_token_id
         return batch
 
 
@@ -78,60 +74,45 @@ def keep_last_answers(labels: torch.Tensor, num_answers: int) -> None:
     labels[answer <= answer[-1] - num_answers] = -100
 
 
+@dataclass(eq=False)
 class ModalityLengthGroupedSampler(Sampler[int]):
     """
-    Order of samples in which each batch has pictures throughout, or none, and texts of similar length. Each of the
-    two kinds is filled up to whole batches with some of its samples again.
-
-    Args:
-        lengths (`list[int]`): Length of each sample.
-        has_picture (`list[bool]`): Kind of each sample.
-        batch_size (`int`): Samples of one forward pass of all processes.
-        group_size (`int`): Samples of an optimizer step, a multiple of `batch_size`; of one kind as far as they reach.
-        seed (`int`): Seed of the order.
-        get_epoch (`Callable`): Returns the epoch, which changes the order. A run that goes on finds the same one.
+    Order of samples in which each batch has images throughout, or none, and texts of similar length. Each of the two
+    kinds is filled up to whole batches with some of its samples again.
     """
 
-    def __init__(
-        self,
-        lengths: list[int],
-        has_picture: list[bool],
-        batch_size: int,
-        group_size: int,
-        seed: int,
-        get_epoch: Callable[[], int],
-    ):
-        self.lengths, self.batch_size, self.group_size = lengths, batch_size, group_size
-        self.kinds = [[i for i, has in enumerate(has_picture) if has is kind] for kind in (True, False)]
-        self.seed, self.get_epoch = seed, get_epoch
+    lengths: list[int]
+    has_image: list[bool]
+    batch_size: int  # samples of one forward pass of all processes
+    group_size: int  # samples of an optimizer step, a multiple of `batch_size`; of one kind as far as they reach
+    seed: int
+    get_epoch: Callable[[], int]  # the epoch changes the order; a resumed run finds the same one
+
+    def __post_init__(self) -> None:
+        self.kinds = [[i for i, has in enumerate(self.has_image) if has is kind] for kind in (True, False)]
 
     def __len__(self) -> int:
         return sum(-len(kind) // self.batch_size * -self.batch_size for kind in self.kinds)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.get_epoch())
-        groups: list[list[int]] = []
-        rest: list[list[int]] = []
+        groups, rest = list[list[int]](), list[int]()
         for kind in filter(None, self.kinds):
             lengths = [self.lengths[index] for index in kind]
             order = get_length_grouped_indices(lengths, self.group_size, generator=generator)
             order = [kind[index] for index in order]
             while len(order) % self.batch_size:
                 order += order[: -len(order) % self.batch_size]
-            chunks = [order[start : start + self.group_size] for start in range(0, len(order), self.group_size)]
-            for chunk in chunks:
-                (groups if len(chunk) == self.group_size else rest).append(chunk)
+            end = len(order) - len(order) % self.group_size
+            groups += [order[start : start + self.group_size] for start in range(0, end, self.group_size)]
+            rest += order[end:]
         for number in torch.randperm(len(groups), generator=generator).tolist():
             yield from groups[number]
-        for chunk in rest:
-            yield from chunk
+        yield from rest
 
 
 class LlavaHrTrainer(SFTTrainer):
-    """
-    TRL's [`SFTTrainer`] with batches of one kind, checkpoints that are complete or absent, and answers written down
-    at each evaluation. Takes the same arguments.
-    """
+    """TRL's [`SFTTrainer`] with batches of one kind, complete checkpoints, and answers logged at each evaluation."""
 
     num_logged_answers = 4
     max_answer_tokens = 64
@@ -155,14 +136,13 @@ class LlavaHrTrainer(SFTTrainer):
         names = {parameter: name for name, parameter in (model or self.model).named_parameters()}
         groups = []
         for group in optimizer.param_groups:
-            for pattern, rate in [*self.learning_rates.items(), (None, group["lr"])]:
-                found = [p for p in group["params"] if self._find_pattern(names[p]) == pattern]
+            rest = group["params"]
+            for pattern, rate in [*self.learning_rates.items(), ("", group["lr"])]:
+                found = [p for p in rest if re.search(pattern, names[p])]
+                rest = [p for p in rest if not re.search(pattern, names[p])]
                 groups += [{**group, "params": found, "lr": rate}] if found else []
         optimizer.param_groups = groups
         return optimizer
-
-    def _find_pattern(self, name: str) -> str | None:
-        return next((pattern for pattern in self.learning_rates if re.search(pattern, name)), None)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -187,7 +167,7 @@ class LlavaHrTrainer(SFTTrainer):
             super()._run_epoch(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # how the last batch was padded is no part of the tokenizer, and differs after an interruption
+        # how the last batch was padded is not part of the tokenizer, and differs after an interruption
         self.processing_class.tokenizer.backend_tokenizer.no_padding()
         super().save_model(output_dir, _internal_call)
 
@@ -203,23 +183,21 @@ class LlavaHrTrainer(SFTTrainer):
 
     @torch.no_grad()
     def _log_answers(self) -> None:
-        """Writes the answers to the first questions of the evaluation data to the console and to TensorBoard."""
+        """Logs the answers to the first questions of the evaluation data to the console and to TensorBoard."""
         if not isinstance(self.eval_dataset, Dataset):
             return
         texts = []
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
             for sample in itertools.islice(self.eval_dataset, self.num_logged_answers):
                 *messages, answer = prepare_multimodal_messages(sample["messages"], sample["images"])
-                inputs = self.processing_class.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-                ).to(self.args.device)
+                inputs = self.processing_class.apply_chat_template(messages, **options).to(self.args.device)
                 with self.compute_loss_context_manager():
                     output = model.generate(**inputs, max_new_tokens=self.max_answer_tokens, do_sample=False)
-                new_text = self.processing_class.decode(
-                    output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-                )
+                new_ids = output[0, inputs["input_ids"].shape[1] :]
+                new_text = self.processing_class.decode(new_ids, skip_special_tokens=True).strip()
                 question = " ".join(part["text"] for part in messages[-1]["content"] if part["type"] == "text")
-                texts.append(f"{question!r}: {new_text.strip()!r} (expected {answer['content'][0]['text']!r})")
+                texts.append(f"{question!r}: {new_text!r} (expected {answer['content'][0]['text']!r})")
         self.accelerator.print(*texts, sep="\n")
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
@@ -242,12 +220,7 @@ class LlavaHrTrainer(SFTTrainer):
 
 @contextmanager
 def complete_or_absent(folder: Path) -> Iterator[None]:
-    """
-    Removes a folder whose writing fails.
-
-    Raises:
-        OSError: If the disk is full or cannot be written to; names the folder.
-    """
+    """Removes a folder whose writing fails. Where the disk is the reason, an `OSError` names the folder."""
     try:
         yield
     except Exception as error:
@@ -262,14 +235,8 @@ def complete_or_absent(folder: Path) -> Iterator[None]:
 
 def find_last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """
-    Finds where a run goes on. A checkpoint is complete if its state can be read, which is written after all but the
-    random states, and those that it has of the processes are whole.
-
-    Args:
-        output_dir (`str` or `os.PathLike`): The run's folder.
-
-    Returns:
-        `str`: The newest complete checkpoint, or `None`.
+    The newest complete checkpoint of a run, if there is one. It is complete if `trainer_state.json`, which is written
+    late, can be read, and every `rng_state*.pth` is a valid zip.
     """
     for folder in list_checkpoints(output_dir):
         random_states = list(folder.glob("rng_state*.pth"))
@@ -281,7 +248,7 @@ def find_last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
 def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     """The folders that a run saves its checkpoints in, the newest first; `checkpoint-500-best` is somebody's copy."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(folders, key=get_step, reverse=True)
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
 
 
 def has_state(checkpoint: Path) -> bool:
@@ -296,8 +263,3 @@ def has_model_only(checkpoint: Path) -> bool:
     """Whether a checkpoint was saved with `save_only_model`: complete, but without the state of the optimizer."""
     patterns = ("optimizer*", "scheduler.pt", "rng_state*", "global_step*")
     return has_state(checkpoint) and not any(any(checkpoint.glob(pattern)) for pattern in patterns)
-
-
-def get_step(checkpoint: str | os.PathLike) -> int:
-    """The number of optimizer steps after which a checkpoint was written."""
-    return int(Path(checkpoint).name.removeprefix("checkpoint-"))
