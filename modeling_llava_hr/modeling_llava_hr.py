@@ -963,6 +963,30 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, GenerationMixin):
             image_outputs.pooler_output = [image_outputs.pooler_output[index] for index in keep.tolist()]
             model_kwargs["mm_encoder_outputs"] = {"image": image_outputs} if len(keep) else {}
 
+    def _expand_multimodal_outputs(
+        self,
+        input_ids: torch.Tensor | None,
+        mm_encoder_output: dict[str, Any],
+        expand_size: int = 1,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> dict[str, Any]:
+        """Repeats each sample's images as a group, [A, B, A, B]; transformers 5.18 gives [A, A, B, B]."""
+        image_outputs = mm_encoder_output.get("image")
+        if image_outputs is None:
+            return mm_encoder_output
+        has_ids = input_ids is not None and input_ids.numel() > 0
+        mask = self.model.get_image_token_mask(input_ids if has_ids else None, inputs_embeds)
+        remaining, expanded = list(image_outputs.pooler_output), []
+        for num_tokens in mask.sum(-1).tolist():
+            group = []
+            while num_tokens > 0 and remaining:
+                group.append(remaining.pop(0))
+                num_tokens -= len(group[-1])
+            expanded += group * expand_size
+        image_outputs = copy.copy(image_outputs)
+        image_outputs.pooler_output = expanded
+        return {**mm_encoder_output, "image": image_outputs}
+
 
 __all__ = [
     "LlavaHrForConditionalGeneration",
