@@ -195,6 +195,9 @@ def read_table(config: DataConfig, source: Dataset | None) -> Dataset:
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, (OSError, ValueError)):
             raise error.__cause__ from None
+        if source is None:  # another process met it and its cause stayed there: a file that is not JSON fails again
+            for _ in read_rows(path):
+                pass
         raise
     return builder.as_dataset(split="train")
 

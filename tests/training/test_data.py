@@ -67,6 +67,17 @@ def test_a_large_file_is_converted_in_parts(tmp_path, monkeypatch, num_parts):
     assert [m[1]["content"][0]["text"] for m in table["messages"]] == [f"No. {index}" for index in range(2500)]
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_a_large_file_that_is_not_json_is_refused_with_its_place(tmp_path, monkeypatch, num_parts):
+    path = write(tmp_path / "rows.json", [{"conversations": [human("Hi"), gpt("Hi")]}] * 100, "json")
+    path.write_text(path.read_text().rstrip("]") + ', {"b" 2}]')
+    monkeypatch.setattr("training.data.PART_SIZE", path.stat().st_size // num_parts)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    with pytest.raises(ValueError, match="neither a JSON array nor JSON lines: .* at character"):
+        load_table(DataConfig(str(path)))
+
+
 @pytest.mark.parametrize(
     ("text", "position"), [('[{"a": 1}, {"b" 2}]', 16), ('{"a": 1}\n{"b": ', 15), ("{'a': 1}", 1)]
 )
