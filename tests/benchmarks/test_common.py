@@ -176,7 +176,7 @@ def test_a_stop_loses_nothing(tmp_path, monkeypatch, capsys):
 
 def test_a_plot_is_drawn_later_where_matplotlib_is(tmp_path, monkeypatch, capsys):
     """`--from` reads results and options from the record, also those that this machine would refuse."""
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="the GPU image may lack it")
 
     def run(arguments):
         yield {"number": arguments.number}

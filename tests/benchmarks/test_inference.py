@@ -129,7 +129,7 @@ def test_attention_is_switched(tiny):
 
 
 def test_four_bit_language_model_is_as_users_get_it(tiny):
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="the GPU image may lack it")
     contenders = inference.make_contenders(tiny, InferenceArguments())
     quantized = inference.quantize(contenders, InferenceArguments())
     hr, llava = quantized.values()

@@ -52,7 +52,7 @@ def test_targets_are_upper_bounds_of_ratios():
 
 
 def test_a_model_is_loaded_in_4_bits(tmp_path):
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="the GPU image may lack it")
     arguments = LoadingArguments(small=True, formats=["4bit"])
     loading.save_models(arguments, tmp_path)
     result = loading.load(str(tmp_path / "llava-hr"), "4bit", "cpu")

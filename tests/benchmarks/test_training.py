@@ -111,7 +111,7 @@ def test_peaks_on_a_gpu_are_those_of_what_memory_suffices_for(tiny, exhaust, no_
 
 
 def test_eight_bits_are_for_stage_two(tiny):
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="the GPU image may lack it")
     arguments = TrainingArguments(method="full_8bit")
     for stage, expected in (("pretrain", "AdamW"), ("finetune", "AdamW8bit")):
         contender = make_contender(tiny, "llava-hr-1024", "cpu", torch.float32, mr_adapters=stage == "finetune")
