@@ -27,6 +27,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from .configuration_llava_hr import get_num_image_tokens
 
 
+IMAGE_TOKEN = "<image>"
 # Keys of a message's part that may hold its image
 IMAGE_KEYS = ("image", "url", "path", "base64")
 
@@ -151,7 +152,7 @@ class LlavaHrProcessor(ProcessorMixin):
         image_processor: BaseImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | dict[str, str] | None = None,
-        image_token: str = "<image>",
+        image_token: str = IMAGE_TOKEN,
     ) -> None:
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -214,7 +215,7 @@ class LlavaHrProcessor(ProcessorMixin):
             next(iter(conversation), None), (list, tuple)
         )
         conversations = [
-            _check_messages(messages, f"conversation[{index}]" if is_batched else "conversation")
+            check_messages(messages, f"conversation[{index}]" if is_batched else "conversation")
             for index, messages in enumerate(conversation if is_batched else [conversation])
         ]
         conversation = conversations if is_batched else conversations[0]
@@ -316,8 +317,29 @@ def _is_object(value: Any) -> bool:
     return is_dataclass(value) or hasattr(value, "model_dump")
 
 
-def _check_messages(messages: Any, name: str) -> list:
-    """The messages without keys that are `None`; ValueError unless each part has one image at most."""
+def is_unicode(text: str) -> bool:
+    """Whether a text has no unpaired surrogate: JSON lets them through, tokenizers and Arrow do not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_messages(messages: Any, name: str) -> list:
+    """
+    The one check of the structure of a conversation.
+
+    Args:
+        messages (`list[dict]`): The messages.
+        name (`str`): What errors call them.
+
+    Returns:
+        `list`: The messages without keys that are `None`.
+
+    Raises:
+        ValueError: If this is not a list of messages, or a part has more than one image.
+    """
     if not isinstance(messages, (list, tuple)):
         raise ValueError(f"`{name}` must be a list of messages, but is {messages!r:.80}.")
     if not messages:
