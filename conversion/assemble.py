@@ -7,12 +7,13 @@ Makes an untrained LLaVA-HR from its parts, the start of training stage 1:
         --language_model lmsys/vicuna-7b-v1.5 --output llava-hr-7b-untrained
 
 The parts' weights are taken over unchanged; projector, fusion and (with `--adapters`) MR-Adapters are new. Prompts
-have the released models' form ("vicuna_v1") with any language model, and both views are normalised as CLIP's pictures
-are, which is what the high-resolution tower knows.
+have the released models' form ("vicuna_v1") with any language model, and both views are normalised as CLIP's
+images are, which is what the high-resolution tower was trained with.
 """
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -27,59 +28,65 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     TimmWrapperConfig,
+    logging,
 )
 
-from conversion._common import (
+from conversion.checkpoints import (
     DTYPES,
-    IMAGE_TOKEN,
-    POSITION_KEY,
-    TIMM_PREFIX,
     UNREADABLE,
-    VIT_KEYS,
     WEIGHT_FILES,
-    ConversionError,
-    Key,
-    add_image_token,
-    check_finite,
-    check_loading,
-    check_output,
     explain_unreadable,
-    extend_embeddings,
+    find_not_finite,
     find_source,
     find_weight_files,
+    raise_faults,
+    raise_not_finite,
+    read_json,
+    read_tensors,
+)
+from conversion.keys import CLIP_KEYS, CNN_KEYS, NEW_WEIGHTS, SIGLIP_KEYS, TIMM_PREFIX, Key, look_up
+from conversion.parts import (
+    add_image_token,
+    extend_embeddings,
     get_generation_config,
     get_processor,
     infer_timm_config,
     load_tokenizer,
-    read_json,
-    read_tensors,
-    rename,
-    run,
-    save,
+    print_summary,
 )
 from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration
 from modeling_llava_hr.configuration_llava_hr import check_sizes
+from modeling_llava_hr.processing_llava_hr import IMAGE_TOKEN
+from modeling_llava_hr.utils import check_new_folder, new_folder, run_command
 
 
 # transformers' model types that have a ViT which LLaVA-HR can use
 VISION_MODEL_TYPES = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
-SIGLIP_KEYS = (
-    Key(POSITION_KEY.pattern, POSITION_KEY.name),  # no class token, so every row stays
-    *VIT_KEYS,
-    Key(r"head\..+", reason="the features are taken before the pooling head"),
-)
-# Weights of open_clip's whole models, of timm's and of transformers' timm wrapper
+# open_clip's complete models, timm's, and transformers' timm wrapper
 CNN_WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", *WEIGHT_FILES)
-CNN_KEYS = (
-    Key(r"(?:visual\.trunk\.|timm_model\.)?(?:head|fc|classifier)\..+", reason="the feature map is taken before it"),
-    Key(r"visual\.head\..+", reason="the feature map is taken before it"),
-    Key(r"(?:transformer|token_embedding|ln_final|text)\..+", reason="CLIP's text model"),
-    Key(r"positional_embedding|text_projection|logit_scale|logit_bias", reason="CLIP's text model"),
-    Key(r"(?:visual\.trunk\.|timm_model\.)?(.+)", TIMM_PREFIX + r"\1"),
-)
-NEW_WEIGHTS = ("model.multi_modal_projector.", "model.vision_tower.fusion.", "model.vision_tower.mr_adapters.")
 
 StateDict = dict[str, torch.Tensor]
+
+
+def rename(tensors: StateDict, keys: Sequence[Key]) -> tuple[StateDict, dict[str, str]]:
+    """
+    Applies a table of key names to loaded tensors.
+
+    Args:
+        tensors (`dict[str, torch.Tensor]`): Tensors by their names in the source.
+        keys (`Sequence[Key]`): The table; the first matching row counts.
+
+    Returns:
+        `tuple`: The tensors by the model's names (a name that no row matches stays); those dropped, with the reason.
+    """
+    renamed, dropped = {}, {}
+    for source, tensor in tensors.items():
+        key, name = look_up(source, keys)
+        if key is not None and name is None:
+            dropped[source] = key.reason
+        else:
+            renamed[name or source] = key.change(tensor) if key is not None and key.change else tensor
+    return renamed, dropped
 
 
 def load_part(option: str, auto_class: Any, source: str | Path, **kwargs: Any) -> Any:
@@ -87,7 +94,7 @@ def load_part(option: str, auto_class: Any, source: str | Path, **kwargs: Any) -
     `auto_class.from_pretrained(source)`.
 
     Raises:
-        ConversionError: If that fails; names the option.
+        ValueError: If that fails; names the option.
     """
     try:
         return auto_class.from_pretrained(source, **kwargs)
@@ -97,7 +104,7 @@ def load_part(option: str, auto_class: Any, source: str | Path, **kwargs: Any) -
         reason = str(error).strip().splitlines()[-1].strip()
     except UNREADABLE as error:
         reason = explain_unreadable(error)
-    raise ConversionError(f"--{option}: {source!r} cannot be loaded: {reason}")
+    raise ValueError(f"--{option}: {source!r} cannot be loaded: {reason}")
 
 
 def load_part_config(option: str, source: str) -> PreTrainedConfig:
@@ -105,14 +112,11 @@ def load_part_config(option: str, source: str) -> PreTrainedConfig:
     The configuration of a part, looked at before anything is made of it.
 
     Raises:
-        ConversionError: If it cannot be loaded, or its sizes cannot be true.
+        ValueError: If it cannot be loaded, or its sizes cannot be true.
     """
     config = load_part(option, AutoConfig, source)
-    try:
-        for part in filter(None, (config, *(getattr(config, name) for name in config.sub_configs))):
-            check_sizes(f"--{option}: {part.model_type}", part)
-    except ValueError as error:
-        raise ConversionError(str(error)) from None
+    for part in filter(None, (config, *(getattr(config, name) for name in config.sub_configs))):
+        check_sizes(f"--{option}: {part.model_type}", part)
     return config
 
 
@@ -127,11 +131,11 @@ def load_vision_tower(source: str) -> tuple[StateDict, dict[str, str], PreTraine
         `tuple`: Its tensors by LLaVA-HR's names, what was dropped with reasons, and its configuration.
 
     Raises:
-        ConversionError: If it is another kind of model, or incomplete.
+        ValueError: If it is another kind of model, or incomplete.
     """
     config = load_part_config("vision_tower", source)
     if config.model_type not in VISION_MODEL_TYPES:
-        raise ConversionError(
+        raise ValueError(
             f"--vision_tower: {source!r} is a {config.model_type}, but must be {' or '.join(VISION_MODEL_TYPES)}."
         )
     if config.model_type in ("clip", "siglip"):
@@ -139,7 +143,7 @@ def load_vision_tower(source: str) -> tuple[StateDict, dict[str, str], PreTraine
     model, info = load_part("vision_tower", AutoModel, source, config=config, dtype="auto", output_loading_info=True)
     is_clip = config.model_type == "clip_vision_model"
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in info["missing_keys"]}
-    state_dict, dropped = rename(tensors, (POSITION_KEY, *VIT_KEYS) if is_clip else SIGLIP_KEYS)
+    state_dict, dropped = rename(tensors, CLIP_KEYS if is_clip else SIGLIP_KEYS)
     # SigLIP's 384 pixels are no multiple of its patches of 14: the last 6 have no position
     config.image_size = config.image_size // config.patch_size * config.patch_size
     return state_dict, dropped, config
@@ -157,12 +161,12 @@ def load_high_res_tower(source: str, architecture: str | None) -> tuple[StateDic
         `tuple`: Its tensors by LLaVA-HR's names, what was dropped with reasons, and its configuration.
 
     Raises:
-        ConversionError: If weights or architecture are not found.
+        ValueError: If weights or architecture are not found.
     """
     path = find_source(source, "high_res_tower", CNN_WEIGHT_FILES)
     files = find_weight_files(path, CNN_WEIGHT_FILES)
     if not files:
-        raise ConversionError(f"--high_res_tower: {path} has none of {', '.join(CNN_WEIGHT_FILES)}.")
+        raise ValueError(f"--high_res_tower: {path} has none of {', '.join(CNN_WEIGHT_FILES)}.")
     folder = files[0].parent
     if architecture is None and (folder / "open_clip_config.json").is_file():
         vision_cfg = read_json(folder / "open_clip_config.json").get("model_cfg", {}).get("vision_cfg", {})
@@ -170,7 +174,7 @@ def load_high_res_tower(source: str, architecture: str | None) -> tuple[StateDic
     if architecture is None and (folder / "config.json").is_file():
         architecture = read_json(folder / "config.json").get("architecture")
     if architecture is None:
-        raise ConversionError(
+        raise ValueError(
             f"--high_res_tower: {folder} does not tell timm's name of the architecture. Give it as "
             f"--high_res_architecture, for example convnext_large_mlp."
         )
@@ -191,7 +195,7 @@ def load_language_model(source: str) -> tuple[StateDict, PreTrainedConfig, PreTr
         `tuple`: Its tensors by LLaVA-HR's names, its configuration, its tokenizer, the size of its own vocabulary.
 
     Raises:
-        ConversionError: If it cannot be loaded, or has an output bias, for which LLaVA-HR has no place.
+        ValueError: If it cannot be loaded, or has an output bias, for which LLaVA-HR has no place.
     """
     config = load_part_config("language_model", source)
     model, info = load_part(
@@ -200,7 +204,7 @@ def load_language_model(source: str) -> tuple[StateDict, PreTrainedConfig, PreTr
     head = model.get_output_embeddings()
     if info["missing_keys"] or head.bias is not None:
         fault = f"lacks {', '.join(sorted(info['missing_keys']))}" if info["missing_keys"] else "has an output bias"
-        raise ConversionError(f"--language_model: {source!r} {fault}.")
+        raise ValueError(f"--language_model: {source!r} {fault}.")
     folder = find_source(source, "language_model")
     if (folder / "tokenizer.model").is_file() and _is_llama_tokenizer(folder):
         tokenizer = load_tokenizer(folder)
@@ -238,10 +242,10 @@ def assemble(
     Makes an untrained LLaVA-HR. See the command line's help for the arguments.
 
     Raises:
-        ConversionError: If the parts cannot be found or do not fit; nothing is written then.
+        ValueError: If the parts cannot be found or do not fit; nothing is written then.
     """
     folder = Path(output).expanduser()
-    check_output(folder)
+    check_new_folder(folder)
     vision_weights, vision_dropped, vision_config = load_vision_tower(vision_tower)
     high_res_weights, high_res_dropped, high_res_config = load_high_res_tower(high_res_tower, high_res_architecture)
     text_weights, text_config, tokenizer, vocab_size = load_language_model(language_model)
@@ -261,15 +265,22 @@ def assemble(
         None, config=config, state_dict=state_dict, dtype=DTYPES.get(dtype) or widest, output_loading_info=True
     )
     new = {name for name in info["missing_keys"] if name.startswith(NEW_WEIGHTS)}
-    check_loading(info["missing_keys"] - new, info["unexpected_keys"], info["mismatched_keys"])
-    check_finite(model.state_dict())
+    faults = [f"{name}: missing" for name in sorted(info["missing_keys"] - new)]
+    faults += [f"{name}: unexpected" for name in sorted(info["unexpected_keys"])]
+    faults += [f"{name}: shape {[*a]}, expected {[*b]}" for name, a, b in sorted(info["mismatched_keys"])]
+    raise_faults(faults)
+    raise_not_finite(find_not_finite(model.state_dict()))
 
     model.generation_config = get_generation_config(tokenizer, vocab_size, text_config.vocab_size)
     stride = model.model.vision_tower.high_res_tower.stride
     dropped = Counter((vision_dropped | high_res_dropped).values())
     notes = [f"dropped {number} tensors: {reason}" for reason, number in dropped.items()]
     notes += [f"new: {name}" for name in sorted(new)]
-    save(model, get_processor(config, tokenizer, size, stride), folder, notes)
+    processor = get_processor(config, tokenizer, size, stride)
+    with new_folder(folder) as partial:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+    print_summary(folder, model, notes)
 
 
 def main() -> None:
@@ -283,8 +294,10 @@ def main() -> None:
     parser.add_argument("--adapters", action="store_true", help="insert MR-Adapters that change nothing at first")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: the widest of the parts")
     parser.add_argument("--seed", type=int, default=0, help="of the new weights")
-    run(assemble, vars(parser.parse_args()))
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    assemble(**vars(arguments))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

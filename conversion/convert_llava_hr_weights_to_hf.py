@@ -4,100 +4,68 @@ Converts checkpoints of the released LLaVA-HR code to this package's format:
 
     python -m conversion.convert_llava_hr_weights_to_hf --checkpoint favor123/llava-hr-7b-sft-1024 --output llava-hr-7b
 
-Stage 1 of the released code leaves only projector and fusion behind (`mm_projector.bin`). `--base` names the model
-that they were trained in: a folder made by `conversion.assemble` from the same towers and language model, or a
-converted checkpoint.
+Stage 1 of the released code saves only projector and fusion (`mm_projector.bin`). `--base` names the model that they
+were trained in: a folder made by `conversion.assemble` from the same towers and language model, or a converted
+checkpoint.
+
+Memory: at most one shard of the checkpoint and one of the result (`--max_shard_size`) at a time.
 """
 
 import argparse
+import json
 from collections import Counter
-from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoProcessor, CLIPVisionConfig, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoProcessor,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerBase,
+    logging,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from conversion._common import (
+from conversion.checkpoints import (
     DTYPES,
-    IMAGE_TOKEN,
-    POSITION_KEY,
-    TIMM_PREFIX,
-    VIT_KEYS,
     WEIGHT_FILES,
-    ConversionError,
-    Entry,
-    Key,
-    add_image_token,
-    check,
-    check_finite,
-    check_output,
-    count,
-    extend_embeddings,
+    Plan,
+    check_entries,
+    find_not_finite,
     find_source,
     find_weight_files,
+    plan,
+    raise_not_finite,
+    read_json,
+    read_tensors,
+)
+from conversion.keys import EMBEDDINGS, ORIGINAL_KEYS, PROJECTOR_AND_FUSION, TIMM_PREFIX, Key
+from conversion.parts import (
+    add_image_token,
+    count,
+    extend_embeddings,
     get_generation_config,
     get_processor,
     infer_timm_config,
     load_tokenizer,
-    plan,
-    pointwise_to_linear,
-    read_json,
-    read_tensors,
-    run,
-    save,
+    print_summary,
 )
 from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration, LlavaHrProcessor
+from modeling_llava_hr.processing_llava_hr import IMAGE_TOKEN
+from modeling_llava_hr.utils import check_new_folder, new_folder, run_command
 
 
 PROJECTOR_FILE = "mm_projector.bin"
 VIT_HEAD_SIZE = 64  # of every CLIP ViT; the number of heads cannot be read from the tensors
-# What a stage-1 checkpoint brings
-STAGE_1_WEIGHTS = ("model.multi_modal_projector.", "model.vision_tower.fusion.")
-EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 
-_VIT = r"model\.vision_tower\.fast_vision_tower\.vision_tower\.vision_model\."
-_CNN = r"model\.vision_tower\.slow_vision_tower\.vision_tower\."
-_ADAPTER = r"model\.vision_tower\.align_stages_latent\.(\d+)\."
-# stage 1 of the released code writes its names with or without "model."
-_FUSION = r"(?:model\.)?vision_tower\.align_stages\.0\."
-_PROJECTOR = r"(?:model\.)?mm_projector\."
-
-# Names of the released code (left) and of this package
-ORIGINAL_KEYS = (
-    Key(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", reason="computed"),
-    Key(r"model\.((?:embed_tokens|layers|norm)\..+)", r"model.language_model.\1"),
-    Key(r"lm_head\.weight", "lm_head.weight"),
-    Key(_PROJECTOR + r"0\.(weight|bias)", r"model.multi_modal_projector.linear_1.\1"),
-    Key(_PROJECTOR + r"2\.(weight|bias)", r"model.multi_modal_projector.linear_2.\1"),
-    Key(_FUSION + r"fast_proj\.(weight|bias)", r"model.vision_tower.fusion.low_res_proj.\1"),
-    Key(_FUSION + r"slow_proj\.(weight|bias)", r"model.vision_tower.fusion.high_res_proj.\1"),
-    Key(_ADAPTER + r"fast_conv\.(weight|bias)", r"model.vision_tower.mr_adapters.\1.low_res_mapping.depthwise.\2"),
-    Key(
-        _ADAPTER + r"fast_proj\.(weight|bias)",
-        r"model.vision_tower.mr_adapters.\1.low_res_mapping.pointwise.\2",
-        change=pointwise_to_linear,
-    ),
-    Key(
-        _ADAPTER + r"slow_conv\.(weight|bias)",
-        r"model.vision_tower.mr_adapters.\1.high_res_mapping.fc1.\2",
-        change=pointwise_to_linear,
-    ),
-    Key(
-        _ADAPTER + r"slow_proj\.(weight|bias)",
-        r"model.vision_tower.mr_adapters.\1.high_res_mapping.fc2.\2",
-        change=pointwise_to_linear,
-    ),
-    Key(_ADAPTER + r"gate\.0\.(weight|bias)", r"model.vision_tower.mr_adapters.\1.gate.fc1.\2"),
-    Key(_ADAPTER + r"gate\.2\.(weight|bias)", r"model.vision_tower.mr_adapters.\1.gate.fc2.\2"),
-    Key(_CNN + r"stages\.(\d+)\.blocks\.(\d+)\.weight", TIMM_PREFIX + r"stages.\1.blocks.\2.gamma"),
-    Key(_CNN + r"((?:stem|stages)\..+)", TIMM_PREFIX + r"\1"),
-    Key(_CNN + r"head\..+", reason="the feature map is taken before the classifier"),
-    *(key._replace(pattern=_VIT + key.pattern) for key in (POSITION_KEY, *VIT_KEYS)),
-)
-
-# Of the base model of a stage-1 checkpoint: all but what the checkpoint brings
+# Of the base model of a stage-1 checkpoint: all but the checkpoint's weights
 BASE_KEYS = (
     Key(r"model\.(?:multi_modal_projector|vision_tower\.fusion)\..+", reason=f"replaced by {PROJECTOR_FILE}"),
     Key(r"(.+)", r"\1"),
@@ -127,19 +95,19 @@ def read_original_config(folder: Path) -> dict:
     Reads the `config.json` of the released code.
 
     Raises:
-        ConversionError: If a setting that the conversion needs is missing, or one has a value that this package lacks.
+        ValueError: If a setting that the conversion needs is missing, or one has a value that this package lacks.
     """
     original = read_json(folder / "config.json")
     odd = [field for field in (*TEXT_FIELDS, "input_image_size") if not isinstance(original.get(field), int)]
     odd += [field for field in ("vision_tower_slow",) if not isinstance(original.get(field), str)]
     if odd:
-        raise ConversionError(
+        raise ValueError(
             f"{folder / 'config.json'} is not that of a LLaVA-HR checkpoint: it lacks {', '.join(odd)}, or the values "
-            f"are no numbers (of `vision_tower_slow`: no name)."
+            f"are not numbers (of `vision_tower_slow`: not a name)."
         )
     for field, value in FIXED_SETTINGS.items():
         if original.get(field, value) != value:
-            raise ConversionError(f"config.json has {field} = {original[field]!r}; only {value!r} can be converted.")
+            raise ValueError(f"config.json has {field} = {original[field]!r}; only {value!r} can be converted.")
     return original
 
 
@@ -158,7 +126,7 @@ def infer_config(original: dict, shapes: dict[str, torch.Size], vocab_size: int,
         [`LlavaHrConfig`]
 
     Raises:
-        ConversionError: If a tensor that tells a size is missing, or sizes contradict each other.
+        ValueError: If a tensor that tells a size is missing, or sizes contradict each other.
     """
     adapters = count(shapes, r"model\.vision_tower\.mr_adapters\.(\d+)\..+")
     has_adapters = not original.get("freeze_vision", adapters == 0)
@@ -176,7 +144,7 @@ def infer_config(original: dict, shapes: dict[str, torch.Size], vocab_size: int,
             mr_adapter_gate="scalar" if gate == (1,) else "channel",
         )
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ConversionError(f"config.json: {' '.join(str(error).split())}") from error
+        raise ValueError(f"config.json: {' '.join(str(error).split())}") from error
 
 
 def _infer_vision_config(shapes: dict[str, torch.Size]) -> CLIPVisionConfig:
@@ -184,11 +152,11 @@ def _infer_vision_config(shapes: dict[str, torch.Size]) -> CLIPVisionConfig:
     telling = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight", "layers.0.mlp.fc1.weight")
     missing = [prefix + name for name in telling if len(shapes.get(prefix + name, ())) < 2]
     if missing:
-        raise ConversionError(f"The sizes of the ViT cannot be told: {', '.join(missing)} missing or mis-shaped.")
+        raise ValueError(f"The sizes of the ViT cannot be told: {', '.join(missing)} missing or mis-shaped.")
     (hidden_size, *_, patch_size), (positions, _), (intermediate_size, _) = (shapes[prefix + name] for name in telling)
     side = round(positions**0.5)
     if side**2 != positions or hidden_size % VIT_HEAD_SIZE:
-        raise ConversionError(
+        raise ValueError(
             f"The ViT must have a class token, a square of positions and a width that is a multiple of "
             f"{VIT_HEAD_SIZE}, but has {positions} positions beside the class token and the width {hidden_size}."
         )
@@ -212,126 +180,165 @@ def _get_processor(original: dict, config: LlavaHrConfig, tokenizer: PreTrainedT
     return get_processor(config, tokenizer, original["input_image_size"], STRIDE, aspect_ratio)
 
 
-def load_model(
-    config: LlavaHrConfig, entries: Sequence[Entry], faults: Sequence[str], vocab_size: int, dtype: str
-) -> LlavaHrForConditionalGeneration:
+@dataclass
+class Conversion:
     """
-    Builds the model without memory, checks all names and shapes, then reads file after file.
+    What the result is made of.
 
     Args:
-        config ([`LlavaHrConfig`]): Configuration of the model.
-        entries (`Sequence[Entry]`): The tensors to use.
-        faults (`Sequence[str]`): What was found wrong before.
-        vocab_size (`int`): Rows of the embeddings in the checkpoint, which are extended to those of `config`.
-        dtype (`str`): `"auto"` (the widest that occurs, usually the only one) or a key of `DTYPES`.
-
-    Returns:
-        [`LlavaHrForConditionalGeneration`] on the CPU.
-
-    Raises:
-        ConversionError: If checkpoint and model do not fit.
+        config ([`LlavaHrConfig`]): Its configuration.
+        processor ([`LlavaHrProcessor`]): Its processor.
+        generation_config (`GenerationConfig`): Its defaults for generation.
+        plan ([`Plan`]): Where its tensors come from.
+        num_rows (`int`): Rows of the embeddings there; they are extended to those of `config`.
     """
-    with torch.device("meta"):
-        model = LlavaHrForConditionalGeneration(config)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    new_size = config.text_config.vocab_size
-    if config.tie_word_embeddings:
-        del expected["lm_head.weight"]
-    if new_size != vocab_size:
-        expected |= {name: torch.Size((vocab_size, *expected[name][1:])) for name in EMBEDDINGS}
-    check(entries, expected, faults)
 
-    target = DTYPES.get(dtype)
-    if target is None:
-        target = entries[0].meta.dtype
-        for entry in entries:
-            target = torch.promote_types(target, entry.meta.dtype)
-    state_dict, tensors, file = {}, {}, None
-    for entry in tqdm(entries, desc="Reading weights", unit="tensor"):
-        if entry.file != file:
-            file, tensors = entry.file, read_tensors(entry.file)
-        tensor = tensors[entry.source]
-        tensor = (entry.change(tensor) if entry.change else tensor).to(target)
-        if entry.name in EMBEDDINGS and new_size != vocab_size:
-            tensor = extend_embeddings(tensor, new_size)
-        state_dict[entry.name] = tensor
-    check_finite(state_dict)
-    if config.tie_word_embeddings:
-        state_dict["lm_head.weight"] = state_dict[EMBEDDINGS[0]]
-    model.load_state_dict(state_dict, assign=True)
-    model.tie_weights()
-    return model
+    config: LlavaHrConfig
+    processor: LlavaHrProcessor
+    generation_config: GenerationConfig
+    plan: Plan
+    num_rows: int
 
 
-def convert(checkpoint: str, output: str, base: str | None = None, dtype: str = "auto") -> None:
-    """
-    Converts a checkpoint. See the command line's help for the arguments.
-
-    Raises:
-        ConversionError: If the checkpoint cannot be converted; nothing is written then.
-    """
-    output_folder = Path(output).expanduser()
-    check_output(output_folder)
-    source = find_source(checkpoint, "checkpoint", (*WEIGHT_FILES, PROJECTOR_FILE))
-    folder = source if source.is_dir() else source.parent
-    files = find_weight_files(source, (*WEIGHT_FILES, PROJECTOR_FILE))
-    if not files:
-        raise ConversionError(f"--checkpoint: {source} has none of {', '.join((*WEIGHT_FILES, PROJECTOR_FILE))}.")
-    entries, dropped, faults = plan(files, ORIGINAL_KEYS)
-    is_stage_1 = all(entry.name.startswith(STAGE_1_WEIGHTS) for entry in entries)
-    if is_stage_1 and base is None:
-        raise ConversionError(f"{files[0]} holds projector and fusion at most: name the rest of the model by --base.")
-    if base is not None and not is_stage_1:
-        raise ConversionError(f"--base is only for {PROJECTOR_FILE}, but {source} has complete weights.")
-    if base is not None:
-        model, processor, base_dropped = _convert_stage_1(folder, base, dtype, entries, faults)
-        dropped |= base_dropped
-    else:
-        model, processor = _convert_full(folder, dtype, entries, faults)
-    notes = [f"dropped {number} tensors: {reason}" for reason, number in Counter(dropped.values()).items()]
-    if not is_stage_1 and (folder / PROJECTOR_FILE).is_file():
-        notes.append(f"ignored {PROJECTOR_FILE}: the complete weights contain what it holds")
-    save(model, processor, output_folder, notes)
-
-
-def _convert_full(
-    folder: Path, dtype: str, entries: Sequence[Entry], faults: Sequence[str]
-) -> tuple[LlavaHrForConditionalGeneration, LlavaHrProcessor]:
+def prepare_full(folder: Path, weights: Plan) -> Conversion:
+    """Of a complete checkpoint: the folder and what is in its weight files."""
     original = read_original_config(folder)
     tokenizer = load_tokenizer(folder)
     old_size = original["vocab_size"]
     new_size = add_image_token(tokenizer, old_size)
-    shapes = {entry.name: entry.meta.shape for entry in entries}
+    shapes = {entry.name: entry.meta.shape for entry in weights.entries}
     config = infer_config(original, shapes, new_size, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     processor = _get_processor(original, config, tokenizer)
-    model = load_model(config, entries, faults, old_size, dtype)
-    model.generation_config = get_generation_config(tokenizer, old_size, new_size)
-    return model, processor
+    return Conversion(config, processor, get_generation_config(tokenizer, old_size, new_size), weights, old_size)
 
 
-def _convert_stage_1(
-    folder: Path, base: str, dtype: str, entries: Sequence[Entry], faults: Sequence[str]
-) -> tuple[LlavaHrForConditionalGeneration, LlavaHrProcessor, dict[str, str]]:
+def prepare_stage_1(folder: Path, weights: Plan, base: str) -> Conversion:
+    """Of the weights of a projector file, and the model in this package's format that they were trained in."""
     base_folder = find_source(base, "base", WEIGHT_FILES)
     base_files = find_weight_files(base_folder)
     if not base_files or read_json(base_folder / "config.json").get("model_type") != LlavaHrConfig.model_type:
-        raise ConversionError(f"--base: {base_folder} is not in this package's format. See conversion.assemble.")
+        raise ValueError(f"--base: {base_folder} is not in this package's format. See conversion.assemble.")
     config = LlavaHrConfig.from_pretrained(base_folder)
     processor = AutoProcessor.from_pretrained(base_folder)
     if (folder / "config.json").is_file():
         original = read_original_config(folder)
         architecture = _architecture(original)
         if architecture != config.high_res_vision_config.architecture:
-            raise ConversionError(
+            raise ValueError(
                 f"--base: the high-resolution tower of {base_folder} is {config.high_res_vision_config.architecture}, "
                 f"but the checkpoint was trained with {architecture}."
             )
         processor.image_processor = _get_processor(original, config, processor.tokenizer).image_processor
-    base_entries, dropped, base_faults = plan(base_files, BASE_KEYS)
-    vocab_size = config.text_config.vocab_size
-    model = load_model(config, [*entries, *base_entries], [*faults, *base_faults], vocab_size, dtype)
-    model.generation_config = GenerationConfig.from_pretrained(base_folder)
-    return model, processor, dropped
+    rest = plan(base_files, BASE_KEYS)
+    weights = Plan(weights.entries + rest.entries, weights.dropped | rest.dropped, weights.faults + rest.faults)
+    generation_config = GenerationConfig.from_pretrained(base_folder)
+    return Conversion(config, processor, generation_config, weights, config.text_config.vocab_size)
+
+
+def make_model(conversion: Conversion, dtype: str) -> LlavaHrForConditionalGeneration:
+    """
+    The result without memory for its weights, after comparing all names and shapes.
+
+    Args:
+        conversion ([`Conversion`]): What it is made of.
+        dtype (`str`): `"auto"` (the widest that occurs, usually the only one) or a key of `DTYPES`.
+
+    Raises:
+        ValueError: If checkpoint and model do not fit.
+    """
+    config, entries = conversion.config, conversion.plan.entries
+    with torch.device("meta"):
+        model = LlavaHrForConditionalGeneration(config)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+    for name in expected.keys() & EMBEDDINGS:
+        expected[name] = torch.Size((conversion.num_rows, *expected[name][1:]))
+    check_entries(entries, expected, conversion.plan.faults)
+    widest = reduce(torch.promote_types, {entry.meta.dtype for entry in entries})
+    model.generation_config = conversion.generation_config
+    return model.to(DTYPES.get(dtype, widest))
+
+
+def write_weights(
+    model: LlavaHrForConditionalGeneration, conversion: Conversion, folder: Path, max_shard_size: str
+) -> None:
+    """
+    Writes the weights shard by shard, in the order of the checkpoint's files.
+
+    Args:
+        model ([`LlavaHrForConditionalGeneration`]): The result, on the meta device; gives dtype and shapes.
+        conversion ([`Conversion`]): Where the tensors come from.
+        folder (`Path`): Where the shards and their index go.
+        max_shard_size (`str`): Of a shard, such as `"5GB"`. A larger tensor has a shard of its own.
+
+    Raises:
+        ValueError: If a value is infinite or not a number; names the tensors.
+    """
+    rows, result = conversion.config.text_config.vocab_size, model.state_dict()
+    entries = {entry.name: entry for entry in conversion.plan.entries}
+    split = split_torch_state_dict_into_shards(
+        {name: result[name] for name in entries},
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    file, tensors, broken = None, {}, []
+    with tqdm(total=len(entries), desc="Converting weights", unit="tensor") as progress:
+        for shard_name, names in split.filename_to_tensors.items():
+            shard = {}
+            for name in names:
+                entry = entries[name]
+                if entry.file != file:
+                    file, tensors = entry.file, read_tensors(entry.file)
+                tensor = tensors[entry.source]
+                tensor = (entry.change(tensor) if entry.change else tensor).to(model.dtype)
+                if name in EMBEDDINGS and rows != conversion.num_rows:
+                    tensor = extend_embeddings(tensor, rows)
+                shard[name] = tensor.contiguous()
+                progress.update()
+            broken += find_not_finite(shard)
+            if not broken:
+                save_file(shard, folder / shard_name, metadata={"format": "pt"})
+    raise_not_finite(broken)
+    if split.is_sharded:
+        metadata = {"total_parameters": model.num_parameters(), **split.metadata}
+        index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def convert(
+    checkpoint: str, output: str, base: str | None = None, dtype: str = "auto", max_shard_size: str = "5GB"
+) -> None:
+    """
+    Converts a checkpoint. See the command line's help for the arguments.
+
+    Raises:
+        ValueError: If the checkpoint cannot be converted; nothing is written then.
+    """
+    output_folder = Path(output).expanduser()
+    check_new_folder(output_folder)
+    source = find_source(checkpoint, "checkpoint", (*WEIGHT_FILES, PROJECTOR_FILE))
+    folder = source if source.is_dir() else source.parent
+    files = find_weight_files(source, (*WEIGHT_FILES, PROJECTOR_FILE))
+    if not files:
+        raise ValueError(f"--checkpoint: {source} has none of {', '.join((*WEIGHT_FILES, PROJECTOR_FILE))}.")
+    weights = plan(files, ORIGINAL_KEYS)
+    is_stage_1 = all(entry.name.startswith(PROJECTOR_AND_FUSION) for entry in weights.entries)
+    if is_stage_1 and base is None:
+        raise ValueError(f"{files[0]} holds at most projector and fusion: name the rest of the model by --base.")
+    if base is not None and not is_stage_1:
+        raise ValueError(f"--base is only for {PROJECTOR_FILE}, but {source} has complete weights.")
+    conversion = prepare_full(folder, weights) if base is None else prepare_stage_1(folder, weights, base)
+    model = make_model(conversion, dtype)
+    with new_folder(output_folder) as partial:
+        model.save_pretrained(partial, state_dict={})  # everything but the weights
+        write_weights(model, conversion, partial, max_shard_size)
+        conversion.processor.save_pretrained(partial)
+    dropped = Counter(conversion.plan.dropped.values())
+    notes = [f"dropped {number} tensors: {reason}" for reason, number in dropped.items()]
+    if not is_stage_1 and (folder / PROJECTOR_FILE).is_file():
+        notes.append(f"ignored {PROJECTOR_FILE}: the complete weights contain its tensors")
+    print_summary(output_folder, model, notes)
 
 
 def main() -> None:
@@ -340,8 +347,11 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="new folder")
     parser.add_argument("--base", help=f"folder or Hub id of the model that a {PROJECTOR_FILE} belongs to")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="of the result; auto: as stored")
-    run(convert, vars(parser.parse_args()))
+    parser.add_argument("--max_shard_size", default="5GB", help="of the result's weight files")
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    convert(**vars(arguments))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card of `examples.publish`: what a folder and the command line tell, filled into `model_card.md`."""
+"""The model card of `examples.publish`: `model_card.md`, filled in from a folder and the command line."""
 
 import re
 from dataclasses import dataclass, field
@@ -15,17 +15,13 @@ from huggingface_hub import (
     parse_eval_result_entries,
 )
 
-from conversion._common import ConversionError, read_json
+from conversion.checkpoints import read_json
 from modeling_llava_hr import LlavaHrForConditionalGeneration, LlavaHrProcessor, get_num_image_tokens
 
 
 TEMPLATE = Path(__file__).with_suffix(".md")
 TRANSFORMERS_VERSION = "5.18"  # the oldest that runs the code, as in setup.cfg
 TAGS = ["llava_hr", "llava", "vision", "multimodal", "high-resolution", "custom_code"]
-
-
-class CardError(ValueError):
-    """Something that the user can put right; the command prints it without a traceback."""
 
 
 def _many(text: str):
@@ -35,16 +31,16 @@ def _many(text: str):
 @dataclass
 class CardArguments:
     """
-    What the card says beyond what the folder tells.
+    What the card says in addition to what the folder tells.
 
     Args:
         license (`str`, *optional*): The Hub's identifier of the weights' licence.
         base_model, dataset (`list[str]`): Hub ids of what the model was made from, and trained on.
         run (`list[str]`): Folders of `training.train`, in order; by default the model's if it is one.
         evaluation (`str`, *optional*):
-            Result of `training.evaluate_fineprint`; by default `evaluation.json` in the model's folder if it is there.
+            Result of `training.evaluate_fineprint`; by default `evaluation.json` in the model's folder if it exists.
         evaluation_dataset (`str`, *optional*):
-            Hub id of the FinePrint data that `evaluation` is about. With it the figures also go to
+            Hub id of the FinePrint data of `evaluation`. With it the figures are also written to
             `.eval_results/fineprint.yaml`, the form that the Hub reads.
     """
 
@@ -66,7 +62,7 @@ class Results:
 
 
 def hide_folders(text: str) -> str:
-    """Absolute paths reduced to their last part: where things lie on a machine is nobody's business."""
+    """Reduces absolute paths to their last part, as a machine's folders are private."""
     return re.sub(r"(?<![\w.~:/-])~?/(?:[^\s/]+/)*(?=[^\s/])", "", text)
 
 
@@ -88,51 +84,35 @@ def count_parameters(model: LlavaHrForConditionalGeneration) -> dict[str, str]:
 
 
 def describe_run(folder: Path) -> str:
-    """
-    A sentence about a folder of `training.train`, from `run.json`, the newest `trainer_state.json` and, if it is
-    there, `training_args.json`.
-
-    Raises:
-        CardError: If the folder has no `run.json`.
-    """
-    try:
-        run = read_json(folder / "run.json")
-    except ConversionError as error:
-        raise CardError(f"--run: {folder} is no folder of training.train: {error}") from None
+    """A sentence about a folder of `training.train`: its `run.json`, newest state, and arguments if saved."""
+    run = read_json(folder / "run.json")
     start, data = run.get("model_name_or_path"), run.get("data_path")
-    text = hide_folders(f"**{run.get('stage')}** from `{start}` on `{data}`")
+    facts = [hide_folders(f"**{run.get('stage')}** from `{start}` on `{data}`")]
     states = [*folder.glob("checkpoint-*/trainer_state.json"), *folder.glob("trainer_state.json")]
-    facts = []
     if states:
         state = max(map(read_json, states), key=lambda state: state["global_step"])
-        log = [entry for entry in state["log_history"] if "loss" in entry]
         facts += [f"{state['global_step']:,} steps", f"{state['epoch']:.3g} epochs"]
-        if log:
-            facts += [f"learning rate up to {max(entry['learning_rate'] for entry in log):.2g}"]
-            facts += [f"last loss {log[-1]['loss']:.3g}"]
+        if log := [entry for entry in state["log_history"] if "loss" in entry]:
+            facts.append(f"learning rate up to {max(entry['learning_rate'] for entry in log):.2g}")
+            facts.append(f"last loss {log[-1]['loss']:.3g}")
     if (folder / "training_args.json").is_file():
         args = read_json(folder / "training_args.json")
         batch = f"{args['per_device_train_batch_size']} x {args['gradient_accumulation_steps']}"
-        facts += [
-            f"{batch} samples a step and process",
-            f"optimizer {args['optim']}, {args['lr_scheduler_type']} schedule, seed {args['seed']}",
-        ]
-    return f"{text}: {', '.join(facts)}." if facts else f"{text}."
+        facts.append(f"{batch} samples per step and process")
+        facts.append(f"optimizer {args['optim']}, {args['lr_scheduler_type']} schedule, seed {args['seed']}")
+    return f"{facts[0]}: {', '.join(facts[1:])}." if facts[1:] else f"{facts[0]}."
 
 
 def read_results(folder: Path, arguments: CardArguments) -> Results:
     """
-    Results of evaluations: FinePrint's, and what the folder has in the Hub's form, `.eval_results/*.yaml`.
+    Results of evaluations: FinePrint's, and those in the folder in the Hub's form, `.eval_results/*.yaml`.
 
     Args:
         folder (`Path`): The model.
         arguments ([`CardArguments`]): Where FinePrint's result and data are.
 
-    Returns:
-        [`Results`]
-
     Raises:
-        CardError: If a file does not have the form that it should have; names it.
+        ValueError: If a file does not have the form that it should have; names it.
     """
     results = Results()
     evaluation = Path(arguments.evaluation or folder / "evaluation.json")
@@ -148,19 +128,17 @@ def read_results(folder: Path, arguments: CardArguments) -> Results:
                     notes = f"exact match in percent, {notes}"
                     entries.append(EvalResultEntry(arguments.evaluation_dataset, kind, value, notes=notes))
         except (AttributeError, KeyError, TypeError) as error:
-            raise CardError(
-                f"{evaluation} is no result of training.evaluate_fineprint ({type(error).__name__}: {error})."
-            ) from None
+            raise ValueError(f"{evaluation} is not a result of training.evaluate_fineprint ({error!r}).") from None
         if arguments.evaluation_dataset:
             text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
             results.files[".eval_results/fineprint.yaml"] = text.encode()
     elif arguments.evaluation_dataset:
-        raise CardError("--evaluation_dataset says where the data of --evaluation are, but that is missing.")
+        raise ValueError("--evaluation_dataset names the data of --evaluation, but that is missing.")
     for file in sorted(folder.glob(".eval_results/*.yaml")):
         try:
             entries = parse_eval_result_entries(yaml.safe_load(file.read_text(encoding="utf-8")))
         except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-            raise CardError(f"{file} is not in the Hub's form ({type(error).__name__}: {error}).") from None
+            raise ValueError(f"{file} is not in the Hub's form ({error!r}).") from None
         results.files.setdefault(f".eval_results/{file.name}", file.read_bytes())
         for entry in entries:
             name = f"[{entry.dataset_id}](https://huggingface.co/datasets/{entry.dataset_id}), {entry.task_id}"
@@ -179,14 +157,14 @@ def make_card(
     has_4bit_variant: bool = False,
 ) -> str:
     """
-    The model card. A README.md in the folder is kept unless a trainer generated it: its text as it is, its metadata
-    except for what the arguments say.
+    The model card. A README.md in the folder is kept unless a trainer generated it: its text unchanged, its metadata
+    too except for what the arguments say.
 
     Args:
         folder (`Path`): The model's folder.
         repo (`str`): The repository that the card is for.
         arguments ([`CardArguments`]): What the user says.
-        model ([`LlavaHrForConditionalGeneration`]): The model; it needs no memory.
+        model ([`LlavaHrForConditionalGeneration`]): The model; on the meta device.
         processor ([`LlavaHrProcessor`]): Its processor.
         results ([`Results`]): See [`read_results`].
         full_model (`str`, *optional*): Repository of the full weights if the card is for a 4-bit variant.
@@ -196,7 +174,7 @@ def make_card(
         `str`: Content of README.md.
 
     Raises:
-        CardError: If the metadata of a README.md, or a folder of training, cannot be read.
+        ValueError: If the metadata of a README.md, or a folder of training, cannot be read.
     """
     said = {"license": arguments.license, "base_model": arguments.base_model, "datasets": arguments.dataset}
     if full_model:
@@ -208,7 +186,7 @@ def make_card(
         try:
             card = ModelCard.load(folder / "README.md")
         except (ValueError, TypeError, yaml.YAMLError) as error:
-            raise CardError(f"{folder / 'README.md'} has metadata that cannot be read: {error}") from None
+            raise ValueError(f"{folder / 'README.md'} has metadata that cannot be read: {error}") from None
         tags = card.data.tags or []
         if "generated_from_trainer" not in tags:
             for name, value in {**data.to_dict(), "tags": [*tags, *(tag for tag in TAGS if tag not in tags)]}.items():

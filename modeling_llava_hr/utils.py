@@ -93,6 +93,7 @@ def new_folder(output: str | os.PathLike, option: str = "--output") -> Iterator[
     try:
         partial.mkdir(parents=True)
         yield partial
+        follow_umask(partial)
         for file in partial.rglob("*"):
             if file.is_file():
                 _sync(file)
@@ -125,6 +126,17 @@ def new_file(output: str | os.PathLike) -> Iterator[Path]:
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def follow_umask(folder: Path) -> None:
+    """
+    Gives the files of a new folder the permissions that the umask asks for. safetensors writes files that only their
+    owner can read, and a server that runs as another user could not load them.
+    """
+    for file in folder.rglob("*"):
+        # not the files of others: `training.lora` links to the weights of the base
+        if file.is_file() and not file.is_symlink() and file.stat().st_nlink == 1:
+            file.chmod(folder.stat().st_mode & 0o666)
 
 
 def _get_partial(output: Path) -> Path:

@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Fixtures of test modules in several folders
 sys.path.append(str(Path(__file__).parent / "support"))
-pytest_plugins = ["loopback_hub"]
+pytest_plugins = ["converted_checkpoints", "loopback_hub"]
 
 
 @pytest.fixture(autouse=True)

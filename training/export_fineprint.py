@@ -19,7 +19,7 @@ import yaml
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from transformers import HfArgumentParser
 
-from conversion._common import new_folder
+from modeling_llava_hr.utils import new_folder
 
 
 KINDS = ("fine", "coarse")
@@ -85,7 +85,7 @@ def export(arguments: ExportFinePrintArguments) -> None:
 
     Raises:
         ValueError: If the data are not there.
-        ConversionError: If the output folder exists.
+        ValueError: If the output folder exists.
     """
     file = Path(arguments.data) / f"{arguments.split}.jsonl"
     if not file.exists():

@@ -13,8 +13,9 @@ from transformers import AutoProcessor, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig
 
-from conversion._common import find_source, find_weight_files, new_folder
+from conversion.checkpoints import find_source, find_weight_files
 from modeling_llava_hr import LlavaHrConfig, LlavaHrProcessor
+from modeling_llava_hr.utils import new_folder
 
 
 BASE_FOLDER = "_base"  # `push_to_hub` leaves out what begins with an underscore

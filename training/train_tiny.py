@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
-from conversion._common import new_folder
+from modeling_llava_hr.utils import new_folder
 from training.fineprint import count_cores
 
 

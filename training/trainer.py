@@ -24,7 +24,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.models import unwrap_model_for_generation
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from conversion._common import is_write_failure
+from modeling_llava_hr.utils import is_write_failure
 
 from .data import get_lengths
 

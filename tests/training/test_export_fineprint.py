@@ -7,7 +7,6 @@ import yaml
 from datasets import Image, load_from_disk
 from PIL import Image as PILImage
 
-from conversion._common import ConversionError
 from training.export_fineprint import ExportFinePrintArguments, export
 from training.fineprint import FinePrintArguments, generate
 
@@ -52,5 +51,5 @@ def test_what_is_missing_or_in_the_way_is_named(fineprint, tmp_path):
         export(ExportFinePrintArguments(data=str(tmp_path / "nothing"), output=str(tmp_path / "tasks")))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "note").touch()
-    with pytest.raises(ConversionError, match="tasks"):
+    with pytest.raises(ValueError, match="tasks"):
         export(ExportFinePrintArguments(data=str(fineprint), output=str(tmp_path / "tasks")))
