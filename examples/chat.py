@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A chat about a picture, several turns, answers printed as they are made; the picture is encoded once:
+A chat about an image over several turns, with streamed answers; the image is encoded once:
 
-    python -m examples.chat --picture photo.jpg
+    python -m examples.chat --image photo.jpg
 
 Questions are read line by line; an empty line ends the chat.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
+from modeling_llava_hr.utils import run_command
 
 
 HERE = Path(__file__).parent
@@ -33,7 +33,7 @@ def read_questions() -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("--model", default=str(HERE / "tiny-llava-hr"), help="folder or Hub id")
-    parser.add_argument("--picture", default=str(HERE / "pictures" / "street.jpg"), help="file or URL")
+    parser.add_argument("--image", default=str(HERE / "pictures" / "street.jpg"), help="file or URL")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="longest answer")
     arguments = parser.parse_args()
 
@@ -44,7 +44,7 @@ def main() -> None:
     for question in read_questions():
         content = [{"type": "text", "text": question}]
         if not messages:
-            content.insert(0, {"type": "image", "path": arguments.picture})
+            content.insert(0, {"type": "image", "path": arguments.image})
         messages.append({"role": "user", "content": content})
         inputs = processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -65,7 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -10,7 +10,6 @@ Your own data needs the same columns: `images`, `prompt`, `chosen`, `rejected`. 
 """
 
 import random
-import sys
 from pathlib import Path
 
 from datasets import Dataset
@@ -18,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser, get_peft_config
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
+from modeling_llava_hr.utils import run_command
 
 from .grpo import make_questions
 
@@ -57,7 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -4,21 +4,21 @@ Draws `examples/pictures`, which the other examples look at by default:
 
     python -m examples.draw_pictures
 
-One picture of each FinePrint scene, with texts that no training picture shows; `questions.jsonl` with right answers in
-the LLaVA format; and `receipt.fields.json`, what examples.extract_fields looks for.
+One image of each FinePrint scene, with texts that are in no training image; `questions.jsonl` with the answers in the
+LLaVA format; and `receipt.fields.json` for examples.extract_fields.
 """
 
 import itertools
 import json
-import sys
 from pathlib import Path
 
+from modeling_llava_hr.utils import run_command
 from training.fineprint import SCENES, FinePrintConfig, draw_sample, get_questions
 
 
 OUTPUT = Path(__file__).parent / "pictures"
 CONFIG = FinePrintConfig(min_signs=2, max_signs=2, max_shapes=1, max_noise=8.0)
-# Of the streets before, the tiny model misreads some: what share of all it reads is in docs/results.md
+# The tiny model misreads some of the streets before; its accuracy on all of them is in docs/results.md
 START = {"street": 60}
 
 
@@ -27,9 +27,9 @@ def main() -> None:
     rows = []
     for name in SCENES:
         samples = (draw_sample(CONFIG, "test", index) for index in itertools.count(START.get(name, 0)))
-        # a thing of each kind: two texts and a shape
-        picture, scene = next((p, s) for p, s in samples if s.name == name and len(s.signs) == 2 and s.shapes)
-        (OUTPUT / f"{name}.jpg").write_bytes(picture)
+        # two texts and a shape
+        image, scene = next((p, s) for p, s in samples if s.name == name and len(s.signs) == 2 and s.shapes)
+        (OUTPUT / f"{name}.jpg").write_bytes(image)
         turns = []
         for _, question, answer in get_questions(scene):
             turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
@@ -49,7 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ImportError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Fields of a document as JSON: one question for each field, all from one encoding, every answer checked.
+Fields of a document as JSON: the image is encoded once, each field is a question, every answer is validated.
 
-    python -m examples.extract_fields --picture invoice.png --fields invoice.fields.json
+    python -m examples.extract_fields --image invoice.png --fields invoice.fields.json
 
-`--fields` is a JSON object: name of the field to `question` and `pattern`, a regular expression for the whole answer.
-An answer that does not match becomes null; it is told on the error output, and the exit status is 1.
+`--fields` is a JSON object: name of the field -> `question` and `pattern`, a regular expression for the whole answer.
+An answer that does not match becomes null and is printed to stderr; the exit status is 1 then.
 """
 
 import argparse
@@ -18,16 +18,17 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
+from modeling_llava_hr.utils import run_command
 
 
 HERE = Path(__file__).parent
 
 
 @torch.inference_mode()
-def main() -> None:
+def main() -> bool:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("--model", default=str(HERE / "tiny-llava-hr"), help="folder or Hub id")
-    parser.add_argument("--picture", default=str(HERE / "pictures" / "receipt.jpg"), help="file or URL")
+    parser.add_argument("--image", default=str(HERE / "pictures" / "receipt.jpg"), help="file or URL")
     parser.add_argument("--fields", type=Path, default=HERE / "pictures" / "receipt.fields.json", help="JSON file")
     arguments = parser.parse_args()
 
@@ -36,13 +37,10 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(arguments.model)
     encoded, result = None, {}
     for name, field in fields.items():
-        content = [{"type": "image", "path": arguments.picture}, {"type": "text", "text": field["question"]}]
+        content = [{"type": "image", "path": arguments.image}, {"type": "text", "text": field["question"]}]
+        messages = [{"role": "user", "content": content}]
         inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(model.device)
         pixel_values = inputs.pop("pixel_values")
         encoded = encoded or {"image": model.get_image_features(pixel_values)}
@@ -53,11 +51,8 @@ def main() -> None:
         if not is_valid:
             print(f"{name!r}: expected {field['pattern']}, but the model says {answer!r}.", file=sys.stderr)
     print(json.dumps(result, indent=2))
-    sys.exit(None in result.values())
+    return None in result.values()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

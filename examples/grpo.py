@@ -9,7 +9,6 @@ and `ModelConfig` is an option.
 """
 
 import io
-import sys
 from pathlib import Path
 
 from datasets import Dataset
@@ -18,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
+from modeling_llava_hr.utils import run_command
 from training.fineprint import FinePrintConfig, draw_sample, get_questions
 
 
@@ -74,7 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
+from modeling_llava_hr.utils import check_new_folder, new_folder, run_command
 
 
 HERE = Path(__file__).parent
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--data", default=str(HERE / "pictures" / "questions.jsonl"), help="LLaVA format")
     parser.add_argument("--output", default="lora-model", help="folder for the merged model; LoRA's goes beside it")
     arguments, options = parser.parse_known_args()
+    check_new_folder(arguments.output)
     if find_spec("peft") is None or find_spec("trl") is None:
         sys.exit('error: LoRA needs PEFT and TRL: pip install ".[training]" in the checkout')
     from peft import PeftConfig, PeftModel
@@ -52,13 +54,11 @@ def main() -> None:
     train(*make_parser().parse_args_and_config([*words, *options]))
 
     base = AutoModelForImageTextToText.from_pretrained(PeftConfig.from_pretrained(lora).base_model_name_or_path)
-    PeftModel.from_pretrained(base, lora).merge_and_unload().save_pretrained(arguments.output)
-    processor.save_pretrained(arguments.output)
+    with new_folder(arguments.output) as folder:
+        PeftModel.from_pretrained(base, lora).merge_and_unload().save_pretrained(folder)
+        processor.save_pretrained(folder)
     print(f"python -m examples.ask --model {arguments.output}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Resolution is a knob: a sharper high-resolution view at the same number of visual tokens.
+A sharper high-resolution view at the same number of visual tokens.
 
     python -m examples.resolution --model llava-hr-7b-sft-1024-hf --sizes 256 512 1024
 
@@ -8,7 +8,6 @@ Prints, for each side of the high-resolution view, tokens, seconds (image prepar
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
+from modeling_llava_hr.utils import run_command
 
 
 HERE = Path(__file__).parent
@@ -25,14 +25,10 @@ HERE = Path(__file__).parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("--model", default=str(HERE / "tiny-llava-hr"), help="folder or Hub id")
-    parser.add_argument("--picture", default=str(HERE / "pictures" / "street.jpg"), help="file or URL")
+    parser.add_argument("--image", default=str(HERE / "pictures" / "street.jpg"), help="file or URL")
     parser.add_argument("--question", default="What does the green sign say?")
-    parser.add_argument(
-        "--sizes", type=int, nargs="+", help="sides of the image; a quarter, half and all of the model's"
-    )
-    parser.add_argument(
-        "--low_res_size", type=int, help="side of the low-resolution view in pixels, if not the model's"
-    )
+    parser.add_argument("--sizes", type=int, nargs="+", help="sides of the image; default: 1/4, 1/2, 1 of the model's")
+    parser.add_argument("--low_res_size", type=int, help="side of the low-resolution view; default: the model's")
     parser.add_argument("--max_new_tokens", type=int, default=20, help="longest answer")
     arguments = parser.parse_args()
 
@@ -40,11 +36,12 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(arguments.model)
     own = processor.image_processor.size["height"]
     low_res_size = arguments.low_res_size or processor.image_processor.get_low_res_size()
-    content = [{"type": "image", "path": arguments.picture}, {"type": "text", "text": arguments.question}]
+    content = [{"type": "image", "path": arguments.image}, {"type": "text", "text": arguments.question}]
+    messages = [{"role": "user", "content": content}]
     print("   size  low-res  visual tokens  seconds  answer")
     for size in arguments.sizes or [own // 4, own // 2, own]:
         inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
+            messages,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -61,7 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A page to talk with LLaVA-HR about pictures, and to see what it saw of them:
+A page to chat with LLaVA-HR about images, and to see what it sees of them:
 
     MODEL=llava-hr-7b-sft-1024-hf python app.py     # or --model, then http://127.0.0.1:7860
 """
@@ -28,27 +28,25 @@ except ImportError as error:
 
 
 HERE = Path(__file__).parent
-# What the checkout brings; a Space names a model of the Hub in its variable MODEL
+# Part of the checkout; a Space names a model of the Hub in its variable MODEL
 TINY_MODEL = HERE.parent / "tiny-llava-hr"
 EXAMPLES = [
     [{"text": "What does the green sign say?", "files": [str(HERE / "street.jpg")]}],
     [{"text": "What does the orange tag say?", "files": [str(HERE / "shelf.jpg")]}],
 ]
 MAX_FILE_SIZE = "10mb"
-MAX_WAITING = 32  # questions; who comes then is told to try again
+MAX_WAITING = 32  # questions; further ones are refused
 KEEP_UPLOADS = 3600  # seconds
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
-OUT_OF_MEMORY = (
-    "The memory is full. Choose a smaller high-resolution side, or begin a new conversation with fewer pictures."
-)
+OUT_OF_MEMORY = "Out of memory. Choose a smaller high-resolution side, or start a new conversation with fewer images."
 
 HEAD = """<h1>LLaVA-HR</h1>
-<p>Sees a picture twice: as a whole at low resolution, and its fine print at high resolution. The sharper view costs
-the language model no tokens.</p>"""
-EMPTY = "<p class='hint'>Ask about a picture, and this is where you see what the model saw of it.</p>"
+<p>Sees an image twice: the whole at low resolution, and the fine print at high resolution. The sharper view costs the
+language model no tokens.</p>"""
+EMPTY = "<p class='hint'>Ask about an image, and see here what the model sees of it.</p>"
 HEAT_HINT = """<p class='hint'>Orange: where the visual tokens would change most without the high-resolution
 pathway.</p>"""
-GATES_HINT = "<p class='hint'>How much of the high-resolution view each MR-Adapter lets in, from -1 to 1.</p>"
+GATES_HINT = "<p class='hint'>The weight of the high-resolution view in each MR-Adapter, from -1 to 1.</p>"
 
 CSS = """
 .gradio-container { width: 100%; max-width: 1240px !important; margin: 0 auto; }
@@ -93,8 +91,8 @@ footer, #chat [aria-label="Share"] { display: none !important; }
 
 def show_plain_text(chatbot: gr.Chatbot) -> gr.Chatbot:
     """
-    Lets a chatbot show what users and models write as it is; by itself it takes HTML for HTML, also without Markdown.
-    (A subclass would make gradio write a file beside this one.)
+    Makes a chatbot escape the texts of users and models; by default it renders HTML, even without Markdown. (For a
+    subclass gradio would write a file beside this one.)
     """
     preprocess, postprocess = chatbot.preprocess, chatbot.postprocess
 
@@ -116,11 +114,8 @@ def show_plain_text(chatbot: gr.Chatbot) -> gr.Chatbot:
 
 class OwnPages:
     """
-    ASGI middleware: on this machine the page answers no other site's pages, which a browser here may have open. (In a
-    Space anybody may ask, and a proxy before it has names of its own.)
-
-    Args:
-        app (`Callable`): The ASGI app around which it is put.
+    ASGI middleware: on this machine, refuses requests that other sites' pages make in the user's browser. (A Space is
+    public, and behind a proxy with another name.)
     """
 
     def __init__(self, app: Callable):
@@ -132,23 +127,23 @@ class OwnPages:
         is_local = urlsplit(f"//{host}").hostname in LOOPBACK_HOSTS
         is_own = origin is None or urlsplit(origin).netloc in (host, headers.get("x-forwarded-host"))
         if is_local and not is_own:
-            await PlainTextResponse("This page answers its own requests alone.", 403)(scope, receive, send)
+            await PlainTextResponse("This page answers only its own requests.", 403)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
 
 def draw_facts(look: Look, seconds: float | None, encoded: str) -> str:
-    """The three figures above the views, as HTML; no text of a user or model gets here."""
+    """The three figures above the views, as HTML; without any text of a user or model."""
     first = "–" if seconds is None else f"{seconds:.2f} s"
     return (
         f"<div class='facts'><div><b>{look.num_tokens}</b><span>visual tokens</span></div>"
         f"<div><b>{first}</b><span>to the first token</span></div>"
-        f"<div><b>{encoded}</b><span>picture</span></div></div>"
+        f"<div><b>{encoded}</b><span>image</span></div></div>"
     )
 
 
 def draw_gates(look: Look) -> str:
-    """The gates as bars from the middle, where 0 is, as HTML."""
+    """The gates as bars from the middle, which is 0, as HTML."""
     bars = "".join(
         f"<p><span>before ViT layer {layer}</span><b>{gate:+.2f}</b></p>"
         f"<div><i style='left: {50 + 50 * min(gate, 0):.1f}%; width: {50 * abs(gate):.1f}%'></i></div>"
@@ -158,7 +153,7 @@ def draw_gates(look: Look) -> str:
 
 
 def to_error(error: Exception) -> gr.Error:
-    """A message in the page, which takes it for HTML (and what a validator says for text)."""
+    """A message in the page, which renders it as HTML (unlike a validator's)."""
     return gr.Error(html.escape(str(error)), print_exception=False)
 
 
@@ -185,18 +180,13 @@ def to_messages(history: list[dict], message: dict | None = None) -> list[dict]:
         for turn in history
     ]
     if message is not None:
-        pictures = [{"type": "image", "path": path} for path in message["files"]]
-        messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": message["text"]}]})
+        images = [{"type": "image", "path": path} for path in message["files"]]
+        messages.append({"role": "user", "content": [*images, {"type": "text", "text": message["text"]}]})
     return messages
 
 
 def make_page(engine: Engine) -> gr.Blocks:
-    """
-    The page.
-
-    Args:
-        engine ([`Engine`]): What answers.
-    """
+    """The page in front of an engine."""
 
     def show(look: Look, seconds: float | None, encoded: str) -> tuple:
         views = (
@@ -211,25 +201,20 @@ def make_page(engine: Engine) -> gr.Blocks:
                 engine.read(path)
         except ValueError as error:
             return gr.validate(False, str(error))
-        return gr.validate(bool(message["text"].strip()), "Write a question beside the picture.")
+        return gr.validate(bool(message["text"].strip()), "Write a question about the image.")
 
     def answer(message: dict, history: list[dict], side: int) -> Iterator[tuple]:
-        misses = engine.look.cache_info().misses
-        told = None
+        misses, encoded, look = engine.look.cache_info().misses, None, None
         try:
             for text, look, seconds in engine.answer(to_messages(history, message), side):
                 if look is None:
                     yield text, *[gr.skip()] * len(panel)
-                    continue
-                if told is None:
+                elif encoded is None:
                     encoded = "new" if engine.look.cache_info().misses > misses else "reused"
                     yield text, *show(look, None, encoded)
-                elif told != seconds:
-                    yield text, draw_facts(look, seconds, encoded), *[gr.skip()] * (len(panel) - 1)
                 else:
-                    yield text, *[gr.skip()] * len(panel)
-                told = seconds or 0
-            if told is not None:  # once more, as a page that was still unfolding may have missed the first
+                    yield text, draw_facts(look, seconds, encoded), *[gr.skip()] * (len(panel) - 1)
+            if look is not None:  # again, as a page that was still being built may have missed the first
                 yield text, *show(look, seconds, encoded)
         except ValueError as error:
             raise to_error(error) from error
@@ -237,11 +222,11 @@ def make_page(engine: Engine) -> gr.Blocks:
             raise gr.Error(OUT_OF_MEMORY) from error
 
     def look_again(history: list[dict], side: int) -> tuple:
-        pictures = [part for turn in to_messages(history) for part in turn["content"] if part["type"] == "image"]
-        if not pictures:
+        images = [part for turn in to_messages(history) for part in turn["content"] if part["type"] == "image"]
+        if not images:
             return tuple([gr.skip()] * len(panel))
         try:
-            return show(engine.look(engine.read(pictures[-1]["path"]), side), None, "new")
+            return show(engine.look(engine.read(images[-1]["path"]), side), None, "new")
         except ValueError as error:
             raise to_error(error) from error
         except torch.OutOfMemoryError as error:
@@ -283,12 +268,12 @@ def make_page(engine: Engine) -> gr.Blocks:
                         show_label=False,
                         render_markdown=False,
                         buttons=["copy"],
-                        placeholder="Add a picture and ask, or take an example.",
+                        placeholder="Add an image and ask, or try an example.",
                     )
                 ),
                 textbox=gr.MultimodalTextbox(
                     elem_id="ask",
-                    placeholder="Ask about the picture",
+                    placeholder="Ask about the image",
                     file_types=["image"],
                     file_count="multiple",
                     sources=["upload"],
@@ -309,17 +294,17 @@ def make_page(engine: Engine) -> gr.Blocks:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A page to talk with LLaVA-HR about pictures.")
+    parser = argparse.ArgumentParser(description="A page to chat with LLaVA-HR about images.")
     parser.add_argument("--model", default=os.environ.get("MODEL", TINY_MODEL), help="folder or Hub id")
     parser.add_argument("--port", type=int, default=None, help="7860 if free, or the next")
-    # None: this machine alone, except in a Space, which says so in GRADIO_SERVER_NAME
-    parser.add_argument("--host", default=None, help="127.0.0.1, this machine alone; 0.0.0.0 for all")
+    # None: this machine only, except in a Space, which sets GRADIO_SERVER_NAME
+    parser.add_argument("--host", default=None, help="127.0.0.1, this machine only; 0.0.0.0 for all")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer")
     arguments = parser.parse_args()
     if not HAS_PACKAGE and not TRUST_REMOTE_CODE:
         sys.exit(
-            "error: the package modeling_llava_hr is not here, so the model needs the code that was published with "
-            "it. If you trust that, set the variable TRUST_REMOTE_CODE to 1 (in a Space: Settings, Variables)."
+            "error: the package modeling_llava_hr is not installed, so the model needs the code published with "
+            "it. If you trust that code, set the variable TRUST_REMOTE_CODE to 1 (in a Space: Settings, Variables)."
         )
     try:
         engine = Engine(str(arguments.model), arguments.max_new_tokens)
@@ -329,14 +314,14 @@ def main() -> None:
         server_name=arguments.host,
         server_port=arguments.port,
         max_file_size=MAX_FILE_SIZE,
-        # neither counts nor contents of what others asked
+        # neither statistics nor contents of other visitors' questions
         enable_monitoring=False,
         run_history=False,
         ssr_mode=False,
         footer_links=[],
         app_kwargs={"middleware": [Middleware(OwnPages)]},
         css=CSS,
-        # no fonts from elsewhere: a visitor's browser talks with this server alone
+        # no fonts from elsewhere: a visitor's browser contacts this server only
         theme=gr.themes.Soft(
             primary_hue="orange", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["monospace"]
         ),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What the page shows, without the page: loads LLaVA-HR, encodes pictures once, streams answers, and finds out where the
-high-resolution pathway contributed.
+The page's model: loads LLaVA-HR, encodes each image once, streams answers, and finds where the high-resolution pathway
+contributed.
 """
 
 import importlib.util
@@ -30,18 +30,17 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
-# Encoded pictures that are kept: 8 MB each for a 7B model at 1024 pixels
+# Encoded images that are kept: 8 MB each for a 7B model at 1024 pixels
 MAX_ENCODED = 16
 # The choices of the high-resolution side, by the side that the model was trained with: 384 to 1536 for 1024 pixels
 SIDES = (3 / 8, 1 / 2, 3 / 4, 1, 3 / 2)
-# Memory that weights alone do not tell of: activations, the cache of a long chat, CUDA itself
+# For activations, the cache of a long chat, and CUDA itself
 HEADROOM = 1.25
 HEAT_COLOR = (255, 122, 0)
-# No tokenizer puts more into one token; the longest that are in use hold runs of blanks
+# Upper bound for any tokenizer; the longest tokens in use are runs of spaces
 MAX_CHARACTERS_PER_TOKEN = 128
 
-# Installed, the package is the model's code. Otherwise it is the code that was published with the weights, if whoever
-# set up the page says that it may run.
+# Where the package is not installed, the code that was published with the weights runs, if the variable allows it
 HAS_PACKAGE = importlib.util.find_spec("modeling_llava_hr") is not None
 TRUST_REMOTE_CODE = not HAS_PACKAGE and os.environ.get("TRUST_REMOTE_CODE") == "1"
 if HAS_PACKAGE:
@@ -51,15 +50,15 @@ if HAS_PACKAGE:
 @dataclass(frozen=True)
 class Look:
     """
-    What the model made of a picture.
+    An encoded image.
 
     Args:
-        features (`torch.Tensor` of shape `(1, tokens, D)`): What the language model gets.
-        low_res, high_res (`PIL.Image.Image`): The two views, both of the high-resolution side, so that pixels show.
-        heat_map (`PIL.Image.Image`): The picture in grey, in colour where the high-resolution pathway contributed.
+        features (`torch.Tensor` of shape `(1, tokens, D)`): Input of the language model.
+        low_res, high_res (`PIL.Image.Image`): The two views, both at the high-resolution side.
+        heat_map (`PIL.Image.Image`): The image in grey, coloured where the high-resolution pathway contributed.
         low_res_side (`int`): Side of the low-resolution view in pixels.
-        gates (`tuple[tuple[int, float], ...]`): Index of the ViT layer before which an MR-Adapter stands, its gate
-            (mean over the channels).
+        gates (`tuple[tuple[int, float], ...]`): Index of the ViT layer after an MR-Adapter, and its gate (mean
+            over the channels).
     """
 
     features: torch.Tensor
@@ -77,7 +76,7 @@ class Look:
 
 def get_quantization(num_parameters: int, memory: int) -> BitsAndBytesConfig | None:
     """
-    4-bit loading, if the weights in bfloat16 leave no room.
+    4-bit loading, if the weights in bfloat16 do not fit.
 
     Args:
         num_parameters (`int`): Of the model.
@@ -90,33 +89,25 @@ def get_quantization(num_parameters: int, memory: int) -> BitsAndBytesConfig | N
 
 def load_model(name: str) -> torch.nn.Module:
     """
-    A model for whatever is there: float32 on a CPU, bfloat16 on a GPU, 4-bit on a small one.
+    A model for the machine at hand: float32 on a CPU, bfloat16 on a GPU, 4-bit on a small one.
 
     Args:
         name (`str`): Folder or Hub id.
     """
     if not torch.cuda.is_available():
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=TRUST_REMOTE_CODE
-        )
-        return model.eval()
+        options = {"dtype": torch.float32, "trust_remote_code": TRUST_REMOTE_CODE}
+        return AutoModelForImageTextToText.from_pretrained(name, **options)
     config = AutoConfig.from_pretrained(name, trust_remote_code=TRUST_REMOTE_CODE)
     with torch.device("meta"):
         empty = AutoModelForImageTextToText.from_config(config, trust_remote_code=TRUST_REMOTE_CODE)
     quantization = get_quantization(empty.num_parameters(), torch.cuda.mem_get_info()[1])
-    model = AutoModelForImageTextToText.from_pretrained(
-        name,
-        dtype=torch.bfloat16,
-        device_map="auto",
-        quantization_config=quantization,
-        trust_remote_code=TRUST_REMOTE_CODE,
-    )
-    return model.eval()
+    options = {"dtype": torch.bfloat16, "device_map": "auto", "quantization_config": quantization}
+    return AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=TRUST_REMOTE_CODE, **options)
 
 
 @contextmanager
 def high_res_silenced(vision_tower: torch.nn.Module) -> Iterator[None]:
-    """Within it nothing of the high-resolution pathway reaches the features, neither by adapters nor by the fusion."""
+    """Zeroes the high-resolution pathway, both in the adapters and in the fusion."""
     ways = [vision_tower.fusion.high_res_proj, *(adapter.high_res_mapping for adapter in vision_tower.mr_adapters)]
     hooks = [way.register_forward_hook(lambda module, args, output: torch.zeros_like(output)) for way in ways]
     try:
@@ -131,8 +122,8 @@ def get_high_res_contribution(
     model: torch.nn.Module, pixel_values: torch.Tensor, low_res_pixel_values: torch.Tensor
 ) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
     """
-    Encodes pictures, and finds out where the high-resolution pathway contributed to them. No other thread may use the
-    model's vision tower meanwhile.
+    Encodes images, and finds where the high-resolution pathway contributed. No other thread may use the model's vision
+    tower meanwhile.
 
     Args:
         model ([`LlavaHrForConditionalGeneration`]): The model.
@@ -141,11 +132,11 @@ def get_high_res_contribution(
 
     Returns:
         What `get_image_features` returns, and the heat `(images, g, g)`: the length by which each fused feature
-        (equation 2 of the paper) moves if nothing of the high-resolution pathway is let through.
+        (equation 2 of the paper) moves if the high-resolution pathway is zeroed.
     """
     encoded = model.get_image_features(pixel_values, low_res_pixel_values, return_dict=True)
     vision_tower = model.model.vision_tower
-    stride = vision_tower.high_res_tower.stride  # the smallest view will do: nothing of it is let through
+    stride = vision_tower.high_res_tower.stride  # the smallest view will do, as it is zeroed
     with high_res_silenced(vision_tower):
         silent = vision_tower(pixel_values[:, :, :stride, :stride], low_res_pixel_values, return_dict=True)
     heat = (encoded.last_hidden_state - silent.last_hidden_state).float().norm(dim=-1)  # (images, g * g)
@@ -155,8 +146,8 @@ def get_high_res_contribution(
 
 def get_sides(image_processor: BaseImageProcessor) -> dict[int, int]:
     """
-    The high-resolution sides to choose from, each with the low-resolution side that goes with it, in pixels. The
-    latter, and with it the number of visual tokens, stays as the model was trained wherever the two grids fit.
+    The high-resolution sides to choose from, each with its low-resolution side, in pixels. The latter, and so the
+    number of visual tokens, stays the one of training where the two grids fit.
 
     Args:
         image_processor ([`LlavaHrImageProcessor`] or [`LlavaHrImageProcessorPil`]): The model's.
@@ -175,7 +166,7 @@ def get_sides(image_processor: BaseImageProcessor) -> dict[int, int]:
 
 class Engine:
     """
-    A model that answers questions about pictures.
+    A model that answers questions about images.
 
     Args:
         name (`str`): Folder or Hub id of a model with its processor.
@@ -188,51 +179,41 @@ class Engine:
         self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=TRUST_REMOTE_CODE)
         self.sides = get_sides(self.processor.image_processor)
         self.look = lru_cache(maxsize=MAX_ENCODED)(self._look)
-        self._lock = threading.Lock()  # one picture at a time: the hooks above belong to the model as a whole
+        self._lock = threading.Lock()  # one image at a time, as the hooks above affect the whole model
 
     def get_num_tokens(self, side: int) -> int:
-        """Visual tokens of a picture at a high-resolution side in pixels."""
+        """Visual tokens of an image at a high-resolution side in pixels."""
         return (self.sides[side] // self.processor.image_processor.patch_size) ** 2
 
     def read(self, path: str) -> bytes:
         """
-        The content of a picture's file.
+        The content of an image file.
 
         Raises:
-            ValueError: If it is no picture, whatever its name says.
+            ValueError: If it is not an image that the model can use, whatever its name says.
         """
+        name, side = Path(path).name, min(self.sides)
         try:
-            picture = Path(path).read_bytes()
+            content = Path(path).read_bytes()
         except OSError as error:
-            raise ValueError(
-                f"{Path(path).name} is no longer here: pictures are kept for an hour. Send it again."
-            ) from error
+            raise ValueError(f"{name} has expired: images are kept for an hour. Send it again.") from error
         image_processor = self.processor.image_processor
         try:
-            image = image_processor.fetch_images(picture)
+            image = image_processor.fetch_images(content)
         except ValueError as error:
-            raise ValueError(
-                f"{Path(path).name} is not a picture that can be read. Give a PNG, JPEG or WebP file."
-            ) from error
-        side = min(self.sides)
+            raise ValueError(f"{name} is not an image that can be read. Send a PNG, JPEG or WebP file.") from error
         try:
             image_processor(image, size=side, low_res_size=self.sides[side])
         except ValueError as error:
-            raise ValueError(f"{Path(path).name} cannot be shown to the model. {error}") from error
-        return picture
+            raise ValueError(f"{name} cannot be used. {error}") from error
+        return content
 
     @torch.inference_mode()
-    def _look(self, picture: bytes, side: int) -> Look:
-        """
-        Encodes a picture; `look` does the same and remembers.
-
-        Args:
-            picture (`bytes`): Content of its file.
-            side (`int`): High-resolution side in pixels.
-        """
+    def _look(self, content: bytes, side: int) -> Look:
+        """Encodes the image of a file's content at a high-resolution side in pixels; `look` caches the results."""
         image_processor = self.processor.image_processor
         low_res_side = self.sides[side]
-        image = image_processor.fetch_images(picture)
+        image = image_processor.fetch_images(content)
         views = image_processor(image, size=side, low_res_size=low_res_side, return_tensors="pt")
         high_res, low_res = (views[n].to(self.model.device) for n in ("pixel_values", "low_res_pixel_values"))
         with self._lock:
@@ -251,7 +232,7 @@ class Engine:
         )
 
     def _to_image(self, view: torch.Tensor, side: int) -> Image.Image:
-        """A normalised view `(1, 3, L, L)` as a picture of another side, each of its pixels a square."""
+        """A normalised view `(1, 3, L, L)` as an image of another side, without smoothing."""
         image_processor = self.processor.image_processor
         mean, std = view.new_tensor(image_processor.image_mean), view.new_tensor(image_processor.image_std)
         pixels = (view[0].permute(1, 2, 0) * std + mean).clamp(0, 1) * 255  # (L, L, 3)
@@ -262,18 +243,18 @@ class Engine:
         Answers a conversation, greedily.
 
         Args:
-            messages (`list[dict]`): In the chat template's form; a picture is `{"type": "image", "path": PATH}`.
+            messages (`list[dict]`): In the chat template's form; an image is `{"type": "image", "path": PATH}`.
             side (`int`): High-resolution side in pixels.
 
         Yields:
-            The answer so far, the last picture's [`Look`] (`None` without pictures), and the seconds until the first
-            token was there (`None` before).
+            The answer so far, the last image's [`Look`] (`None` without images), and the seconds to the first token
+            (`None` before).
 
         Raises:
-            ValueError: If a picture cannot be read or the conversation is longer than the model can remember.
+            ValueError: If an image cannot be used or the conversation is longer than the model's context.
         """
         start = time.perf_counter()
-        inputs = self._get_prompt(messages, side)  # first, as it bounds the number of pictures
+        inputs = self._get_prompt(messages, side)  # first, as it bounds the number of images
         paths = [part["path"] for message in messages for part in message["content"] if part["type"] == "image"]
         looks = [self.look(self.read(path), side) for path in paths]
         last = looks[-1] if looks else None
@@ -293,7 +274,7 @@ class Engine:
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
             )
-            # also after an error, which would otherwise leave the loop waiting
+            # also after an error, where the loop would wait forever
             generation.add_done_callback(lambda _: streamer.end())
             text, seconds = "", None
             try:
@@ -302,21 +283,21 @@ class Engine:
                     text += piece
                     yield text.strip(), last, seconds
             finally:
-                stopped.set()  # whoever asked may have gone
+                stopped.set()  # the visitor may have left
             generation.result()
 
     def _get_prompt(self, messages: list[dict], side: int) -> dict[str, torch.Tensor]:
-        """Ids and mask. They depend on the low-resolution side alone, so blank pictures stand for the real ones."""
+        """Ids and mask. They depend on the low-resolution side alone, so blank images replace the real ones."""
         longest = self.model.config.context_length or math.inf
         too_long = ValueError(
-            f"This conversation has become longer than the {longest} tokens that the model can remember. Begin a new "
-            f"one, with fewer pictures or a smaller high-resolution side."
+            f"This conversation has become longer than the {longest} tokens of the model's context. Start a new one, "
+            "with fewer images or a smaller high-resolution side."
         )
         parts = [part for message in messages for part in message["content"]]
-        num_pictures = sum(part["type"] == "image" for part in parts)
+        num_images = sum(part["type"] == "image" for part in parts)
         num_characters = sum(len(part["text"]) for part in parts if part["type"] == "text")
-        # without counting them, which takes long for very many
-        if num_pictures * self.get_num_tokens(side) + num_characters // MAX_CHARACTERS_PER_TOKEN > longest:
+        # before tokenizing, which takes long for very long texts
+        if num_images * self.get_num_tokens(side) + num_characters // MAX_CHARACTERS_PER_TOKEN > longest:
             raise too_long
         blank = {"type": "image", "image": Image.new("RGB", (32, 32))}
         messages = [
@@ -337,14 +318,14 @@ class Engine:
         return {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
 
-def draw_heat_map(picture: Image.Image, heat: torch.Tensor) -> Image.Image:
+def draw_heat_map(image: Image.Image, heat: torch.Tensor) -> Image.Image:
     """
-    Colours a picture where there is heat.
+    Colours a square image by heat.
 
     Args:
-        picture (`PIL.Image.Image`): A square picture.
-        heat (`torch.Tensor` of shape `(g, g)`): Any values; the smallest leaves grey, the largest colours fully.
+        image (`PIL.Image.Image`): The image.
+        heat (`torch.Tensor` of shape `(g, g)`): Any values; the smallest stays grey, the largest gets the full colour.
     """
     heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-6)
-    mask = Image.fromarray((heat * 230).byte().numpy()).resize(picture.size, Image.Resampling.BICUBIC)
-    return Image.composite(Image.new("RGB", picture.size, HEAT_COLOR), picture.convert("L").convert("RGB"), mask)
+    mask = Image.fromarray((heat * 230).byte().numpy()).resize(image.size, Image.Resampling.BICUBIC)
+    return Image.composite(Image.new("RGB", image.size, HEAT_COLOR), image.convert("L").convert("RGB"), mask)

@@ -3,7 +3,6 @@
 
 import io
 import json
-import re
 import runpy
 import shutil
 import signal
@@ -19,6 +18,8 @@ from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from modeling_llava_hr.modeling_llava_hr import LlavaHrVisionModel
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -57,7 +58,7 @@ def test_ask_answers_in_short(run):
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
-    [("--picture", "missing.png", "missing.png"), ("--picture", __file__, Path(__file__).name)],
+    [("--image", "missing.png", "missing.png"), ("--image", __file__, Path(__file__).name)],
 )
 def test_what_cannot_be_used_is_one_sentence(run, option, value, message):
     assert message in run("ask", option, value, status="error")
@@ -75,7 +76,7 @@ def test_chat_streams_several_turns_and_begins_as_ask_does(run, monkeypatch):
     assert second.startswith("Model: ") and not end
 
 
-def test_a_later_turn_of_the_chat_is_the_whole_conversation(run, monkeypatch, tiny_model):
+def test_a_later_turn_of_the_chat_has_the_whole_conversation(run, monkeypatch, tiny_model):
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\nWhat is shown?\n"))
     first, second, _ = run("chat", *SHORT).split("You:   ")[1:]
     processor = AutoProcessor.from_pretrained(tiny_model)
@@ -95,27 +96,10 @@ def test_a_later_turn_of_the_chat_is_the_whole_conversation(run, monkeypatch, ti
     assert words(second) == words(f"Model: {expected}")
 
 
-def test_encode_once_answers_as_ask_does(run):
-    answer, other = run("ask", *SHORT), run("ask", "--question", "What is shown?", *SHORT)
-    lines = words(run("encode_once", QUESTION, "What is shown?", *SHORT))
-    assert words(f"{QUESTION!r}: {answer}") in lines and words(f"'What is shown?': {other}") in lines
-
-
-def test_encode_once_runs_the_towers_once(run, monkeypatch):
-    from modeling_llava_hr.modeling_llava_hr import LlavaHrVisionModel
-
-    calls, forward = [], LlavaHrVisionModel.forward
-    monkeypatch.setattr(
-        LlavaHrVisionModel, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
-    )
-    run("encode_once", *SHORT)
-    assert len(calls) == 1
-
-
-def test_several_pictures_alone_and_together(run):
+def test_several_images_alone_and_together(run):
     files = [STREET, str(PICTURES / "receipt.jpg")]
-    answers = [run("ask", "--picture", file, "--question", "What is shown?", *SHORT) for file in files]
-    out = words(run("several_pictures", *SHORT))
+    answers = [run("ask", "--image", file, "--question", "What is shown?", *SHORT) for file in files]
+    out = words(run("several_images", *SHORT))
     assert words(f"street.jpg: {answers[0]}") in out and words(f"receipt.jpg: {answers[1]}") in out
     assert "street.jpg + receipt.jpg: " in out
 
@@ -139,10 +123,10 @@ def test_four_bit_is_smaller_and_its_copy_answers_the_same(run, tmp_path):
     assert words(run("ask", *SHORT, model=tmp_path / "small")) == words(answer)
 
 
-def test_heat_map_is_a_picture_with_the_gates(run, tiny_model):
+def test_heat_map_has_the_views_and_the_gates(run, tiny_model):
     gates = run("heat_map").split("\n")[0].removeprefix("gates: ").split(", ")
     with Image.open("heat_map.png") as picture:
-        assert picture.size == (13 * 120, 4 * 120)
+        assert picture.size == (3 * 512 + 2 * 28, 512 + 28)
         assert len(picture.convert("RGB").getcolors(2**24)) > 1000
     processor = AutoProcessor.from_pretrained(tiny_model)
     model = AutoModelForImageTextToText.from_pretrained(tiny_model)
@@ -152,34 +136,39 @@ def test_heat_map_is_a_picture_with_the_gates(run, tiny_model):
     assert [float(gate) for gate in gates] == pytest.approx(expected, abs=1e-3) and len(expected) == 3
 
 
-def test_fields_are_checked(run, tmp_path, capsys):
+def test_fields_are_validated_and_the_image_is_encoded_once(run, tmp_path, monkeypatch):
     answer = words(run("ask", "--max_new_tokens", 50))
     fields = {
         "any": {"question": QUESTION, "pattern": r"[\s\S]*"},
         "never": {"question": QUESTION, "pattern": "such an answer does not come"},
     }
     (tmp_path / "fields.json").write_text(json.dumps(fields))
-    result = json.loads(run("extract_fields", "--picture", STREET, "--fields", "fields.json", status=True))
+    result = json.loads(run("extract_fields", "--image", STREET, "--fields", "fields.json", status=True))
     assert words(result["any"]) == answer and result["never"] is None
-
-    (tmp_path / "fields.json").write_text(json.dumps({"any": fields["any"]}))
-    result = json.loads(run("extract_fields", "--picture", STREET, "--fields", "fields.json", status=False))
-    assert words(result["any"]) == answer
+    calls, forward = [], LlavaHrVisionModel.forward
+    monkeypatch.setattr(
+        LlavaHrVisionModel, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    )
+    fields = {"any": fields["any"], "again": fields["any"]}
+    (tmp_path / "fields.json").write_text(json.dumps(fields))
+    result = json.loads(run("extract_fields", "--image", STREET, "--fields", "fields.json", status=False))
+    assert words(result["any"]) == words(result["again"]) == answer
+    assert len(calls) == 1
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twelve pictures and a text that calls itself one."""
+    """Twelve images and a text file with an image's name."""
     (tmp_path / "photos").mkdir()
     for number in range(12):
         name = ("street", "shelf", "receipt", "table", "panel")[number % 5]
         shutil.copy(PICTURES / f"{name}.jpg", tmp_path / "photos" / f"{number:02}.jpg")
-    (tmp_path / "photos" / "05b.png").write_text("no picture")
-    (tmp_path / "photos" / "notes.txt").write_text("no picture either")
+    (tmp_path / "photos" / "05b.png").write_text("not an image")
+    (tmp_path / "photos" / "notes.txt").write_text("not an image either")
     return tmp_path / "photos"
 
 
-def test_captions_go_on_after_a_kill_as_if_there_had_been_none(run, folder, tiny_model):
+def test_captions_resume_after_a_kill_with_the_same_result(run, folder, tiny_model):
     arguments = ("--folder", folder, "--batch_size", 2, *SHORT)
     run("caption_folder", *arguments, "--output", "undisturbed.jsonl")
     expected = Path("undisturbed.jsonl").read_text()
@@ -199,18 +188,18 @@ def test_captions_go_on_after_a_kill_as_if_there_had_been_none(run, folder, tiny
         file.write(expected.splitlines()[len(lines)][:20])
 
     run("caption_folder", *arguments, "--output", "killed.jsonl")
-    # the broken picture was tried again if its row was there before the kill: then that row is the last one now
+    # the broken image was tried again if its row was there before the kill: then that row is the last one now
     assert sorted(killed.read_text().splitlines()) == sorted(expected.splitlines())
 
 
-def test_captions_are_those_of_ask_and_a_broken_picture_is_told(run, folder):
+def test_captions_are_those_of_ask_and_a_broken_image_is_reported(run, folder):
     for file in sorted(folder.glob("*.jpg"))[3:]:
         file.unlink()
     Image.new("RGB", (1, 40_000)).save(folder / "03.png")  # can be read, but is too long for both views
-    answer = run("ask", "--picture", folder / "01.jpg", "--question", "What is shown?", *SHORT)
+    answer = run("ask", "--image", folder / "01.jpg", "--question", "What is shown?", *SHORT)
     run("caption_folder", "--folder", folder, *SHORT)
     rows = [json.loads(line) for line in Path("captions.jsonl").read_text().splitlines()]
-    assert [row["picture"] for row in rows] == ["00.jpg", "01.jpg", "02.jpg", "03.png", "05b.png"]
+    assert [row["image"] for row in rows] == ["00.jpg", "01.jpg", "02.jpg", "03.png", "05b.png"]
     assert words(rows[1]["answer"]) == words(answer)
     assert "answer" in rows[2] and "1 x 40000 pixels" in rows[3]["error"] and "answer" not in rows[3]
     assert "05b.png" in rows[4]["error"] and "answer" not in rows[4]
@@ -220,18 +209,18 @@ def test_captions_are_tried_again_where_there_was_an_error_and_nowhere_else(run,
     for file in sorted(folder.glob("*.jpg"))[2:]:
         file.unlink()
     captions = Path("captions.jsonl")
-    other = json.dumps({"picture": "05b.png", "question": "Another one?", "error": "of another question"})
+    other = json.dumps({"image": "05b.png", "question": "Another one?", "error": "of another question"})
     captions.write_text(f"{other}\n")
     run("caption_folder", "--folder", folder, *SHORT)
     *kept, error = captions.read_text().splitlines()
     assert kept[0] == other and len(kept) == 3 and "05b.png" in json.loads(error)["error"]
-    for file in folder.glob("*.jpg"):  # an answer stays, whatever became of its picture
-        file.write_text("no picture any more")
+    for file in folder.glob("*.jpg"):  # an answer stays, whatever became of its image
+        file.write_text("not an image any more")
     shutil.copy(STREET, folder / "05b.png")
     run("caption_folder", "--folder", folder, *SHORT)
     assert captions.read_text().splitlines()[:-1] == kept
     row = json.loads(captions.read_text().splitlines()[-1])
-    assert row["picture"] == "05b.png" and "answer" in row and "error" not in row
+    assert row["image"] == "05b.png" and "answer" in row and "error" not in row
 
 
 def test_captions_do_not_touch_a_file_of_another_kind(run, folder, tmp_path):
@@ -244,22 +233,19 @@ def test_captions_do_not_touch_a_file_of_another_kind(run, folder, tmp_path):
     ("name", "package", "inner", "extra"),
     [
         ("four_bit", "bitsandbytes", None, "quantization"),
-        ("heat_map", "matplotlib", "matplotlib.figure", "training"),
         ("lora", "peft", None, "training"),
         ("lora", "trl", "training.train", "training"),
     ],
 )
-def test_a_missing_package_is_named_with_its_extra_and_another_fault_is_not_taken_for_it(
-    run, monkeypatch, name, package, inner, extra
-):
+def test_a_missing_package_is_named_with_its_extra(run, monkeypatch, name, package, inner, extra):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, package, None)
         message = run(name, status="error").lower()
     assert package in message and f'pip install ".[{extra}]"' in message
-    if inner is not None:
+    if inner is not None:  # another failing import is not mistaken for a missing package
         monkeypatch.setitem(sys.modules, inner, None)
-        with pytest.raises(ImportError, match=re.escape(inner)):
-            run(name)
+        message = run(name, status="error")
+        assert inner in message and "pip install" not in message
 
 
 # TRL learns the answers in chats about pictures alone with transformers 5.18 and later
@@ -281,7 +267,7 @@ def test_lora_moves_the_language_model_and_leaves_the_towers(run, tiny_model, tm
     run("ask", *SHORT, model=tmp_path / "mine")
 
 
-def test_pictures_are_those_that_the_script_draws(tmp_path, monkeypatch):
+def test_images_are_those_that_the_script_draws(tmp_path, monkeypatch):
     from examples import draw_pictures
 
     monkeypatch.setattr(draw_pictures, "OUTPUT", tmp_path)

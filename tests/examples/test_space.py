@@ -45,8 +45,8 @@ def side(engine) -> int:
 
 
 def ask(text: str, path: str | None = None) -> dict:
-    pictures = [{"type": "image", "path": path}] if path else []
-    return {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
+    images = [{"type": "image", "path": path}] if path else []
+    return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
 
 
 def reply(text: str) -> dict:
@@ -121,7 +121,7 @@ def test_trained_model_reads_the_example(engine):
     assert get_answer(engine, [ask(QUESTION, STREET)], get_trained_side(engine)) == ANSWER
 
 
-def test_each_picture_is_encoded_once(engine, side):
+def test_each_image_is_encoded_once(engine, side):
     engine.look.cache_clear()
     turns = [ask("What is shown?", SHELF)]
     with Counter(engine.model.model.vision_tower.layers[0]) as vit:
@@ -164,17 +164,17 @@ def test_nothing_of_a_silenced_pathway_gets_through(engine):
 def test_heat_map_colours_where_the_heat_is():
     heat = torch.zeros(4, 4)
     heat[0, 3] = 1  # top right
-    picture = space.draw_heat_map(Image.new("RGB", (64, 64), (100, 100, 100)), heat)
-    red, _, blue = picture.getpixel((56, 8))
+    image = space.draw_heat_map(Image.new("RGB", (64, 64), (100, 100, 100)), heat)
+    red, _, blue = image.getpixel((56, 8))
     assert red > 200 and blue < 60
-    assert picture.getpixel((8, 56)) == (100, 100, 100)
+    assert image.getpixel((8, 56)) == (100, 100, 100)
 
 
 def test_generation_ends_when_the_asker_leaves(engine, side, monkeypatch):
     monkeypatch.setattr(engine, "max_new_tokens", 200)
     with Counter(engine.model.lm_head) as steps:
         answer = engine.answer([ask("What is shown?", SHELF)], side)
-        next(answer)  # the picture is encoded
+        next(answer)  # the image is encoded
         next(answer)  # the first token is there
         answer.close()
         done = steps.calls
@@ -194,9 +194,9 @@ def test_conversation_that_is_too_long_is_refused(engine, side):
         get_answer(engine, [ask("why? " * longest, SHELF)], side)
 
 
-def test_file_that_is_no_picture_is_named(engine, tmp_path):
-    (tmp_path / "notes.png").write_text("no picture")
-    with pytest.raises(ValueError, match="notes.png is not a picture"):
+def test_file_that_is_not_an_image_is_named(engine, tmp_path):
+    (tmp_path / "notes.png").write_text("not an image")
+    with pytest.raises(ValueError, match="notes.png is not an image"):
         engine.read(str(tmp_path / "notes.png"))
 
 
@@ -245,9 +245,9 @@ def test_conversation_with_a_change_of_resolution(page, engine):
 
 
 def test_wrong_file_gives_a_message_and_html_stays_text(page, engine, tmp_path):
-    (tmp_path / "notes.png").write_text("no picture")
+    (tmp_path / "notes.png").write_text("not an image")
     send(page, "What is this?", str(tmp_path / "notes.png"))
-    page.wait_for_selector("text=notes.png is not a picture that can be read")
+    page.wait_for_selector("text=notes.png is not an image that can be read")
     assert "Traceback" not in page.inner_text("body")
     assert page.locator("#chat .user.message").count() == 0
     page.reload(wait_until="domcontentloaded")

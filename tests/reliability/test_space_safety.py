@@ -197,7 +197,7 @@ def join(client: httpx.Client, dependency: dict, components: dict[int, str], val
     raise AssertionError("the answer has no end")
 
 
-def test_no_file_or_address_gets_in_as_a_picture(client, folder):
+def test_no_file_or_address_is_accepted_as_an_image(client, folder):
     """By way of everything that the page can ask for."""
     (folder / "secret.png").write_bytes(draw_secret())
     own = upload(client, "own.png", draw_secret()).json()[0]
@@ -281,8 +281,8 @@ def test_nothing_that_is_written_is_html(browser, address):
 def test_name_of_a_file_is_not_html(browser, address):
     with open_page(browser, address) as page:
         name = "it's <img src=x onerror='window.harmed = 1' class=harm> & co.png"
-        send(page, "What is this?", {"name": name, "mimeType": "image/png", "buffer": b"no picture"})
-        page.wait_for_selector("text=& co.png is not a picture that can be read")
+        send(page, "What is this?", {"name": name, "mimeType": "image/png", "buffer": b"not an image"})
+        page.wait_for_selector("text=& co.png is not an image that can be read")
         assert page.evaluate(HARM) == 0
 
 
@@ -293,16 +293,16 @@ def test_name_of_a_file_is_not_html(browser, address):
 def test_visitors_do_not_get_each_others_answers(browser, address, num_users, num_turns, tmp_path, capsys):
     engine = import_engine().Engine(str(TINY_MODEL), MAX_NEW_TOKENS)
     side = engine.processor.image_processor.size["height"]
-    pictures, chats, views = [], [[] for _ in range(num_users)], []
+    images, chats, views = [], [[] for _ in range(num_users)], []
     for index in range(num_users):
         file, scene = draw_sample(FinePrintConfig(size=256, min_signs=2), "test", index)
-        pictures.append(tmp_path / f"{index}.jpg")
-        pictures[-1].write_bytes(file)
+        images.append(tmp_path / f"{index}.jpg")
+        images[-1].write_bytes(file)
         questions = [question for _, question, _ in get_questions(scene)]
         for turn in range(num_turns):
             content = [{"type": "text", "text": questions[turn % len(questions)]}]
             if turn == 0:
-                content.insert(0, {"type": "image", "path": str(pictures[-1])})
+                content.insert(0, {"type": "image", "path": str(images[-1])})
             chats[index].append({"role": "user", "content": content})
             *_, (said, _, _) = engine.answer(chats[index], side)
             answer = f"{said} {content[-1]['text']}"
@@ -312,8 +312,8 @@ def test_visitors_do_not_get_each_others_answers(browser, address, num_users, nu
     with contextlib.ExitStack() as visits:
         pages = [visits.enter_context(open_page(browser, address)) for _ in range(num_users)]
         for turn in range(num_turns):
-            for page, chat, picture in zip(pages, chats, pictures, strict=True):
-                send(page, chat[2 * turn]["content"][-1]["text"], None if turn else str(picture))
+            for page, chat, image in zip(pages, chats, images, strict=True):
+                send(page, chat[2 * turn]["content"][-1]["text"], None if turn else str(image))
             for page, chat in zip(pages, chats, strict=True):
                 wait_for_answer(page, turn, chat[2 * turn + 1]["content"][0]["text"])
         for page in pages:

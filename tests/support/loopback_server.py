@@ -45,7 +45,16 @@ def run_server(model: Path, folder: Path) -> Iterator[tuple[str, psutil.Process]
     """
     log = folder / "server.log"
     environment = {**os.environ, "HF_HOME": str(folder / "none"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "examples.serve", os.path.relpath(model, ROOT), "--port", "0", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "modeling_llava_hr.serving",
+        os.path.relpath(model, ROOT),
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+    ]
     with log.open("w") as stream:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)
     try:

@@ -119,10 +119,10 @@ def is_foreign(url: str, address: str) -> bool:
     return not url.startswith((address, "data:", "blob:"))
 
 
-def send(page, text: str, picture: str | dict | None = None) -> None:
-    """Sends a question; a picture is a path, or playwright's `{"name": ..., "mimeType": ..., "buffer": ...}`."""
-    if picture:
-        page.set_input_files("#ask input[type=file]", picture)
+def send(page, text: str, image: str | dict | None = None) -> None:
+    """Sends a question; an image is a path, or playwright's `{"name": ..., "mimeType": ..., "buffer": ...}`."""
+    if image:
+        page.set_input_files("#ask input[type=file]", image)
         page.wait_for_selector("#ask .thumbnail-item")
     page.fill("#ask textarea", text)
     page.press("#ask textarea", "Enter")

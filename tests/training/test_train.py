@@ -428,7 +428,7 @@ def test_a_lora_result_opens_like_any_adapter_folder(mini, pretrained, data, tmp
     assert pipe.processor.chat_template == processor.chat_template
     question = [{"role": "user", "content": [{"type": "image", "path": str(data / "images" / "0.png")}]}]
     answer = pipe(question, max_new_tokens=3, return_full_text=False)[0]["generated_text"]
-    command = ("examples.ask", "--model", first, "--picture", data / "images" / "0.png", "--max_new_tokens", "3")
+    command = ("examples.ask", "--model", first, "--image", data / "images" / "0.png", "--max_new_tokens", "3")
     assert run_command((sys.executable, "-m"), *command).returncode == 0 and isinstance(answer, str)
 
     mini.train("finetune", first, data / "train.jsonl", second, *options, "--use_peft")

@@ -1,35 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Several pictures: each by itself, and all in one chat, answered in one padded batch:
+Several images: each by itself, and all in one chat, answered in one padded batch:
 
-    python -m examples.several_pictures a.jpg b.jpg c.jpg --question "What is the same in these pictures?"
+    python -m examples.several_images a.jpg b.jpg c.jpg --question "What is the same in these images?"
 
-(The released models and the tiny one were trained with one picture a chat; expect little of their answer about many.)
+The released models and the tiny one were trained with one image per chat: do not expect much about several.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
+from modeling_llava_hr.utils import run_command
 
 
 HERE = Path(__file__).parent
-PICTURES = [str(HERE / "pictures" / name) for name in ("street.jpg", "receipt.jpg")]
+IMAGES = [str(HERE / "pictures" / name) for name in ("street.jpg", "receipt.jpg")]
 
 
-def make_chat(pictures: list[str], question: str) -> list[dict]:
-    images = [{"type": "image", "path": picture} for picture in pictures]
+def make_chat(paths: list[str], question: str) -> list[dict]:
+    images = [{"type": "image", "path": path} for path in paths]
     return [{"role": "user", "content": [*images, {"type": "text", "text": question}]}]
 
 
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
-    parser.add_argument("pictures", nargs="*", default=PICTURES, help="files or URLs")
+    parser.add_argument("images", nargs="*", default=IMAGES, help="files or URLs")
     parser.add_argument("--model", default=str(HERE / "tiny-llava-hr"), help="folder or Hub id")
     parser.add_argument("--question", default="What is shown?")
     parser.add_argument("--max_new_tokens", type=int, default=50, help="longest answer")
@@ -37,7 +37,7 @@ def main() -> None:
 
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, device_map="auto")
     processor = AutoProcessor.from_pretrained(arguments.model)
-    groups = [[picture] for picture in arguments.pictures] + [arguments.pictures]
+    groups = [[path] for path in arguments.images] + [arguments.images]
     inputs = processor.apply_chat_template(
         [make_chat(group, arguments.question) for group in groups],
         add_generation_prompt=True,
@@ -49,11 +49,8 @@ def main() -> None:
     output = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
     answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     for group, answer in zip(groups, answers, strict=True):
-        print(f"{' + '.join(Path(picture).name for picture in group)}: {answer.strip()}")
+        print(f"{' + '.join(Path(path).name for path in group)}: {answer.strip()}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)
