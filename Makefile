@@ -130,7 +130,7 @@ space: setup ## Talk with a model about pictures in the browser; MODEL=folder or
 	$(VENV)/bin/python examples/space/app.py $(if $(MODEL),--model $(MODEL))
 
 train-tiny: setup ## Train a tiny model from nothing; PRESET=cpu or gpu
-	$(VENV)/bin/python -m training.train_tiny --preset $(PRESET)
+	$(VENV)/bin/python -m training.tiny.train --preset $(PRESET)
 
 build: setup ## Build the wheel into dist/ and check that it holds the package alone
 	rm -rf build dist

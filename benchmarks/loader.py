@@ -25,7 +25,7 @@ from transformers import AutoProcessor, LlavaImageProcessor, LlavaProcessor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from modeling_llava_hr import LlavaHrImageProcessor, LlavaHrProcessor
-from training.fineprint import count_cores
+from training.tiny.fineprint import count_cores
 from training.trainer import LlavaHrDataCollator
 
 from ._common import BenchmarkArguments, Timing, compare, make_target, ratio, run_benchmark, synchronize

@@ -56,7 +56,7 @@ class RunArguments(OutputArguments):
         preset (`str`): `"cpu"` or `"full"`, see [`benchmarks._common.BenchmarkArguments`].
         minutes (`float`): Budget for all steps.
         steps (`list[str]`, *optional*): Names of the steps to run; all of the preset by default.
-        parts (`str`): Language model and towers of the tiny model, trained beforehand by [`training.train_tiny`].
+        parts (`str`): Language model and towers of the tiny model, trained beforehand by [`training.tiny.train`].
     """
 
     preset: str = field(default="cpu", metadata={"help": "cpu or full"})
@@ -142,7 +142,7 @@ def get_steps(arguments: RunArguments, missing: set[str]) -> list[Step]:
         Step(
             "tiny model",
             [
-                "training.train_tiny",
+                "training.tiny.train",
                 "--preset",
                 "gpu",
                 "--output",

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from modeling_llava_hr.utils import run_command
-from training.fineprint import SCENES, FinePrintConfig, draw_sample, get_questions
+from training.tiny.fineprint import SCENES, FinePrintConfig, draw_sample, get_questions
 
 
 OUTPUT = Path(__file__).parent / "pictures"

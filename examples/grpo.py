@@ -18,7 +18,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
 from modeling_llava_hr.utils import run_command
-from training.fineprint import FinePrintConfig, draw_sample, get_questions
+from training.tiny.fineprint import FinePrintConfig, draw_sample, get_questions
 
 
 def make_questions(split: str, num_images: int) -> list[dict]:

@@ -38,7 +38,7 @@ class CardArguments:
         base_model, dataset (`list[str]`): Hub ids of what the model was made from, and trained on.
         run (`list[str]`): Folders of `training.train`, in order; by default the model's if it is one.
         evaluation (`str`, *optional*):
-            Result of `training.evaluate_fineprint`; by default `evaluation.json` in the model's folder if it exists.
+            Result of `training.tiny.evaluate`; by default `evaluation.json` in the model's folder if it exists.
         evaluation_dataset (`str`, *optional*):
             Hub id of the FinePrint data of `evaluation`. With it the figures are also written to
             `.eval_results/fineprint.yaml`, the form that the Hub reads.
@@ -48,7 +48,7 @@ class CardArguments:
     base_model: list[str] = _many("Hub ids of the models that this one was made from")
     dataset: list[str] = _many("Hub ids of the training data")
     run: list[str] = _many("folders of training.train that led to the model, in order")
-    evaluation: str | None = field(default=None, metadata={"help": "result of training.evaluate_fineprint"})
+    evaluation: str | None = field(default=None, metadata={"help": "result of training.tiny.evaluate"})
     evaluation_dataset: str | None = field(default=None, metadata={"help": "Hub id of the data of --evaluation"})
 
 
@@ -128,7 +128,7 @@ def read_results(folder: Path, arguments: CardArguments) -> Results:
                     notes = f"exact match in percent, {notes}"
                     entries.append(EvalResultEntry(arguments.evaluation_dataset, kind, value, notes=notes))
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{evaluation} is not a result of training.evaluate_fineprint ({error!r}).") from None
+            raise ValueError(f"{evaluation} is not a result of training.tiny.evaluate ({error!r}).") from None
         if arguments.evaluation_dataset:
             text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
             results.files[".eval_results/fineprint.yaml"] = text.encode()

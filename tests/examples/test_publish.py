@@ -23,7 +23,7 @@ REPO = "someone/mini"
 # huggingface_hub's own upload to the large-file storage
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 EVALUATION = {
-    "command": "python -m training.evaluate_fineprint --model /somewhere/me/model --data=/data/fineprint-256-4",
+    "command": "python -m training.tiny.evaluate --model /somewhere/me/model --data=/data/fineprint-256-4",
     "accuracy": {
         "coarse": {"accuracy": 1.0, "standard_error": 0.0, "num_questions": 200},
         "fine": {"accuracy": 0.715, "standard_error": 0.0319, "num_questions": 200},
@@ -234,7 +234,7 @@ def rename(folder):
         (rename, "do not fit .* model.vision_tower.fusion.low_res_proj.bias missing, other unexpected"),
         (lambda folder: (folder / "adapter_config.json").touch(), "LoRA adapter"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llava"}'), "is not a LLaVA-HR"),
-        (lambda folder: (folder / "evaluation.json").write_text("{}"), "not a result of training.evaluate_fineprint"),
+        (lambda folder: (folder / "evaluation.json").write_text("{}"), "not a result of training.tiny.evaluate"),
     ],
 )
 def test_wrong_folders_are_refused(folder, change, message):
@@ -284,7 +284,7 @@ def test_the_card_says_what_is_known(folder, tmp_path, capsys):
         "**finetune** from `1-pretrain` on `me/pictures`: 20 steps, 0.5 epochs, learning rate up to 0.0002, "
         "last loss 0.25, 16 x 1 samples per step and process, optimizer adamw_torch",
         "| FinePrint, fine | 71.5 % | standard error 3.2, 200 questions |",
-        "python -m training.evaluate_fineprint --model model --data=fineprint-256-4",
+        "python -m training.tiny.evaluate --model model --data=fineprint-256-4",
         "[a/b](https://huggingface.co/a/b)",
         "2403.03003",
     ):

@@ -27,7 +27,7 @@ from modeling_llava_hr import LlavaHrImageProcessorPil
 
 STREET, SHELF = str(SPACE / "street.jpg"), str(SPACE / "shelf.jpg")
 QUESTION = "What does the green sign say?"
-ANSWER = "7778"  # training.fineprint's draw_sample(FinePrintConfig(size=256, min_signs=2), "test", 18)
+ANSWER = "7778"  # training.tiny.fineprint's draw_sample(FinePrintConfig(size=256, min_signs=2), "test", 18)
 
 
 space = import_engine()

@@ -309,19 +309,17 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
     return result.stdout + result.stderr
 
 
-def test_command_gives_the_accuracy_of_evaluate_fineprint(tmp_path):
+def test_command_gives_the_accuracy_of_the_tiny_models_evaluation(tmp_path):
     """
     With the trained tiny model. Questions one by one: then both paths compute the same numbers, and answers are
     equal to the last character whatever the precision.
     """
-    from training.evaluate_fineprint import EvaluateArguments, evaluate
-    from training.export_fineprint import ExportFinePrintArguments, export
-    from training.fineprint import FinePrintArguments, generate
+    from training.tiny.evaluate import EvaluateArguments, evaluate
+    from training.tiny.fineprint import FinePrintArguments, generate
 
     model = ROOT / "examples" / "tiny-llava-hr"
-    data, tasks = tmp_path / "data", tmp_path / "tasks"
+    data, tasks = tmp_path / ".cache" / "fineprint", ROOT / "training" / "tiny" / "lmms_eval"
     generate(FinePrintArguments(output=str(data), num_train=0, num_validation=0, num_test=4, size=256, workers=1))
-    export(ExportFinePrintArguments(data=str(data), output=str(tasks)))
     expected = evaluate(EvaluateArguments(model=str(model), data=str(data), batch_size=1))
 
     model_args = f"pretrained={model}"

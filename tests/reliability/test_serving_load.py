@@ -18,7 +18,7 @@ import pytest
 from loopback_server import ROOT, run_server, to_data_url
 
 from modeling_llava_hr import serving
-from training.fineprint import FinePrintConfig, draw_sample, get_questions
+from training.tiny.fineprint import FinePrintConfig, draw_sample, get_questions
 
 
 TINY_MODEL = ROOT / "examples" / "tiny-llava-hr"

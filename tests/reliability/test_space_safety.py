@@ -32,7 +32,7 @@ from space_page import (
     wait_for_answer,
 )
 
-from training.fineprint import FinePrintConfig, draw_sample, get_questions
+from training.tiny.fineprint import FinePrintConfig, draw_sample, get_questions
 
 
 TINY_MODEL = SPACE.parent / "tiny-llava-hr"

@@ -32,7 +32,7 @@ from training.trainer import LlavaHrDataCollator
 ROOT = Path(__file__).parent.parent.parent
 TINY = ROOT / "examples" / "tiny-llava-hr"
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
-CONFIGS = sorted((ROOT / "training" / "configs").glob("*.yaml"))
+CONFIGS = sorted([*(ROOT / "training" / "configs").glob("*.yaml"), *(ROOT / "training" / "tiny").glob("*.yaml")])
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning"),  # TRL sets it
 ]
@@ -622,7 +622,7 @@ def test_configs_parse(file):
     options, training_args, model_args = make_parser().parse_args_and_config(
         ["--config", str(file), "--use_cpu", "true"]
     )
-    assert options.stage == file.stem.split("_")[1 if file.stem.startswith("tiny") else 0]
+    assert options.stage == file.stem.split("_")[0]
     assert model_args.use_peft == ("lora" in file.stem) and model_args.load_in_4bit == ("qlora" in file.stem)
     assert training_args.assistant_only_loss and training_args.max_length is None
     assert training_args.report_to == ["tensorboard"]
@@ -630,4 +630,4 @@ def test_configs_parse(file):
 
 def test_all_configs_are_there():
     names = {"pretrain_7b", "finetune_7b", "pretrain_13b_x", "finetune_13b_x", "finetune_7b_lora", "finetune_7b_qlora"}
-    assert {file.stem for file in CONFIGS} == names | {"tiny_pretrain", "tiny_finetune"}
+    assert {file.stem for file in CONFIGS} == names | {"pretrain", "finetune"}

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_llava_hr.processing_llava_hr import get_chat_template
-from training.fineprint import (
+from training.tiny.fineprint import (
     IGNORED,
     SCENES,
     FinePrintConfig,
@@ -14,7 +14,7 @@ from training.fineprint import (
     get_split,
     get_targets,
 )
-from training.pretrain_language_model import (
+from training.tiny.language_model import (
     IMAGE_TOKEN,
     PretrainLanguageModelArguments,
     SceneEmbedding,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Compares trainings of [`training.train_tiny`] by what they left behind:
+Compares trainings of [`training.tiny.train`] by what they left behind:
 
-    python -m training.report_tiny --runs .cache/train-tiny .cache/train-tiny-blind --output docs/results
+    python -m training.tiny.report --runs .cache/train-tiny .cache/train-tiny-blind --output docs/results
 
 draws `accuracy.png`, `learning_curves.png` and `gates.png` and writes `results.json`.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from transformers import HfArgumentParser
 
-from .trainer import list_checkpoints
+from ..trainer import list_checkpoints
 
 
 @dataclass
@@ -37,7 +37,7 @@ def read_run(folder: Path) -> dict:
     What a training left.
 
     Args:
-        folder (`Path`): Output of [`training.train_tiny`].
+        folder (`Path`): Output of [`training.tiny.train`].
 
     Returns:
         `dict`: `accuracy` and `mean_gates` as in `evaluation.json`, `seconds` of each step, and `losses`: for each
@@ -47,7 +47,7 @@ def read_run(folder: Path) -> dict:
         ValueError: If the training is not finished.
     """
     if not (folder / "evaluation.json").exists():
-        raise ValueError(f"`runs`: {folder} has no evaluation.json. Finish it with `python -m training.train_tiny`.")
+        raise ValueError(f"`runs`: {folder} has no evaluation.json. Finish it with `python -m training.tiny.train`.")
     evaluation = json.loads((folder / "evaluation.json").read_text())
     losses = {}
     for stage in sorted(folder.glob("[0-9]*-*"), key=lambda path: int(path.name.split("-")[0])):

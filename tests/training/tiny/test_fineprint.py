@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
+import importlib.util
 import io
 import json
 from collections import Counter, defaultdict
+from pathlib import Path
 
+import datasets
+import jinja2
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
-from training.fineprint import (
+from training.tiny.fineprint import (
     COLOR_NAMES,
     IGNORED,
     OBJECTS,
@@ -30,6 +35,7 @@ from training.fineprint import (
 )
 
 
+ROOT = Path(__file__).parent.parent.parent.parent
 CHARACTERS = FinePrintConfig().characters
 
 
@@ -84,6 +90,26 @@ def test_rows_have_the_llava_format(folders):
             assert all(turn["value"] for turn in row["conversations"])
     assert {len(row["conversations"]) for row in read(folders[0] / "test.jsonl")} == {2}
     assert {row["kind"] for row in read(folders[0] / "test.jsonl")} == {"fine", "coarse"}
+
+
+def test_lmms_evals_tasks_read_it(folders, tmp_path, monkeypatch):
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "fineprint").symlink_to(folders[0])
+    monkeypatch.chdir(tmp_path)
+    tasks = ROOT / "training" / "tiny" / "lmms_eval"
+    spec = importlib.util.spec_from_file_location("utils", tasks / "utils.py")
+    utils = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(utils)
+    rows = read(folders[0] / "test.jsonl")
+    for kind, select in (("fine", utils.select_fine), ("coarse", utils.select_coarse)):
+        task = yaml.load((tasks / f"fineprint_{kind}.yaml").read_text().replace("!function", ""), yaml.SafeLoader)
+        data = select(datasets.load_dataset("json", **task["dataset_kwargs"], split=task["test_split"]))
+        expected = [row for row in rows if row["kind"] == kind]
+        assert [row["id"] for row in data] == [row["id"] for row in expected]
+        for row, source in zip(data, expected, strict=True):
+            assert row["image"].size == (128, 128)
+            for name, turn in zip(("doc_to_text", "doc_to_target"), source["conversations"], strict=True):
+                assert jinja2.Template(task[name]).render(**row) == turn["value"].removeprefix("<image>\n")
 
 
 def test_texts_of_the_splits_are_disjoint():

@@ -2,7 +2,7 @@
 """
 Exact-match accuracy on FinePrint's held-out questions, fine and coarse:
 
-    python -m training.evaluate_fineprint --model .cache/train-tiny/model --data .cache/train-tiny/fineprint-256-4
+    python -m training.tiny.evaluate --model .cache/train-tiny/model --data .cache/train-tiny/fineprint-256-4
 
 prints a JSON object. An answer counts if it is the expected one, character by character.
 """
@@ -22,8 +22,8 @@ from transformers.image_processing_utils import BatchFeature
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
 
-from .data import DataConfig, load_table
-from .evaluate import answer_questions, list_questions
+from ..data import DataConfig, load_table
+from ..evaluate import answer_questions, list_questions
 
 
 @dataclass
@@ -33,7 +33,7 @@ class EvaluateArguments:
 
     Args:
         model (`str`): Folder or Hub id of a model with its processor.
-        data (`str`): Folder that [`training.fineprint`] made.
+        data (`str`): Folder that [`training.tiny.fineprint`] made.
         split (`str`): `"test"` or `"validation"`.
         max_questions (`int`, *optional*): Only so many questions, from the first on.
         size, low_res_size (`int`, *optional*): Sides of the image and of its low-resolution view in pixels, if not
@@ -45,7 +45,7 @@ class EvaluateArguments:
     """
 
     model: str = field(metadata={"help": "folder or Hub id"})
-    data: str = field(metadata={"help": "folder that training.fineprint made"})
+    data: str = field(metadata={"help": "folder that training.tiny.fineprint made"})
     split: str = field(default="test", metadata={"help": "test or validation"})
     max_questions: int | None = field(default=None, metadata={"help": "only so many questions"})
     size: int | None = field(default=None, metadata={"help": "side of the image in pixels"})
@@ -105,7 +105,7 @@ def evaluate(arguments: EvaluateArguments) -> dict:
         raise ValueError(f"`batch_size` must be at least 1, but got {arguments.batch_size}.")
     file = Path(arguments.data) / f"{arguments.split}.jsonl"
     if not file.exists():
-        raise ValueError(f"`data`: {file} does not exist. Make it with `python -m training.fineprint`.")
+        raise ValueError(f"`data`: {file} does not exist. Make it with `python -m training.tiny.fineprint`.")
     table, source = load_table(DataConfig(str(file), str(file.parent / "images")))
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     model = AutoModelForImageTextToText.from_pretrained(arguments.model).to(arguments.device).eval()
@@ -135,7 +135,7 @@ def evaluate(arguments: EvaluateArguments) -> dict:
         # one call of `generate` answers and encodes a batch before its first answer arrives
         results.append({**row, **new, "right": record["answer"] == record["expected"], "gates": gates[number]})
     return {
-        "command": " ".join(["python", "-m", "training.evaluate_fineprint", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "training.tiny.evaluate", *sys.argv[1:]]),
         "accuracy": summarize(results),
         "mean_gates": {
             kind: torch.tensor([result["gates"] for result in results if result["kind"] == kind]).mean(0).tolist()

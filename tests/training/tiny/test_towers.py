@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from conversion.assemble import assemble
-from training.fineprint import (
+from training.tiny.fineprint import (
     COLOR_NAMES,
     IGNORED,
     OBJECTS,
@@ -16,9 +16,9 @@ from training.fineprint import (
     Painter,
     get_rng,
 )
-from training.pretrain_language_model import PretrainLanguageModelArguments
-from training.pretrain_language_model import pretrain as pretrain_language_model
-from training.pretrain_towers import (
+from training.tiny.language_model import PretrainLanguageModelArguments
+from training.tiny.language_model import pretrain as pretrain_language_model
+from training.tiny.towers import (
     PretrainTowersArguments,
     Reader,
     count_texts_read,
@@ -134,7 +134,7 @@ def test_towers_can_be_assembled(towers, tmp_path):
 )
 def test_wrong_options_are_said_before_anything_is_drawn(options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pretrain_towers", *options])
+    monkeypatch.setattr(sys, "argv", ["towers", *options])
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         main()
     assert list(tmp_path.iterdir()) == []

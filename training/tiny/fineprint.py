@@ -2,7 +2,7 @@
 """
 FinePrint: pictures with questions that only a sharp view answers, and questions that any view answers.
 
-    python -m training.fineprint --output .cache/fineprint --num_train 20000 --size 256
+    python -m training.tiny.fineprint --output .cache/fineprint --num_train 20000 --size 256
 
 Each picture shows one of five scenes (street signs, price tags, a receipt, a table, dial plates) with up to
 `max_signs` texts of four characters, each beside or on something coloured, and large coloured shapes. The texts are
@@ -546,7 +546,7 @@ def get_targets(scene: Scene, characters: str) -> dict[str, torch.Tensor]:
     What each position of the high-resolution tower's maps has to tell.
 
     Args:
-        scene ([`~training.fineprint.Scene`]): What the picture shows; its side is `S` pixels.
+        scene ([`~training.tiny.fineprint.Scene`]): What the picture shows; its side is `S` pixels.
         characters (`str`): All characters that texts are made of.
 
     Returns:

@@ -2,7 +2,7 @@
 """
 Makes a tiny Llama and its tokenizer from nothing, on FinePrint's texts:
 
-    python -m training.pretrain_language_model --output .cache/language-model
+    python -m training.tiny.language_model --output .cache/language-model
 
 A large language model can look up what it is asked for before it sees its first picture. This one learns it on
 captions and chats about scenes that are told, not drawn: where the tokens of a picture will be, it gets for each place
@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE, VICUNA_V1_CHAT_TEMPLATE, get_chat_template
-from training.fineprint import (
+from training.tiny.fineprint import (
     COLOR_NAMES,
     IGNORED,
     OBJECTS,
@@ -49,7 +49,7 @@ from training.fineprint import (
     get_rng,
     get_targets,
 )
-from training.optimizers import get_optimizers
+from training.tiny.optimizers import get_optimizers
 
 
 # Of all weights. 0.02 stays flat within such short training.
@@ -67,7 +67,7 @@ class PretrainLanguageModelArguments:
         size (`int`): Side of the largest pictures that are told of, in pixels: 64 times a power of two. It begins
             with 64.
         max_signs (`int`): Largest number of texts in a picture.
-        alphabet (`str`): See [`~training.fineprint.FinePrintConfig`].
+        alphabet (`str`): See [`~training.tiny.fineprint.FinePrintConfig`].
         vocab_size (`int`): Largest size of the vocabulary.
         width, layers, heads (`int`): Of the Llama. Four narrow heads had not learned which text is asked for in
             the steps that were tried.
@@ -98,13 +98,13 @@ def make_scene(painter: Painter, grid: int, max_signs: int, rng: np.random.Gener
     A scene that nobody drew: texts and shapes, each in a place of its own.
 
     Args:
-        painter ([`~training.fineprint.Painter`]): Makes up the texts, those of training pictures.
+        painter ([`~training.tiny.fineprint.Painter`]): Makes up the texts, those of training pictures.
         grid (`int`): Places in a row and in a column.
         max_signs (`int`): Largest number of texts.
         rng (`np.random.Generator`): All other random choices.
 
     Returns:
-        [`~training.fineprint.Scene`]: Of `32 * grid` pixels.
+        [`~training.tiny.fineprint.Scene`]: Of `32 * grid` pixels.
     """
     name = str(rng.choice(list(SCENES)))
     carrier, painter.form = SCENES[name]
@@ -245,7 +245,7 @@ def get_batch(
 
     Returns:
         `dict`: `input_ids`, `attention_mask` and `labels` of shape `(count, tokens)`, and `targets`, the maps of
-        [`~training.fineprint.get_targets`].
+        [`~training.tiny.fineprint.get_targets`].
     """
     scenes = [make_scene(painter, grid, max_signs, rng) for _ in range(count)]
     targets = [get_targets(scene, painter.config.characters) for scene in scenes]

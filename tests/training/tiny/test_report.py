@@ -5,7 +5,7 @@ import sys
 import pytest
 from PIL import Image
 
-from training.report_tiny import main, read_run
+from training.tiny.report import main, read_run
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def runs(tmp_path):
 
 def test_report_has_every_run(runs, tmp_path, monkeypatch, capsys):
     output = tmp_path / "report"
-    monkeypatch.setattr(sys, "argv", ["report_tiny", "--runs", *map(str, runs), "--output", str(output)])
+    monkeypatch.setattr(sys, "argv", ["report", "--runs", *map(str, runs), "--output", str(output)])
     main()
     assert capsys.readouterr().out.splitlines() == [
         "| both | 90.0% ± 1.0% | 90.0% ± 1.0% |",
@@ -51,6 +51,6 @@ def test_the_last_checkpoint_has_the_losses(runs):
 
 def test_unfinished_training_is_named(runs, tmp_path, monkeypatch):
     (runs[1] / "evaluation.json").unlink()
-    monkeypatch.setattr(sys, "argv", ["report_tiny", "--runs", *map(str, runs), "--output", str(tmp_path / "report")])
+    monkeypatch.setattr(sys, "argv", ["report", "--runs", *map(str, runs), "--output", str(tmp_path / "report")])
     with pytest.raises(SystemExit, match="blind has no evaluation.json"):
         main()

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from training.evaluate_fineprint import EvaluateArguments, evaluate, get_standard_error, main, summarize
-from training.fineprint import FinePrintArguments, generate
+from training.tiny.evaluate import EvaluateArguments, evaluate, get_standard_error, main, summarize
+from training.tiny.fineprint import FinePrintArguments, generate
 
 
-TINY = str(Path(__file__).parent.parent.parent / "examples" / "tiny-llava-hr")
+TINY = str(Path(__file__).parent.parent.parent.parent / "examples" / "tiny-llava-hr")
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +69,15 @@ def test_the_trained_model_reads_with_its_sharp_view_alone(data):
 def test_the_command_writes_what_it_prints(data, tmp_path, monkeypatch, capsys):
     output = tmp_path / "new" / "evaluation.json"
     options = [f"--model={TINY}", f"--data={data}", "--max_questions=3", "--size=256", "--low_res_size=56"]
-    monkeypatch.setattr(sys, "argv", ["evaluate_fineprint", *options, f"--output={output}"])
+    monkeypatch.setattr(sys, "argv", ["evaluate", *options, f"--output={output}"])
     main()
     assert capsys.readouterr().out == output.read_text()
     result = json.loads(output.read_text())
     assert len(result["samples"]) == 3
-    assert result["command"].startswith(f"python -m training.evaluate_fineprint --model={TINY}")
+    assert result["command"].startswith(f"python -m training.tiny.evaluate --model={TINY}")
 
 
 def test_the_command_ends_with_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["evaluate_fineprint", f"--model={TINY}", f"--data={tmp_path}"])
+    monkeypatch.setattr(sys, "argv", ["evaluate", f"--model={TINY}", f"--data={tmp_path}"])
     with pytest.raises(SystemExit, match=r"error: `data`: .*test\.jsonl does not exist"):
         main()

@@ -2,7 +2,7 @@
 """
 Trains a tiny LLaVA-HR from nothing, by this project's own commands one after another (`make train-tiny`):
 
-    python -m training.train_tiny --preset cpu --output .cache/train-tiny
+    python -m training.tiny.train --preset cpu --output .cache/train-tiny
 
 Language model, towers, FinePrint, `conversion.assemble`, stage 1, stage 2 on growing images, evaluation. Complete
 steps are skipped, so the same command resumes an interrupted training. The result is `OUTPUT/model`, in bfloat16, and
@@ -11,8 +11,8 @@ steps are skipped, so the same command resumes an interrupted training. The resu
 The GPU preset starts from a language model and towers that a CPU trained beforehand. They are in `training/parts`; the
 first command makes them again:
 
-    python -m training.train_tiny --preset gpu --only_parts --output .cache/parts
-    python -m training.train_tiny --preset gpu --parts training/parts --output .cache/train-tiny-1024
+    python -m training.tiny.train --preset gpu --only_parts --output .cache/parts
+    python -m training.tiny.train --preset gpu --parts training/parts --output .cache/train-tiny-1024
 """
 
 import json
@@ -30,10 +30,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
 from modeling_llava_hr.utils import new_folder
-from training.fineprint import count_cores
+from training.tiny.fineprint import count_cores
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 # Side of a ViT patch, and what it shows, a position of the ConvNeXt, in pixels of either view
 PATCH_SIZE, STRIDE = 7, 32
 LOW_RES_RATIO = PATCH_SIZE / STRIDE
@@ -87,9 +87,9 @@ class Preset:
     Everything that differs between a short and a long training.
 
     Args:
-        towers, language_model (`tuple[str]`): Options of [`training.pretrain_towers`] and
-            [`training.pretrain_language_model`].
-        alphabet (`str`): See [`~training.fineprint.FinePrintConfig`].
+        towers, language_model (`tuple[str]`): Options of [`training.tiny.towers`] and
+            [`training.tiny.language_model`].
+        alphabet (`str`): See [`~training.tiny.fineprint.FinePrintConfig`].
         pretrain ([`Course`]): Stage 1.
         finetune (`tuple[Course]`): Stage 2.
         num_test (`int`): Number of test pictures.
@@ -198,7 +198,7 @@ def get_part_steps(arguments: TrainTinyArguments) -> Iterator[Step]:
     common = (f"--alphabet={preset.alphabet}", f"--seed={arguments.seed}")
     language_model = find_part(arguments, "language-model", "tokenizer.json")
     command = module(
-        "training.pretrain_language_model",
+        "training.tiny.language_model",
         f"--output={language_model}",
         f"--size={preset.finetune[-1].size}",
         *preset.language_model,
@@ -207,7 +207,7 @@ def get_part_steps(arguments: TrainTinyArguments) -> Iterator[Step]:
     yield Step("language model", language_model / "tokenizer.json", command)
     towers = find_part(arguments, "towers", "towers.json")
     command = module(
-        "training.pretrain_towers",
+        "training.tiny.towers",
         f"--output={towers}",
         f"--tokenizer={language_model}",
         f"--low_res_ratio={LOW_RES_RATIO}",
@@ -235,7 +235,7 @@ def get_steps(arguments: TrainTinyArguments) -> Iterator[Step]:
     for course in {data_folder(course): course for course in (preset.pretrain, *preset.finetune)}.values():
         folder = data_folder(course)
         command = module(
-            "training.fineprint",
+            "training.tiny.fineprint",
             f"--output={folder}",
             f"--size={course.size}",
             f"--max_signs={course.max_signs}",
@@ -268,7 +268,7 @@ def get_steps(arguments: TrainTinyArguments) -> Iterator[Step]:
         command = module(
             "training.train",
             "--config",  # TRL's parser knows no `--config=`
-            ROOT / "training" / "configs" / f"tiny_{stage}.yaml",
+            Path(__file__).with_name(f"{stage}.yaml"),
             f"--model_name_or_path={model}",
             f"--output_dir={folder}",
             f"--data_path={data / ('captions' if stage == 'pretrain' else 'train')}.jsonl",
@@ -334,7 +334,7 @@ def main() -> None:
     if not (output / "model").exists():
         save_final(steps[-1].done.parent, output / "model")
     data = [f"--data={step.done.parent}" for step in steps if step.name.startswith("fineprint")][-1]
-    command = [sys.executable, "-m", "training.evaluate_fineprint", f"--model={output / 'model'}", data]
+    command = [sys.executable, "-m", "training.tiny.evaluate", f"--model={output / 'model'}", data]
     device = "cpu" if "--use_cpu=True" in PRESETS[arguments.preset].options else "cuda"
     command += [f"--device={device}", f"--output={output / 'evaluation.json'}"]
     if subprocess.run(command, cwd=ROOT).returncode:

@@ -2,7 +2,7 @@
 """
 Makes the two towers of a tiny LLaVA-HR from nothing, on FinePrint pictures that are drawn on the way:
 
-    python -m training.pretrain_towers --output .cache/towers --tokenizer .cache/language-model
+    python -m training.tiny.towers --output .cache/towers --tokenizer .cache/language-model
 
 Both towers learn from captions as CLIP does (open_clip's `ClipLoss`). A ConvNeXt does not learn to read from that
 alone, so beside it the high-resolution tower learns to tell what lies at each of its positions (kind, colour, the
@@ -42,7 +42,7 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from training.fineprint import (
+from training.tiny.fineprint import (
     COLOR_NAMES,
     IGNORED,
     OBJECTS,
@@ -58,7 +58,7 @@ from training.fineprint import (
     get_targets,
     reduce_and_enlarge,
 )
-from training.optimizers import get_optimizers
+from training.tiny.optimizers import get_optimizers
 
 
 # timm's name; widths and depths are ours. The conversion reads them from the weights.
@@ -76,7 +76,7 @@ class PretrainTowersArguments:
         tokenizer (`str`): Folder with the tokenizer of the captions.
         size (`int`): Side of the pictures of the second part in pixels, a multiple of 64.
         max_signs (`int`): Largest number of texts in a picture of the second part.
-        alphabet (`str`): See [`~training.fineprint.FinePrintConfig`].
+        alphabet (`str`): See [`~training.tiny.fineprint.FinePrintConfig`].
         low_res_ratio (`float`): Side of the low-resolution view by that of the high-resolution one.
         depths, dims (`list[int]`): Blocks and channels of the high-resolution tower's stages.
         vision_width, vision_layers, patch_size (`int`): Channels, layers, and side of the patches in pixels of the
@@ -125,7 +125,7 @@ def crop(pixels: np.ndarray, scene: Scene, side: int, rng: np.random.Generator) 
 
     Args:
         pixels (`np.ndarray` of shape `(3, S, S)`): The picture.
-        scene ([`~training.fineprint.Scene`]): What it shows; has a text.
+        scene ([`~training.tiny.fineprint.Scene`]): What it shows; has a text.
         side (`int`): Side of the cut in pixels.
         rng (`np.random.Generator`): Where it is.
 
@@ -168,7 +168,7 @@ def draw_pictures(
     Draws pictures and keeps them in memory.
 
     Args:
-        config ([`~training.fineprint.FinePrintConfig`]): What they look like.
+        config ([`~training.tiny.fineprint.FinePrintConfig`]): What they look like.
         split (`str`): Whose texts they show.
         number (`int`): How many.
         workers (`int`): Processes that draw; 0 for this one.

@@ -12,12 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import HfArgumentParser
 
 from modeling_llava_hr import get_num_image_tokens
-from training import train_tiny
-from training.fineprint import FinePrintArguments, generate
-from training.pretrain_language_model import PretrainLanguageModelArguments
-from training.pretrain_towers import PretrainTowersArguments
-from training.train import make_parser
-from training.train_tiny import (
+from training.tiny import train as train_tiny
+from training.tiny.fineprint import FinePrintArguments, generate
+from training.tiny.language_model import PretrainLanguageModelArguments
+from training.tiny.towers import PretrainTowersArguments
+from training.tiny.train import (
     PATCH_SIZE,
     PRESETS,
     UNUSED,
@@ -27,14 +26,15 @@ from training.train_tiny import (
     get_steps,
     silence,
 )
+from training.train import make_parser
 
 
-TINY = Path(__file__).parent.parent.parent / "examples" / "tiny-llava-hr"
+TINY = Path(__file__).parent.parent.parent.parent / "examples" / "tiny-llava-hr"
 
 PARSERS = {
-    "training.fineprint": FinePrintArguments,
-    "training.pretrain_language_model": PretrainLanguageModelArguments,
-    "training.pretrain_towers": PretrainTowersArguments,
+    "training.tiny.fineprint": FinePrintArguments,
+    "training.tiny.language_model": PretrainLanguageModelArguments,
+    "training.tiny.towers": PretrainTowersArguments,
 }
 
 
@@ -53,7 +53,9 @@ def test_every_command_can_be_parsed(preset, pathway):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_stage_starts_from_the_one_before(preset):
-    steps = [step for step in get_steps(TrainTinyArguments(preset=preset)) if step.command[2] != "training.fineprint"]
+    steps = [
+        step for step in get_steps(TrainTinyArguments(preset=preset)) if step.command[2] != "training.tiny.fineprint"
+    ]
     made = [step.done.parent for step in steps]
     starts = [re.search(r"--model_name_or_path=(\S+)", " ".join(step.command)) for step in steps]
     assert [Path(start[1]) for start in starts if start] == made[2:-1]
@@ -76,7 +78,7 @@ def test_parts_that_are_complete_are_used(tmp_path, blind):
 
 def test_only_parts():
     steps = get_steps(TrainTinyArguments(preset="gpu", only_parts=True))
-    assert [step.command[2] for step in steps] == ["training.pretrain_language_model", "training.pretrain_towers"]
+    assert [step.command[2] for step in steps] == ["training.tiny.language_model", "training.tiny.towers"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -98,7 +100,7 @@ def test_silence_sets_one_half_of_the_fusion_to_zero(tmp_path):
 
 
 def run(monkeypatch, *options):
-    monkeypatch.setattr(sys, "argv", ["train_tiny", *options])
+    monkeypatch.setattr(sys, "argv", ["train", *options])
     train_tiny.main()
 
 
