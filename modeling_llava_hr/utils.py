@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -116,16 +116,24 @@ def new_file(output: str | os.PathLike) -> Iterator[Path]:
 
     Args:
         output (`str` or `os.PathLike`): The file.
+
+    Raises:
+        OSError: If it cannot be written; names it.
     """
     output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     partial = _get_partial(output)
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         _sync(partial)
         partial.replace(output)
+    except Exception as error:
+        if not is_write_failure(error, partial):
+            raise
+        raise OSError(f"{output} could not be written: {error}. Make room, or name another place.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def follow_umask(folder: Path) -> None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, HfArgumentParser
 
+from modeling_llava_hr.utils import run_command
+
 from .checks import LengthLimit, describe, find_broken_rows
 from .data import DataConfig, load_table
 
@@ -43,9 +45,9 @@ def check_data(options: CheckOptions) -> int:
     table, source = load_table(DataConfig(*place, plain=options.plain))
     broken = find_broken_rows(table, source, decode=True, limit=limit)
     kinds: Counter[str] = Counter()
-    columns = table.select_columns(["row", "id"])
+    columns = table.select_columns(["file", "row", "id"])
     for index, problems in broken.items():
-        tqdm.write(describe(columns[index], problems))
+        tqdm.write(describe(columns[index], problems, options.data_path))
         # what is quoted or counted differs between rows with the same kind of problem
         kinds.update({re.sub(r"'[^']*'|\d+", "…", problem.split(":")[0]) for problem in problems})
     print(f"{options.data_path}: {len(table)} rows, {len(broken)} broken")
@@ -54,12 +56,13 @@ def check_data(options: CheckOptions) -> int:
     return len(broken)
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """The exit status is 1 if a row is broken."""
     arguments = sys.argv[1:]
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--data_path", *arguments]
-    (options,) = HfArgumentParser(CheckOptions).parse_args_into_dataclasses(arguments)
-    try:
-        sys.exit(check_data(options) > 0)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    return check_data(*HfArgumentParser(CheckOptions).parse_args_into_dataclasses(arguments)) > 0
+
+
+if __name__ == "__main__":
+    run_command(main)

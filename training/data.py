@@ -2,6 +2,7 @@
 """Training data: rows of every supported format, converted to chats with image references once, and checked."""
 
 import gc
+import glob
 import itertools
 import json
 import math
@@ -9,9 +10,8 @@ import os
 import random
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
+from modeling_llava_hr.utils import new_file
+
 from . import rows
-from .checks import IMAGE_READER, LengthLimit, check_image, describe, find_broken_rows, to_messages
-from .rows import convert_row, get_image, is_embedded, read_rows
+from .checks import LengthLimit, describe, find_broken_rows
+from .rows import IMAGE_READER, convert_row, get_image, read_rows
 
 
 BUILDERS = {".csv": "csv", ".parquet": "parquet", ".tar": "webdataset"}
@@ -54,37 +57,27 @@ FEATURES = Features(
 
 @dataclass
 class DataConfig:
-    """
-    Where rows come from and how they are checked.
+    """Where rows come from and how they are checked."""
 
-    Args:
-        data_path (`str`): A file (`.json`, `.jsonl`, both also `.gz`, `.parquet`, `.csv`, `.tar`, `.yaml`), a pattern
-            of such files, a folder written by `save_to_disk`, or whatever `datasets.load_dataset` accepts.
-        image_folder (`str`, *optional*): Folder that relative image names start from. Default: the folder of the
-            file, or the folder itself; for a dataset on the Hub the working directory.
-        name, split, revision (`str`, *optional*): Configuration, split and revision, as in `datasets.load_dataset`.
-        streaming (`bool`): Whether `datasets` reads on demand.
-        plain (`bool`): Whether rows must be one image, one question and one answer (stage 1).
-        skip_broken (`bool`): Whether to leave broken rows out rather than refuse the data.
-        report (`Path`, *optional*): JSON Lines file that lists the rows that were left out.
-    """
-
+    # a file (`.json`, `.jsonl`, both also `.gz`, `.parquet`, `.csv`, `.tar`, `.yaml`), a pattern of such files, a
+    # folder written by `save_to_disk`, or whatever `datasets.load_dataset` accepts
     data_path: str
+    # that relative image names start from; else the file's, the folder itself, or the working directory
     image_folder: str | None = None
-    name: str | None = None
+    name: str | None = None  # these three as in `datasets.load_dataset`
     split: str | None = None
     revision: str | None = None
-    streaming: bool = False
-    plain: bool = False
-    skip_broken: bool = False
-    report: Path | None = None
+    streaming: bool = False  # `datasets` reads on demand
+    plain: bool = False  # rows must be one image, one question and one answer (stage 1)
+    skip_broken: bool = False  # leave broken rows out rather than refuse the data
+    report: Path | None = None  # JSON Lines file that lists the rows that were left out
 
     @property
     def folder(self) -> str:
         """Folder that relative image names start from."""
         if self.image_folder is not None:
             return self.image_folder
-        if has_magic(self.data_path) or os.path.isfile(self.data_path):
+        if glob.has_magic(self.data_path) or os.path.isfile(self.data_path):
             return os.path.abspath(os.path.dirname(self.data_path))
         return os.path.abspath(self.data_path) if os.path.isdir(self.data_path) else ""
 
@@ -139,18 +132,9 @@ class RowsBuilder(datasets.ArrowBasedBuilder):
 
 
 def convert(row: Any, index: int, config: DataConfig | RowsConfig) -> dict[str, Any]:
-    """A row as the table has it, embedded images checked. See [`~training.rows.convert_row`]."""
+    """A row as the table has it."""
     chat = convert_row(row, config.folder, config.plain)
-    references = []
-    for keys, image in chat.images:
-        embedded = is_embedded(image)
-        if embedded and (problem := check_image(image)):
-            chat.problems.append(problem)
-        references.append({"path": None, "keys": json.dumps(keys)} if embedded else {"path": image, "keys": None})
-    if chat.problems:
-        chat.messages, references, chat.num_bytes = [], [], 0
-    place = {"file": config.data_path, "row": index, "id": chat.id or str(index)}
-    return {**vars(chat), **place, "images": references}
+    return {**chat, "file": config.data_path, "row": index, "id": chat["id"] or str(index)}
 
 
 def find_source(config: DataConfig) -> Dataset | IterableDataset | None:
@@ -160,10 +144,10 @@ def find_source(config: DataConfig) -> Dataset | IterableDataset | None:
     """
     path, suffix = config.data_path, Path(config.data_path.removesuffix(".gz")).suffix
     is_known = path.endswith(ROW_SUFFIXES + MIXTURE_SUFFIXES) or suffix in BUILDERS
-    is_file = os.path.isfile(path)
-    if is_known and not is_file and not has_magic(path):
+    is_remote = "://" in path and suffix in BUILDERS
+    if is_known and not is_remote and not os.path.exists(path) and not glob.glob(path):
         raise FileNotFoundError(f"The data file {path} (`data_path` or `eval_data_path`) does not exist.")
-    if is_file and not is_known:
+    if os.path.isfile(path) and not is_known:
         known = ", ".join([*ROW_SUFFIXES, *BUILDERS, ".yaml"])
         raise ValueError(f"`data_path` ({path}) is of an unknown kind: its name must end with {known}.")
     if is_known and suffix not in BUILDERS:
@@ -180,19 +164,19 @@ def find_source(config: DataConfig) -> Dataset | IterableDataset | None:
         options = {"path": BUILDERS[suffix], "data_files": path, "split": "train"}
     try:  # its errors list known configurations and splits
         return datasets.load_dataset(**options, streaming=config.streaming)
-    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except (ValueError, DatasetGenerationError) as error:
         raise ValueError(f"`data_path` ({path}): {error.__cause__ or error}") from error
 
 
 def read_table(config: DataConfig, source: Dataset | None) -> Dataset:
-    """Converts all rows, of JSON or of `source`, once: a memory-mapped table in the cache of `datasets`."""
+    """Converts all rows, of one JSON file or of `source`, once: a memory-mapped table in the cache of `datasets`."""
     files = [__file__, rows.__file__, *([config.data_path] if source is None else [])]
     states = tuple((state.st_size, state.st_mtime_ns) for state in map(os.stat, files))
     path = os.path.abspath(config.data_path) if os.path.exists(config.data_path) else config.data_path
     builder = RowsBuilder(data_path=path, folder=config.folder, plain=config.plain, source=source, states=states)
     try:
         builder.download_and_prepare(num_proc=builder.num_parts if builder.num_parts > 1 else None)
-    except datasets.exceptions.DatasetGenerationError as error:
+    except DatasetGenerationError as error:
         if isinstance(error.__cause__, (OSError, ValueError)):
             raise error.__cause__ from None
         if source is None:  # another process met it and its cause stayed there: a file that is not JSON fails again
@@ -202,28 +186,35 @@ def read_table(config: DataConfig, source: Dataset | None) -> Dataset:
     return builder.as_dataset(split="train")
 
 
-def read_mixture(config: DataConfig) -> Dataset:
+def list_files(config: DataConfig) -> list[tuple[str, str]]:
     """
-    The rows of a mixture in LLaVA-NeXT's YAML form: `datasets`, a list of `json_path` and `sampling_strategy` (`all`,
-    or `first`, `end` or `random` with a number or a percentage, such as `random:10%`).
+    The JSON files of a pattern or a mixture, each with a sampling strategy. A mixture has LLaVA-NeXT's YAML form:
+    `datasets`, a list of `json_path` and `sampling_strategy`, see [`sample_rows`].
     """
+    if not config.data_path.endswith(MIXTURE_SUFFIXES):
+        is_file = os.path.isfile(config.data_path)
+        return [(path, "all") for path in ([config.data_path] if is_file else sorted(glob.glob(config.data_path)))]
     with open(config.data_path, encoding="utf-8") as file:
         content = yaml.safe_load(file)
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not all(isinstance(e, dict) and "json_path" in e for e in entries):
         raise ValueError(f"{config.data_path} must have `datasets`, a list of entries with `json_path`.")
-    tables = []
+    files = []
     for entry in entries:
         path = os.path.join(os.path.dirname(config.data_path), entry["json_path"])
         if not path.endswith(ROW_SUFFIXES):
             raise ValueError(f"`json_path` ({path}) in {config.data_path} must end with {', '.join(ROW_SUFFIXES)}.")
-        table, _ = load_table(DataConfig(path, config.image_folder, plain=config.plain))
-        tables.append(table.select(sample_rows(len(table), str(entry.get("sampling_strategy", "all")))))
-    return datasets.concatenate_datasets(tables)
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"`json_path` ({path}) in {config.data_path} does not exist.")
+        files.append((path, str(entry.get("sampling_strategy", "all"))))
+    return files
 
 
 def sample_rows(num_rows: int, strategy: str) -> list[int] | range:
-    """Indices that a sampling strategy of [`read_mixture`] chooses."""
+    """
+    Indices that a sampling strategy chooses: `all`, or `first`, `end` or `random` with a number or a percentage, such
+    as `random:10%`.
+    """
     match = re.fullmatch(r"all|(first|end|random):(\d+)(%?)", strategy)
     if match is None:
         raise ValueError(
@@ -238,16 +229,22 @@ def sample_rows(num_rows: int, strategy: str) -> list[int] | range:
     return range(number) if kind == "first" else range(num_rows - number, num_rows)
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file atomically, and its folder. An `OSError` names it."""
-    unfinished = file.with_name(f".{file.name}.incomplete")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(file)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise OSError(f"{file} could not be written: {error}. Make room, or name another folder.") from error
+def load_table(config: DataConfig) -> tuple[Dataset, Dataset | None]:
+    """The converted rows, and the dataset that they come from if it is not JSON."""
+    source = find_source(config)
+    if source is not None:
+        return read_table(config, source), source
+    tables = []
+    for path, strategy in list_files(config):
+        table = read_table(replace(config, data_path=path), None)
+        tables.append(table if strategy == "all" else table.select(sample_rows(len(table), strategy)))
+    return datasets.concatenate_datasets(tables), None
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes or replaces a text file atomically, and makes its folder."""
+    with new_file(file) as partial_file:
+        partial_file.write_text(text, encoding="utf-8")
 
 
 def read_report(report: Path | None) -> list[dict]:
@@ -275,17 +272,14 @@ def leave_out_broken_rows(
         columns = table.select_columns(["file", "row", "id"])
         entries = ({**columns[index], "problems": found} for index, found in problems.items())
         if broken and not config.skip_broken:
-            is_mixture = config.data_path.endswith(MIXTURE_SUFFIXES)
-            lines = [
-                (f"{entry['file']}, " if is_mixture else "") + describe(entry, entry["problems"])
-                for entry in itertools.islice(entries, MAX_MESSAGES)
-            ]
+            listed = itertools.islice(entries, MAX_MESSAGES)
+            lines = [describe(entry, entry["problems"], config.data_path) for entry in listed]
             raise ValueError(
                 f"{len(broken)} of {len(table)} rows in {config.data_path} are broken:\n" + "\n".join(lines) + "\n"
                 "See all with `python -m training.check_data`, fix them, or leave them out with `skip_broken: true`."
             )
         if report is not None:
-            write_whole(report, "".join(json.dumps(entry) + "\n" for entry in entries))
+            write_text(report, "".join(json.dumps(entry) + "\n" for entry in entries))
     if len(broken) == len(table):
         raise ValueError(f"All {len(table)} rows in {config.data_path} are broken; see {config.report}.")
     return table.select(sorted(set(range(len(table))) - broken)) if broken else table
@@ -305,8 +299,16 @@ def read_images(row: dict, source: Dataset | dict | None) -> list[Image.Image]:
         except ValueError as error:
             name = repr(path) if path else "embedded in the row"
             problem = f"image {name} is broken: {error.__cause__ or error}"
-            raise ValueError(f"{describe(row, [problem])} ({row['file']})") from error
+            raise ValueError(f"{describe(row, [problem], row['file'])} ({row['file']})") from error
     return images
+
+
+def to_messages(messages: list[dict]) -> list[dict]:
+    """Messages without the empty fields that Arrow adds."""
+    return [
+        {**message, "content": [{k: v for k, v in part.items() if v is not None} for part in message["content"]]}
+        for message in messages
+    ]
 
 
 def to_sample(row: dict, images: list[Image.Image]) -> dict[str, Any]:
@@ -337,11 +339,11 @@ def read_samples(
 
 
 def find_replacement(row: dict, table: Dataset, source: Dataset | None) -> tuple[dict, list[Image.Image]]:
-    """The next row of the same kind whose images can be decoded, and these."""
+    """The next row with images that can be decoded, and these."""
     for step in range(1, len(table) + 1):
         other = table[(row["row"] + step) % len(table)]
         try:
-            if bool(other["images"]) == bool(row["images"]):
+            if other["images"]:
                 return other, read_images(other, source)
         except ValueError:
             continue
@@ -363,7 +365,7 @@ def stream_samples(
     """
     The samples of a stream in another order: `batch_size` with images or `batch_size` without at a time, so that no
     batch mixes them. At the end, each of the two kinds is filled up with some of its last samples again. A
-    `ValueError` names a broken row that is not to be skipped.
+    `ValueError` names a broken row, which with `skip_broken` is left out.
     """
     waiting: dict[bool, list[dict]] = {True: [], False: []}
     for index, source_row in enumerate(source.decode(False) if source.features else source):
@@ -376,7 +378,8 @@ def stream_samples(
         except ValueError as error:
             problems = [str(error)]
         if problems and not config.skip_broken:
-            raise ValueError(f"{config.data_path}, {describe(row, problems)}. Fix it, or set `skip_broken: true`.")
+            line = describe(row, problems, config.data_path)
+            raise ValueError(f"{config.data_path}, {line}. Fix it, or set `skip_broken: true`.")
         if problems:
             record(row, problems, config)
             continue
@@ -411,13 +414,6 @@ def load_data(config: DataConfig, limit: LengthLimit | None = None, batch_size: 
     table, source = load_table(config)
     table = leave_out_broken_rows(table, source, config, limit)
     return table.with_transform(partial(read_samples, table=table, source=source, config=config))
-
-
-def load_table(config: DataConfig) -> tuple[Dataset, Dataset | None]:
-    """The converted rows, and the dataset that they come from if it is not JSON."""
-    source = find_source(config)
-    is_mixture = config.data_path.endswith(MIXTURE_SUFFIXES)
-    return read_mixture(config) if is_mixture else read_table(config, source), source
 
 
 def get_lengths(dataset: Dataset) -> tuple[list[int], list[bool]]:

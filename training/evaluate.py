@@ -14,7 +14,6 @@ import io
 import json
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -26,14 +25,17 @@ import numpy as np
 import torch
 from anls_star import anls_score
 from datasets import Dataset
+from PIL import Image
 from scipy import stats
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, PreTrainedModel, ProcessorMixin
 from transformers.image_processing_utils import BatchFeature
 from trl.data_utils import prepare_multimodal_messages
 
-from .checks import to_messages
-from .data import DataConfig, leave_out_broken_rows, load_table, read_images, write_whole
+from modeling_llava_hr.utils import run_command
+
+from .data import DataConfig, leave_out_broken_rows, load_table, read_images, to_messages, write_text
+from .lora import find_base
 
 
 METRICS = {
@@ -116,8 +118,7 @@ def answer_questions(
 
     Args:
         model, processor: Any image-text-to-text model.
-        table, source: See [`~training.data.load_table`].
-        questions (`list[tuple[int, int]]`): Row and turn of each, see [`list_questions`].
+        table, source, questions: See [`~training.data.load_table`] and [`list_questions`].
         batch_size, max_new_tokens, processor_kwargs: See [`EvaluateOptions`].
         prepare (`Callable`, *optional*): Makes the arguments of `generate` of the processor's output.
 
@@ -279,85 +280,74 @@ def evaluate(options: EvaluateOptions) -> dict:
     """
     output = Path(options.output)
     settings = {k: v for k, v in asdict(options).items() if k not in ("output", "compare", "batch_size", "device")}
-    file = output / "settings.json"
+    file, answers = output / "settings.json", output / "answers.jsonl"
     if file.exists() and (earlier := json.loads(file.read_text())) != settings:
         different = [name for name in settings if settings[name] != earlier.get(name)]
         raise ValueError(f"`output` ({output}) has answers for another {', '.join(different)}. Name another folder.")
-    config = DataConfig(
-        str(options.data_path),
-        options.image_folder,
-        options.dataset_config,
-        options.dataset_split,
-        options.dataset_revision,
-        skip_broken=options.skip_broken,
-        report=output / "skipped_rows.jsonl",
-    )
+    place = (options.image_folder, options.dataset_config, options.dataset_split, options.dataset_revision)
+    report = output / "skipped_rows.jsonl"
+    config = DataConfig(str(options.data_path), *place, skip_broken=options.skip_broken, report=report)
     table, source = load_table(config)
     table = leave_out_broken_rows(table, source, config, None)
-    write_whole(file, json.dumps(settings, indent=2))
-    records = read_answers(output)
-    done = {(record["row"], record["turn"]) for record in records}
+    write_text(file, json.dumps(settings, indent=2))
     questions = list_questions(table)[: options.max_questions]
-    todo = [question for question in questions if question not in done]
-    answers = output / "answers.jsonl"
-    if answers.exists():  # without half a line
-        text = answers.read_text(encoding="utf-8")
-        write_whole(answers, text[: text.rfind("\n") + 1])
-    if todo:
-        model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=options.dtype)
-        model = model.to(options.device).eval()
-        processor = AutoProcessor.from_pretrained(options.model)
+    done = {(record["row"], record["turn"]) for record in read_answers(output)}
+    if todo := [question for question in questions if question not in done]:
+        if answers.exists():  # without half a line
+            text = answers.read_text(encoding="utf-8")
+            write_text(answers, text[: text.rfind("\n") + 1])
+        start = find_base(str(options.model))
+        model = AutoModelForImageTextToText.from_pretrained(start.base, dtype=options.dtype)
+        if start.adapter is not None:
+            model.load_adapter(start.adapter)
+        model, processor = model.to(options.device).eval(), AutoProcessor.from_pretrained(options.model)
         arguments = (options.batch_size, options.max_new_tokens, json.loads(options.processor_kwargs))
         found = answer_questions(model, processor, table, source, todo, *arguments)
         with answers.open("a", encoding="utf-8") as stream:
             for record in tqdm(found, "Answering", len(questions), initial=len(done), unit=" questions"):
                 stream.write(json.dumps(record) + "\n")
                 stream.flush()
-        records = read_answers(output)
+    records = read_answers(output)
     types = sorted({record["type"] for record in records if record["type"] is not None})
     groups = {"all": records, **{name: [r for r in records if r["type"] == name] for name in types}}
     results = {**settings, "metrics": {name: summarize(group) for name, group in groups.items()}}
-    write_whole(output / "results.json", json.dumps(results, indent=2) + "\n")
     worst = sorted(records, key=lambda record: (record["anls"], record["exact"], record["row"]))[:NUM_WORST]
     images = [[_to_data_uri(image) for image in read_images(table[record["row"]], source)] for record in worst]
-    write_report(output / "report.html", results, list(zip(worst, images, strict=True)))
+    write_results(output, results, list(zip(worst, images, strict=True)))
     return results
 
 
-def _to_data_uri(image: Any) -> str:
+def _to_data_uri(image: Image.Image) -> str:
     """A small JPEG for the report."""
     buffer = io.BytesIO()
-    image = image.copy()
     image.thumbnail((640, 640))
     image.save(buffer, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def write_report(file: Path, results: dict, answers: list[tuple[dict, list[str]]]) -> None:
-    """Writes the report; whatever models and data say is escaped."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    write_whole(file, template.render(results=results, answers=answers, names=METRICS))
-
-
 def run_comparison(options: EvaluateOptions) -> dict:
-    """Compares two evaluations, and writes `results.json` and `report.html`."""
+    """Compares two evaluations, and writes results and report."""
     first, second = (read_answers(Path(folder)) for folder in options.compare)
     results = {"compare": options.compare, "comparison": compare(first, second)}
     others = {(record["row"], record["turn"]): record for record in second}
     pairs = [{**record, "other": others[record["row"], record["turn"]]} for record in first]
     pairs.sort(key=lambda pair: -abs(pair["anls"] - pair["other"]["anls"]))
-    write_whole(Path(options.output, "results.json"), json.dumps(results, indent=2) + "\n")
-    write_report(Path(options.output, "report.html"), results, [(pair, []) for pair in pairs[:NUM_WORST]])
+    write_results(Path(options.output), results, [(pair, []) for pair in pairs[:NUM_WORST]])
     return results
 
 
+def write_results(output: Path, results: dict, answers: list[tuple[dict, list[str]]]) -> None:
+    """Writes `results.json` and `report.html`; whatever models and data say is escaped."""
+    write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    write_text(output / "report.html", template.render(results=results, answers=answers, names=METRICS))
+
+
 def main() -> None:
-    try:
-        (options,) = HfArgumentParser(EvaluateOptions).parse_args_into_dataclasses()
-        results = run_comparison(options) if options.compare else evaluate(options)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    """Evaluates or compares, and prints the metrics."""
+    (options,) = HfArgumentParser(EvaluateOptions).parse_args_into_dataclasses()
+    results = run_comparison(options) if options.compare else evaluate(options)
     for group, metrics in results.get("metrics", {}).items():
         for name, m in metrics.items():
             print(f"{group}: {METRICS[name]} {m['value']:.3f} ({m['low']:.3f} to {m['high']:.3f}, {m['questions']})")
@@ -368,4 +358,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -4,8 +4,9 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -13,13 +14,19 @@ from transformers import AutoProcessor, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig
 
-from conversion.checkpoints import find_source, find_weight_files
 from modeling_llava_hr import LlavaHrConfig, LlavaHrProcessor
 from modeling_llava_hr.utils import new_folder
 
 
 BASE_FOLDER = "_base"  # `push_to_hub` leaves out what begins with an underscore
-WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors")
+
+
+class Start(NamedTuple):
+    """A starting point: a model, arguments for its `from_pretrained`, and the LoRA result on it if there is one."""
+
+    base: str
+    kwargs: dict[str, Any]
+    adapter: str | None
 
 
 def get_modules_to_save(config: LlavaHrConfig) -> list[str]:
@@ -28,17 +35,20 @@ def get_modules_to_save(config: LlavaHrConfig) -> list[str]:
     return [*adapters, "vision_tower.fusion", "multi_modal_projector"]
 
 
-def find_base(model_name_or_path: str, **kwargs: Any) -> tuple[str, dict[str, Any], str | None]:
-    """The base of a model or adapter, `kwargs` for its `from_pretrained`, and the adapter if it is one."""
+def find_base(model_name_or_path: str, **kwargs: Any) -> Start:
+    """Takes a model or a LoRA result apart, also one that was moved together with its `_base`."""
     is_model = os.path.isfile(os.path.join(model_name_or_path, "config.json"))
     if is_model or find_adapter_config_file(model_name_or_path, revision=kwargs.get("revision")) is None:
-        return model_name_or_path, kwargs, None
-    adapter = PeftConfig.from_pretrained(model_name_or_path, revision=kwargs.get("revision"))
-    return adapter.base_model_name_or_path, {**kwargs, "revision": None}, model_name_or_path
+        return Start(model_name_or_path, kwargs, None)
+    base = PeftConfig.from_pretrained(model_name_or_path, revision=kwargs.get("revision")).base_model_name_or_path
+    moved = os.path.join(model_name_or_path, BASE_FOLDER)
+    if not os.path.exists(base) and os.path.isdir(moved):
+        base = moved
+    return Start(base, {**kwargs, "revision": None}, model_name_or_path)
 
 
-def load_adapter(model: PreTrainedModel, adapter: str, base: str, options: ModelConfig) -> PreTrainedModel | PeftModel:
-    """Puts an earlier LoRA result on `model`: merged, or with `use_peft` to train it further, as one of `base`."""
+def load_adapter(model: PreTrainedModel, adapter: str, options: ModelConfig) -> PreTrainedModel | PeftModel:
+    """Puts an earlier LoRA result on `model`: merged, or with `use_peft` to train it further."""
     model = PeftModel.from_pretrained(model, adapter, is_trainable=options.use_peft)
     if not options.use_peft:
         return model.merge_and_unload()
@@ -49,14 +59,14 @@ def load_adapter(model: PreTrainedModel, adapter: str, base: str, options: Model
                 f"`{name}` is {getattr(options, name)}, but {adapter} was trained with {value}, and its training "
                 f"continues. Use {value}, or merge it into its base first to start another LoRA."
             )
-    lora.base_model_name_or_path = base
+    lora.base_model_name_or_path = model.base_model.model.name_or_path
     return model
 
 
-def fits(base: str, config: LlavaHrConfig, processor: LlavaHrProcessor, **kwargs: Any) -> bool:
-    """Whether `base` has the MR-Adapters, sides and processor that training with LoRA uses."""
-    saved = AutoProcessor.from_pretrained(base, **kwargs)
-    saved_config = LlavaHrConfig.from_pretrained(base, revision=kwargs.get("revision"))
+def fits(start: Start, config: LlavaHrConfig, processor: LlavaHrProcessor) -> bool:
+    """Whether the starting point's base has the MR-Adapters, sides and processor that training with LoRA uses."""
+    saved = AutoProcessor.from_pretrained(start.base, **start.kwargs)
+    saved_config = LlavaHrConfig.from_pretrained(start.base, revision=start.kwargs["revision"])
     return (
         saved_config.mr_adapter_layers == config.mr_adapter_layers
         and saved_config.low_res_size == config.low_res_size
@@ -66,17 +76,18 @@ def fits(base: str, config: LlavaHrConfig, processor: LlavaHrProcessor, **kwargs
 
 
 def write_base(
-    folder: Path, base: str, config: LlavaHrConfig, model: PreTrainedModel, processor: LlavaHrProcessor
+    folder: Path, start: Start, config: LlavaHrConfig, model: PreTrainedModel, processor: LlavaHrProcessor
 ) -> None:
     """
-    Writes the base of a LoRA result into a new folder, complete or absent: links to the weights of `base`, the
-    MR-Adapters that were inserted into `model`, `config` (not quantized) and `processor`. So `from_pretrained`,
+    Writes the base of a LoRA result into a new folder, atomically: links to the weights of the starting point's base,
+    the MR-Adapters that were inserted into `model`, `config` (not quantized) and `processor`. So `from_pretrained`,
     `pipeline` and PEFT find all of it in the usual way.
     """
-    source = find_source(base, "model_name_or_path", WEIGHT_FILES)
-    weights: dict[str, str] = {}
+    base, pattern, weights = start.base, "model*.safetensors", dict[str, str]()
+    if not os.path.isdir(base):  # loading the model has downloaded it
+        base = snapshot_download(base, revision=start.kwargs["revision"], allow_patterns=pattern)
     with new_folder(folder) as partial:
-        for index, file in enumerate(find_weight_files(source, WEIGHT_FILES)):
+        for index, file in enumerate(sorted(Path(base).glob(pattern))):
             name = f"model-{index:05}.safetensors"
             with safe_open(file, framework="pt") as tensors:
                 weights.update(dict.fromkeys(tensors.keys(), name))
@@ -88,8 +99,7 @@ def write_base(
         if inserted := {name: tensor.cpu().contiguous().clone() for name, tensor in state.items()}:
             save_file(inserted, partial / "model-mr-adapters.safetensors", metadata={"format": "pt"})
             weights.update(dict.fromkeys(inserted, "model-mr-adapters.safetensors"))
-        index_file = {"metadata": {}, "weight_map": weights}
-        (partial / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=2))
+        (partial / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
         config.save_pretrained(partial)
         if model.can_generate() and model.generation_config is not None:
             model.generation_config.save_pretrained(partial)

@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of every supported format as chats: LLaVA's, `messages`, `prompt` and `completion`, webdataset's."""
+"""Rows of every supported format (LLaVA's, `messages`, `prompt` and `completion`, webdataset's) as chats, checked."""
 
 import gzip
+import io
 import itertools
 import json
 import os
+import re
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from PIL import Image
+
+from modeling_llava_hr import LlavaHrImageProcessorPil
+from modeling_llava_hr.processing_llava_hr import IMAGE_TOKEN, is_unicode
 
 
-IMAGE_TAG = "<image>"
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 # Where a part of a message may have its image; `url` and `base64` are transformers' and refused
 IMAGE_KEYS = ("image", "path", "url", "base64", "bytes")
@@ -20,21 +26,11 @@ TYPE_COLUMNS = ("question_type", "type", "kind", "category")
 IMAGE_PART: dict[str, str | None] = {"type": "image", "text": None}
 # What webdataset calls images, by their suffix
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
-
-
-@dataclass
-class Chat:
-    """A row as a chat."""
-
-    id: str | None = None
-    type: str | None = None  # of its question
-    # `role` and `content`, a list of `{"type": "text", "text"}` and `{"type": "image"}`
-    messages: list[dict] = field(default_factory=list)
-    # for each image the keys that lead to it in the row, and its path or content
-    images: list[tuple[list, Any]] = field(default_factory=list)
-    num_answers: int = 0  # how many of the last answers are learned: all, or those of `completion`
-    problems: list[str] = field(default_factory=list)  # what is wrong with the row
-    num_bytes: int = 0  # of all texts in UTF-8
+# The smallest views: only whether they can be made matters
+IMAGE_READER = LlavaHrImageProcessorPil(size=32, low_res_size=14)
+# How a complete file ends; in other formats, and where something follows the end, the image is decoded
+FILE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
+BETWEEN_ROWS = re.compile(r"[\[\], \t\r\n\ufeff]*")
 
 
 def read_rows(path: str | os.PathLike, chunk_size: int = 2**24) -> Iterator[tuple[Any, int]]:
@@ -43,42 +39,38 @@ def read_rows(path: str | os.PathLike, chunk_size: int = 2**24) -> Iterator[tupl
     gigabytes needs little memory. Yields each row and the position of the character after it. A `ValueError` says
     where the file is not JSON.
     """
-    decoder, buffer, offset, end, depth = json.JSONDecoder(), "", 0, False, 0
-    with (
-        gzip.open(path, "rt", encoding="utf-8") if str(path).endswith(".gz") else open(path, encoding="utf-8") as file
-    ):
-        while not end:
-            try:
-                chunk = file.read(chunk_size)
-            except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-                raise ValueError(f"{path} is not UTF-8 text after character {offset}: {error}.") from error
-            buffer, end = buffer + chunk, not chunk
-            # Rows are separated by a comma in an array, by a new line otherwise
-            position, length = 0, len(buffer)
-            while True:
-                while position < length and buffer[position] in "[], \t\r\n\ufeff":
-                    depth += {"[": 1, "]": -1}.get(buffer[position], 0)
-                    position += 1
-                if position == length:
-                    break
-                try:
-                    row, position = decoder.raw_decode(buffer, position)
-                except json.JSONDecodeError as error:
-                    if not end:
+    decode, buffer, offset, end, depth = json.JSONDecoder().raw_decode, "", 0, False, 0
+    opener: Any = gzip.open if str(path).endswith(".gz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            while not end:
+                chunk, position = file.read(chunk_size), 0
+                buffer, end = buffer + chunk, not chunk
+                while True:
+                    gap = BETWEEN_ROWS.match(buffer, position)
+                    if gap.end() == len(buffer):
                         break
-                    place = f"{error.msg} at character {offset + error.pos}"
-                    raise ValueError(f"{path} is neither a JSON array nor JSON lines: {place}.") from None
-                except (RecursionError, ValueError) as error:
-                    raise ValueError(
-                        f"{path} has an unreadable row at character {offset + position}: {error}."
-                    ) from error
-                yield row, offset + position
-            buffer, offset = buffer[position:], offset + position
-    if depth:
+                    try:
+                        row, position = decode(buffer, gap.end())
+                    except json.JSONDecodeError:
+                        if end:
+                            raise
+                        break  # the row may continue in the next chunk
+                    depth += gap.group().count("[") - gap.group().count("]")
+                    yield row, offset + position
+                buffer, offset = buffer[position:], offset + position
+    except json.JSONDecodeError as error:
+        place = f"{error.msg} at character {offset + error.pos}"
+        raise ValueError(f"{path} is neither a JSON array nor JSON lines: {place}.") from None
+    except (EOFError, UnicodeDecodeError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not UTF-8 text after character {offset}: {error}.") from error
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path} has an unreadable row at character {offset + gap.end()}: {error}.") from error
+    if depth + buffer.count("[") - buffer.count("]"):
         raise ValueError(f"{path} is an array whose brackets do not match. Was it downloaded completely?")
 
 
-def convert_row(row: Any, folder: str = "", plain: bool = False) -> Chat:
+def convert_row(row: Any, folder: str = "", plain: bool = False) -> dict[str, Any]:
     """
     Converts a row of any supported format and finds what is wrong with it, except for missing and broken files.
 
@@ -88,68 +80,71 @@ def convert_row(row: Any, folder: str = "", plain: bool = False) -> Chat:
             "path"}` or an image), in the order of their `<image>` tags or parts, or inside the parts themselves.
         folder (`str`, *optional*): Folder that relative image names start from.
         plain (`bool`, *optional*, defaults to `False`): Whether it must be one image, one question, one answer.
+
+    Returns:
+        `dict`: `id`; `type` of the question; `messages` with parts of text or image; `images`, each a `path`, or the
+        `keys` that lead to it in the row; `num_answers`, how many of the last answers are learned (all, or those of
+        `completion`); `num_bytes` of all texts; and `problems`.
     """
-    chat = Chat()
+    chat: dict[str, Any] = {
+        "id": None,
+        "type": None,
+        "messages": [],
+        "images": [],
+        "num_answers": 0,
+        "num_bytes": 0,
+        "problems": [],
+    }
+    try:
+        _fill(chat, row, folder, plain)
+    except ValueError as error:
+        chat |= {"messages": [], "images": [], "num_bytes": 0, "problems": [str(error)]}
+    return chat
+
+
+def _fill(chat: dict[str, Any], row: Any, folder: str, plain: bool) -> None:
     if not isinstance(row, dict):
-        chat.problems.append(f"it must be an object with a chat, but is {_quote(row)}")
-        return chat
+        raise ValueError(f"it must be an object with a chat, but is {row!r:.80}")
     if "__key__" in row:  # webdataset: one column per file
         files = {name: value for name, value in row.items() if name.lower() in IMAGE_SUFFIXES}
         content = row["json"] if isinstance(row.get("json"), dict) else {}
         row = {"id": row["__key__"], **content, **({"images": files} if files else {})}
-    chat.id = None if row.get("id") is None else str(row["id"]).encode(errors="replace").decode()
-    for name in TYPE_COLUMNS:
-        if chat.type is None and name in row:
-            chat.type = row[name] if isinstance(row[name], str) else None
-    turns = _find_turns(row, chat)
+    chat["id"] = None if row.get("id") is None else str(row["id"]).encode(errors="replace").decode()
+    chat["type"] = next((row[name] for name in TYPE_COLUMNS if isinstance(row.get(name), str)), None)
+    turns = _find_turns(row)
     column = "images" if row.get("images") is not None else "image"
-    value = _parse(row.get(column))
-    found = [([column], value)] if isinstance(value, str) else _find_images(value, [column])
-    given = [_locate(chat, keys, image, folder) for keys, image in found]
-    if chat.problems:
-        return chat
-    used = _add_messages(chat, turns, given, folder)
-    roles = [message["role"] for message in chat.messages]
-    if not chat.problems:
-        _check_order(roles, chat)
-    if chat.problems:
-        return chat
-    if used == 0 and not chat.images and turns[0][2].get("from") is None:
+    given = [_refer(keys, image, folder) for keys, image in _find_images(_parse(row.get(column)), [column])]
+    waiting = iter(given)
+    num_tags = sum(_add_turn(chat, index, *turn, waiting, folder) for index, turn in enumerate(turns))
+    roles = [message["role"] for message in chat["messages"]]
+    _check_order(roles)
+    columns = [keys[0] for (keys, _), role in zip(turns, roles, strict=True) if role == "assistant"]
+    chat["num_answers"] = len(columns) - columns.count("prompt")
+    if num_tags == 0 and not chat["images"] and turns[0][1].get("from") is None:
         # as in TRL, images without a place are those of the first question; not so in LLaVA's form
-        first = chat.messages[roles.index("user")]
+        first = chat["messages"][roles.index("user")]
         first["content"] = [IMAGE_PART] * len(given) + first["content"]
-        chat.images, used = given, len(given)
-    chat.num_answers = chat.num_answers or roles.count("assistant")
-    if used != len(given):
-        chat.problems.append(f"it has {used} {IMAGE_TAG} tags, but {len(given)} images")
-    elif plain and (len(chat.images) != 1 or roles != ["user", "assistant"]):
-        chat.problems.append("stage 1 takes rows of one image, one question and one answer")
-    return chat
+        chat["images"] = given
+    elif num_tags != len(given):
+        raise ValueError(f"it has {num_tags} {IMAGE_TOKEN} tags, but {len(given)} images")
+    if plain and (len(chat["images"]) != 1 or roles != ["user", "assistant"]):
+        raise ValueError("stage 1 takes rows of one image, one question and one answer")
 
 
-def _quote(value: Any) -> str:
-    return f"{value!r:.80}"
-
-
-def _find_turns(row: dict, chat: Chat) -> list[tuple[str, int, Any]]:
-    """Turns, each with its column and its index there."""
-    if row.get("prompt") is not None and row.get("completion") is not None and row.get("messages") is None:
-        found = []
-        for name, role in (("prompt", "user"), ("completion", "assistant")):
-            value = _parse(row[name])
-            turns = value if isinstance(value, list) else [{"role": role, "content": value}]
-            found += [(name, index, turn) for index, turn in enumerate(turns)]
-        # of the completion, the last of the two
-        chat.num_answers = sum(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in turns)
-        return found
-    name = "messages" if row.get("messages") is not None else "conversations"
-    turns = _parse(row.get(name))
-    if not isinstance(turns, list) or not turns:
-        columns = ", ".join(map(str, row)) or "nothing"
-        problem = f"`{name}` must be a list of at least one question and one answer"
-        chat.problems.append(problem if name in row else f"{problem}, or `prompt` and `completion`; it has {columns}")
-        turns = []
-    return [(name, index, turn) for index, turn in enumerate(turns)]
+def _find_turns(row: dict) -> list[tuple[list, Any]]:
+    """Turns, each with the keys that lead to it."""
+    if row.get("messages") is None and row.get("prompt") is not None and row.get("completion") is not None:
+        columns = {"prompt": "user", "completion": "assistant"}
+        values = {name: _parse(row[name]) for name in columns}
+        parts = {n: v if isinstance(v, list) else [{"role": columns[n], "content": v}] for n, v in values.items()}
+    else:
+        name = "messages" if row.get("messages") is not None else "conversations"
+        parts = {name: _parse(row.get(name))}
+        if not isinstance(parts[name], list) or not parts[name]:
+            problem = f"`{name}` must be a list of at least one question and one answer"
+            other = f", or `prompt` and `completion`; it has {', '.join(map(str, row)) or 'nothing'}"
+            raise ValueError(problem if name in row else problem + other)
+    return [([name, index], turn) for name, turns in parts.items() for index, turn in enumerate(turns)]
 
 
 def _parse(value: Any) -> Any:
@@ -174,105 +169,72 @@ def _find_images(value: Any, keys: list) -> Iterator[tuple[list, Any]]:
         yield keys, value
 
 
-def _add_messages(chat: Chat, turns: list[tuple[str, int, Any]], given: list[tuple[list, Any]], folder: str) -> int:
-    """Adds `turns` to `chat` with the images of their parts; returns how many of the `given` ones they refer to."""
-    used, parts = 0, list[dict]()
-    for index, (column, position, turn) in enumerate(turns):
-        turn = turn if isinstance(turn, dict) else {}
-        speaker, content = turn.get("from"), turn.get("value")
-        speaker = turn.get("role") if speaker is None else speaker
-        content = turn.get("content") if content is None else content
-        role = ROLES.get(speaker) if isinstance(speaker, str) else None
-        if role is None:
-            chat.problems.append(f"turn {index} has the unknown speaker {speaker!r} (known are {', '.join(ROLES)})")
-            continue
-        if isinstance(content, str):
-            text, parts = content, [{"type": "text", "text": content}]
-            if IMAGE_TAG in content:
-                # Images come first in their message, wherever their tags are, as in the released data loader
-                num_tags, text = content.count(IMAGE_TAG), content.replace(IMAGE_TAG, "").strip()
-                parts = [*[IMAGE_PART] * num_tags, {"type": "text", "text": text}]
-                chat.images += given[used : used + num_tags]
-                used += num_tags
-                if role != "user":
-                    found = f"turn {index} by {speaker} has an {IMAGE_TAG} tag"
-                    chat.problems.append(f"{found}, which belongs to a user's turn")
-        elif isinstance(content, list):
-            parts, new = _convert_parts(chat, content, [column, position, "content"], given[used:], folder)
-            text, used = "".join(part["text"] or "" for part in parts), used + new
-        else:
-            chat.problems.append(f"turn {index} has no text in `value` or `content`")
-            continue
-        if role == "assistant" and not text.strip():
-            chat.problems.append(f"turn {index} is an empty answer")
-        try:  # JSON lets unpaired surrogates through, tokenizers and Arrow do not
-            chat.num_bytes += len(text.encode())
-        except UnicodeEncodeError:
-            chat.problems.append(f"turn {index} has half a character (an unpaired surrogate)")
-        chat.messages.append({"role": role, "content": parts})
-    return used
-
-
-def _convert_parts(
-    chat: Chat, content: list, keys: list, given: list[tuple[list, Any]], folder: str
-) -> tuple[list[dict], int]:
-    """The parts of a message, and how many of the `given` images they refer to."""
-    parts, used = [], 0
+def _add_turn(chat: dict, index: int, keys: list, turn: Any, waiting: Iterator[dict], folder: str) -> int:
+    """Adds a turn with the images of its parts, or else those `waiting`; returns how many it takes of the latter."""
+    turn = turn if isinstance(turn, dict) else {}
+    speaker = turn.get("role") if turn.get("from") is None else turn["from"]
+    content = turn.get("content") if turn.get("value") is None else turn["value"]
+    role = ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise ValueError(f"turn {index} has the unknown speaker {speaker!r} (known are {', '.join(ROLES)})")
+    if isinstance(content, str):
+        # Images come first in their message, wherever their tags are, as in the released data loader
+        num_tags = content.count(IMAGE_TOKEN)
+        text = content.replace(IMAGE_TOKEN, "").strip() if num_tags else content
+        content = [*[{"type": "image"}] * num_tags, {"type": "text", "text": text}]
+    elif not isinstance(content, list):
+        raise ValueError(f"turn {index} has no text in `value` or `content`")
+    parts, num_tags = list[dict](), 0
     for number, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image":
-            found = [(key, part[key]) for key in IMAGE_KEYS if part.get(key) is not None]
-            located = [_locate(chat, [*keys, number, key], value, folder) for key, value in found]
-            chat.images += located or given[used : used + 1]
-            used += not found
-            parts.append(IMAGE_PART)
-        elif kind == "text" and isinstance(part.get("text"), str):
+        if kind == "text" and isinstance(part.get("text"), str):
             parts.append({"type": "text", "text": part["text"]})
-        else:
-            chat.problems.append(f"{keys[0]} has a part that is neither text nor image: {_quote(part)}")
-    return parts, used
+            continue
+        if kind != "image":
+            raise ValueError(f"{keys[0]} has a part that is neither text nor image: {part!r:.80}")
+        if role != "user":
+            raise ValueError(f"turn {index} by {speaker} has an {IMAGE_TOKEN} tag, which belongs to a user's turn")
+        names = [key for key in IMAGE_KEYS if part.get(key) is not None]
+        if len(names) > 1:
+            raise ValueError(f"turn {index} has more than one image in a part: {', '.join(names)}")
+        own = [_refer([*keys, "content", number, name], part[name], folder) for name in names]
+        chat["images"] += own or itertools.islice(waiting, 1)
+        num_tags += not own
+        parts.append(IMAGE_PART)
+    text = "".join(part["text"] or "" for part in parts)
+    if role == "assistant" and not text.strip():
+        raise ValueError(f"turn {index} is an empty answer")
+    if not is_unicode(text):
+        raise ValueError(f"turn {index} has half a character (an unpaired surrogate)")
+    chat["num_bytes"] += len(text.encode())
+    chat["messages"].append({"role": role, "content": parts})
+    return num_tags
 
 
-def _check_order(roles: list[str], chat: Chat) -> None:
-    dialogue = roles[1:] if roles[:1] == ["system"] else roles
-    if dialogue and dialogue == ["user", "assistant"] * (len(dialogue) // 2):
-        return
+def _check_order(roles: list[str]) -> None:
+    dialogue = roles[1:] if roles[0] == "system" else roles
     for index, pair in enumerate(itertools.pairwise(roles)):
         if pair[0] == pair[1]:
-            chat.problems.append(f"turns {index} and {index + 1} are both by {pair[0]}")
+            raise ValueError(f"turns {index} and {index + 1} are both by {pair[0]}")
     if "system" in dialogue:
-        chat.problems.append("a system text must be the first turn")
-    elif dialogue[:1] != ["user"] or dialogue[-1] != "assistant":
+        raise ValueError("a system text must be the first turn")
+    if dialogue[:1] != ["user"] or dialogue[-1] != "assistant":
         found = ", ".join(dialogue) or "neither"
-        chat.problems.append(f"it must begin with a user turn and end with an assistant turn, but has {found}")
+        raise ValueError(f"it must begin with a user turn and end with an assistant turn, but has {found}")
 
 
-def _locate(chat: Chat, keys: list, image: Any, folder: str) -> tuple[list, Any]:
-    """Refuses a name that leads out of the folder or to the network, and makes a path of any other."""
-    if is_embedded(image):
-        return keys, image
+def _refer(keys: list, image: Any, folder: str) -> dict[str, str | None]:
+    """Path or place of an image, once it is checked: names must not lead out of the folder or to the network."""
     name = image.get("path") if isinstance(image, dict) else image
+    if isinstance(content := image.get("bytes") if isinstance(image, dict) else image, bytes):
+        if problem := check_image(content):
+            raise ValueError(problem)
+        return {"path": None, "keys": json.dumps(keys)}
     if not isinstance(name, str) or not name or not is_unicode(name):
-        chat.problems.append(f"`{keys[0]}` must have names of images or images, but has {_quote(image)}")
-    elif keys[-1] in ("url", "base64") or not is_inside(folder, name):
-        chat.problems.append(f"image {name!r:.200} lies outside of {folder or 'the working directory'!r}")
-    else:
-        return keys, os.path.join(folder, name)
-    return keys, None
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text has no unpaired surrogate: JSON lets them through, tokenizers and Arrow do not."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def is_embedded(image: Any) -> bool:
-    """Whether a row has the image itself rather than its name."""
-    return isinstance(image.get("bytes") if isinstance(image, dict) else image, bytes)
+        raise ValueError(f"`{keys[0]}` must have names of images or images, but has {image!r:.80}")
+    if keys[-1] in ("url", "base64") or not is_inside(folder, name):
+        raise ValueError(f"image {name!r:.200} lies outside of {folder or 'the working directory'!r}")
+    return {"path": os.path.join(folder, name), "keys": None}
 
 
 def is_inside(folder: str | os.PathLike, name: str) -> bool:
@@ -291,3 +253,34 @@ def get_image(source: Dataset | dict, index: int, keys: str) -> bytes:
     for key in json.loads(keys):
         value = _parse(value)[key]
     return value["bytes"] if isinstance(value, dict) else value
+
+
+def check_image(content: str | bytes, decode: bool = False) -> str | None:
+    """
+    What is wrong with an image, if anything: a path, or the content of a file. Unless `decode` is set, only header and
+    end of the file are read where these leave no doubts.
+    """
+    name = repr(content) if isinstance(content, str) else "embedded in the row"
+    if isinstance(content, str) and not os.path.exists(content):
+        return f"image {name} is missing"
+    try:
+        if decode or not has_expected_end(content):
+            IMAGE_READER(Path(content) if isinstance(content, str) else content)
+    except (OSError, ValueError) as error:
+        return f"image {name} is broken: {error.__cause__ or error}"
+    return None
+
+
+def has_expected_end(content: str | bytes) -> bool:
+    """Whether an image has a readable header, an ordinary size, and ends as complete files of its format do."""
+    try:
+        with open(content, "rb") if isinstance(content, str) else io.BytesIO(content) as file:
+            with Image.open(file) as image:
+                end = FILE_ENDS.get(image.format or "")
+                unusual = max(image.size) > 50 * min(image.size)
+            if end is None or unusual:
+                return False
+            file.seek(-len(end), os.SEEK_END)
+            return file.read() == end
+    except Exception:  # every decoder has its own; decoding the image says what is wrong
+        return False

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, PreTrain
 from modeling_llava_hr import LlavaHrConfig, LlavaHrProcessor
 from modeling_llava_hr.configuration_llava_hr import get_mr_adapter_layers
 from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE, VICUNA_V1_CHAT_TEMPLATE, get_chat_template
+from modeling_llava_hr.utils import new_file
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,5 @@ def save_trained_part(stage: Stage, folder: Path, file: Path) -> None:
         with safe_open(weights, framework="pt") as source:
             names = [name for name in source.keys() if re.match(stage.trainable, name)]
             tensors.update({name: source.get_tensor(name) for name in names})
-    unfinished = file.with_name(f".{file.name}.incomplete")
-    save_file(tensors, unfinished, metadata={"format": "pt"})
-    unfinished.replace(file)
+    with new_file(file) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})

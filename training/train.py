@@ -11,9 +11,7 @@ The same command started again resumes from the newest complete checkpoint. Ever
 
 import copy
 import json
-import os
 import shutil
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +23,11 @@ from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config, get_quantiza
 
 from modeling_llava_hr import LlavaHrConfig, LlavaHrProcessor
 from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE
+from modeling_llava_hr.utils import run_command
 
 from .checks import LengthLimit
-from .data import DataConfig, load_data, write_whole
-from .lora import BASE_FOLDER, find_base, fits, get_modules_to_save, load_adapter, write_base
+from .data import DataConfig, load_data, write_text
+from .lora import BASE_FOLDER, Start, find_base, fits, get_modules_to_save, load_adapter, write_base
 from .stages import LORA_TARGET_MODULES, STAGES, Stage, freeze, load_config, load_processor, save_trained_part
 from .trainer import (
     LlavaHrDataCollator,
@@ -51,26 +50,21 @@ PARTS = {
     "language_model": r"\.language_model\.|(^|\.)lm_head\.",
 }
 
-# Fields of `SFTConfig` without effect here: the value that they keep, and why
-UNSUPPORTED: dict[str, tuple[Any, str]] = {
-    "batch_eval_metrics": (False, "evaluation during training reports the loss; see training.evaluate"),
-    "chat_template_path": (None, "the stage sets the prompt form"),
-    "completion_only_loss": (None, "of `prompt` and `completion` only the completion is learned"),
-    "dataset_kwargs": (None, "rows are converted once, images decoded in their batch"),
-    "dataset_num_proc": (None, "rows are converted once, by one process"),
-    "dataset_text_field": ("text", "rows are chats"),
-    "eval_packing": (None, "chats with images cannot be packed"),
-    "include_for_metrics": ([], "evaluation during training reports the loss; see training.evaluate"),
-    "length_column_name": ("length", "lengths are counted"),
-    "model_init_kwargs": (None, "use `dtype`, `attn_implementation` and `model_revision`"),
-    "packing": (False, "chats with images cannot be packed"),
-    "packing_strategy": ("bfd", "chats with images cannot be packed"),
-    "pad_token": (None, "the tokenizer has a padding token"),
-    "padding_free": (False, "chats with images need padding"),
-    "remove_unused_columns": (False, "samples are made from columns that the model does not know"),
-    "resume_from_checkpoint": (None, "the same command resumes from the newest complete checkpoint by itself"),
-    "shuffle_dataset": (False, "use `train_sampling_strategy`"),
-    "truncation_mode": ("keep_start", "nothing is truncated: rows longer than `max_length` are reported"),
+# Fields of `SFTConfig` without effect here, which keep their default, by the reason
+UNSUPPORTED = {
+    "chats with images cannot be packed": ("eval_packing", "packing", "packing_strategy", "padding_free"),
+    "rows are converted once and images decoded in their batch": ("dataset_kwargs", "dataset_num_proc"),
+    "rows are chats, whose answers or `completion` are learned": ("completion_only_loss", "dataset_text_field"),
+    "the stage sets the prompt form, and the tokenizer has a padding token": ("chat_template_path", "pad_token"),
+    "evaluation during training reports the loss; see training.evaluate": (
+        "batch_eval_metrics",
+        "include_for_metrics",
+    ),
+    "lengths are counted, and longer rows reported instead of truncated": ("length_column_name", "truncation_mode"),
+    "use `dtype`, `attn_implementation` and `model_revision`": ("model_init_kwargs",),
+    "use `train_sampling_strategy`": ("shuffle_dataset",),
+    "samples are made from columns that the model does not know": ("remove_unused_columns",),
+    "the same command resumes from the newest complete checkpoint by itself": ("resume_from_checkpoint",),
 }
 
 
@@ -92,7 +86,11 @@ class TrainingOptions:
     dataset_train_split: str = _option("train", "Split for training.")
     dataset_test_split: str = _option("test", "Split for evaluation.")
     streaming: bool = _option(False, "Read on demand what `datasets` loads; needs `max_steps`.")
-    skip_broken: bool = _option(False, "Leave broken rows out and list them, in `skipped(_eval)_rows.jsonl`.")
+    skip_broken: bool = _option(
+        False,
+        "Leave broken rows out and list them in `skipped(_eval)_rows.jsonl`. A row whose image fails only when it is "
+        "decoded is replaced by another one; a stream continues with the next.",
+    )
     restart: bool = _option(False, "Start afresh: remove the checkpoints in `output_dir`.")
     size: int | None = _option(None, "Side of the image in pixels, if not the stage's.")
     low_res_size: int | None = _option(None, "Side of the low-resolution view in pixels, if not the released rule's.")
@@ -154,24 +152,20 @@ def find_checkpoint(options: TrainingOptions, training_args: SFTConfig, model_ar
     run = {"stage": options.stage, "model_name_or_path": model_args.model_name_or_path, "data_path": options.data_path}
     run_file, checkpoints = output_dir / "run.json", list_checkpoints(output_dir)
     earlier = json.loads(run_file.read_text()) if run_file.exists() else None
-    if earlier is None and checkpoints:
-        raise ValueError(
-            f"`output_dir` ({output_dir}) has {checkpoints[-1].name}, which this command did not write: there is no "
-            "run.json. Name another folder."
-        )
     checkpoint = None if options.restart else find_last_complete_checkpoint(output_dir)
-    if checkpoint is not None and earlier != run:
-        raise ValueError(
-            f"`output_dir` ({output_dir}) has checkpoints of another run: {earlier}, not {run}. Name another folder, "
-            "or remove them with `restart: true`."
+    model_only = [folder.name for folder in checkpoints if has_model_only(folder)]
+    problem = None
+    if earlier is None and checkpoints:
+        problem = f"{checkpoints[-1].name}, which this command did not write: there is no run.json"
+    elif checkpoint is not None and earlier != run:
+        problem = f"checkpoints of another run: {earlier}, not {run} (`restart: true` removes them)"
+    elif model_only and checkpoint is None and not options.restart:
+        problem = (
+            f"{model_only[0]}, saved with `save_only_model`, from which no run can resume (`restart: true` removes "
+            "it, `model_name_or_path` can start from its weights)"
         )
-    model_only = [folder for folder in checkpoints if has_model_only(folder)]
-    if model_only and checkpoint is None and not options.restart:
-        raise ValueError(
-            f"`output_dir` ({output_dir}) has {model_only[0].name}, saved with `save_only_model`, from which "
-            "no run can resume. Start from its weights with `model_name_or_path` and another "
-            "`output_dir`, or remove it with `restart: true`."
-        )
+    if problem is not None:
+        raise ValueError(f"`output_dir` ({output_dir}) has {problem}. Name another folder.")
     if not training_args.should_save:
         return checkpoint
     if earlier is not None:
@@ -183,8 +177,8 @@ def find_checkpoint(options: TrainingOptions, training_args: SFTConfig, model_ar
         for report in REPORTS:
             (output_dir / report).unlink(missing_ok=True)
         shutil.rmtree(output_dir / BASE_FOLDER, ignore_errors=True)
-        write_whole(output_dir / "training_args.json", training_args.to_json_string())
-        write_whole(run_file, json.dumps(run))
+        write_text(output_dir / "training_args.json", training_args.to_json_string())
+        write_text(run_file, json.dumps(run))
     return checkpoint
 
 
@@ -207,8 +201,8 @@ def make_trainer(
         training_args.learning_rate = stage.lora_learning_rate if model_args.use_peft else stage.learning_rate
 
     revision = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
-    base, base_revision, adapter = find_base(model_args.model_name_or_path, **revision)
-    config = load_config(stage, base, options.low_res_size, **base_revision)
+    start = find_base(model_args.model_name_or_path, **revision)
+    config = load_config(stage, start.base, options.low_res_size, **start.kwargs)
     processor = load_processor(stage, model_args.model_name_or_path, options.size, options.low_res_size, **revision)
     lengths = [length for length in (training_args.max_length, config.context_length) if length is not None]
     limit = LengthLimit(processor, min(lengths)) if lengths else None
@@ -219,10 +213,9 @@ def make_trainer(
         if training_args.eval_strategy != "no":
             eval_dataset = load_data(options.get_data_config(stage, output_dir, is_eval=True), limit, batch_size)
 
-    model = load_model(training_args, model_args, config, processor)
+    model = load_model(training_args, model_args, config, processor, start)
     if not model_args.use_peft:
         freeze(model, stage, options.frozen)
-    in_bfloat16 = training_args.bf16 or model_args.dtype == "bfloat16"
     trainer = LlavaHrTrainer(
         model=model,
         args=training_args,
@@ -230,12 +223,12 @@ def make_trainer(
             processor,
             assistant_only_loss=training_args.assistant_only_loss,
             pad_to_multiple_of=training_args.pad_to_multiple_of,
-            pixel_dtype=torch.bfloat16 if in_bfloat16 else torch.float32,
+            pixel_dtype=torch.bfloat16 if training_args.bf16 or model_args.dtype == "bfloat16" else torch.float32,
         ),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=processor,
-        peft_config=get_peft_config(model_args) if adapter is None else None,
+        peft_config=get_peft_config(model_args) if start.adapter is None else None,
     )
     trainer.learning_rates = options.learning_rates
     if training_args.bf16 or model_args.dtype == "float32":
@@ -244,31 +237,27 @@ def make_trainer(
 
 
 def load_model(
-    training_args: SFTConfig, model_args: ModelConfig, config: LlavaHrConfig, processor: LlavaHrProcessor
+    training_args: SFTConfig, model_args: ModelConfig, config: LlavaHrConfig, processor: LlavaHrProcessor, start: Start
 ) -> PreTrainedModel | PeftModel:
     """Loads the starting point to train with `config`, and with LoRA prepares what the result's base will be."""
-    revision = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
-    base, revision, adapter = find_base(model_args.model_name_or_path, **revision)
     set_seed(training_args.seed)  # inserted adapters start at random
     model = AutoModelForImageTextToText.from_pretrained(
-        base,
+        start.base,
         config=copy.deepcopy(config),  # loading adds what quantization needs
         dtype=model_args.dtype,
         attn_implementation=model_args.attn_implementation,
         quantization_config=get_quantization_config(model_args),
-        **revision,
+        **start.kwargs,
     )
-    base = os.path.abspath(base) if os.path.isdir(base) else base  # the result names it, wherever it is opened
-    if model_args.use_peft and not fits(base, config, processor, **revision):
-        full_base = Path(training_args.output_dir).resolve() / BASE_FOLDER
+    if model_args.use_peft and not fits(start, config, processor):
+        full_base = Path(training_args.output_dir, BASE_FOLDER)
         with training_args.main_process_first(local=False):
             if training_args.should_save and not full_base.exists():
-                write_base(full_base, base, config, model, processor)
-        base = str(full_base)
-    if adapter is not None:
-        return load_adapter(model, adapter, base, model_args)
+                write_base(full_base, start, config, model, processor)
+        model.name_or_path = str(full_base)  # PEFT notes it in the result
+    if start.adapter is not None:
+        return load_adapter(model, start.adapter, model_args)
     if model_args.use_peft:
-        model.name_or_path = base  # PEFT notes it in the result
         model_args.lora_target_modules = model_args.lora_target_modules or LORA_TARGET_MODULES
         model_args.lora_modules_to_save = model_args.lora_modules_to_save or get_modules_to_save(config)
     return model
@@ -284,37 +273,28 @@ def check_options(options: TrainingOptions, training_args: SFTConfig, model_args
         raise ValueError(
             "`frozen` does not go with `use_peft`. Name what is trained beside it: `lora_modules_to_save`."
         )
-    for name, (value, reason) in UNSUPPORTED.items():
-        if vars(training_args).get(name, value) != value:
-            raise ValueError(f"`{name}` must stay {value}, but is {getattr(training_args, name)!r}: {reason}.")
+    parser = make_parser()
+    for reason, names in UNSUPPORTED.items():
+        for name in names:
+            default = parser.get_default(name)
+            if vars(training_args).get(name, default) != default:
+                raise ValueError(f"`{name}` must stay {default}, but is {getattr(training_args, name)!r}: {reason}.")
     if training_args.eval_strategy != "no" and options.eval_data_path is None:
         raise ValueError(f"`eval_strategy` is {training_args.eval_strategy.value}, but `eval_data_path` is missing.")
 
 
-def run(options: TrainingOptions, trainer: LlavaHrTrainer, checkpoint: str | None) -> None:
-    """Trains and saves the result in `output_dir`; an `OSError` names what cannot be written."""
-    output_dir = Path(trainer.args.output_dir)
+def main(options: TrainingOptions, training_args: SFTConfig, model_args: ModelConfig) -> None:
+    """Trains, and saves the result in `output_dir`. Raises what [`make_trainer`] raises."""
+    trainer, checkpoint = make_trainer(options, training_args, model_args)
+    output_dir = Path(training_args.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_result()
-    if options.stage == "pretrain" and trainer.args.should_save:
+    if options.stage == "pretrain" and training_args.should_save:
         save_trained_part(STAGES[options.stage], output_dir, output_dir / "projector.safetensors")
-    if trainer.args.push_to_hub:
+    if training_args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()
 
 
-def main(options: TrainingOptions, training_args: SFTConfig, model_args: ModelConfig) -> None:
-    """[`make_trainer`], then [`run`]."""
-    run(options, *make_trainer(options, training_args, model_args))
-
-
 if __name__ == "__main__":
-    try:
-        options, *others = make_parser().parse_args_and_config()
-        prepared = make_trainer(options, *others)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    try:
-        run(options, *prepared)
-    except OSError as error:
-        sys.exit(f"error: {error}")
+    run_command(lambda: main(*make_parser().parse_args_and_config()))

@@ -229,7 +229,7 @@ def complete_or_absent(folder: Path) -> Iterator[None]:
             raise
         raise OSError(
             f"{folder} could not be written: {error}. Earlier checkpoints are as they were. Make room and start the "
-            "same command again: it goes on from the newest complete checkpoint."
+            "same command again: it resumes from the newest complete checkpoint."
         ) from error
 
 

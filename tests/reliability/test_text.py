@@ -24,8 +24,7 @@ from conversion.convert_llava_hr_weights_to_hf import convert
 from modeling_llava_hr import LlavaHrImageProcessor
 from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE
 from training.check_data import CheckOptions, check_data
-from training.checks import to_messages
-from training.data import DataConfig, load_table
+from training.data import DataConfig, load_table, to_messages
 
 
 ROOT = Path(__file__).parent.parent.parent

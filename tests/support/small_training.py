@@ -19,7 +19,7 @@ OPTIONS = (
 
 
 def make_data(folder: Path, num_rows: int = 32) -> Path:
-    """`captions.json` for stage 1, `train.jsonl` for stage 2 (each fourth row without a picture), and `images`."""
+    """`captions.json` for stage 1, `train.jsonl` for stage 2 (each fourth row without a image), and `images`."""
     generator = random.Random(0)
     (folder / "images").mkdir(parents=True)
     captions, chats = [], []

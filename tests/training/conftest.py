@@ -13,7 +13,7 @@ from small_training import OPTIONS, VIEWS, chat, get_losses, make_data
 from conversion.convert_llava_hr_weights_to_hf import convert
 
 
-# TRL learns the answers in chats about pictures alone with transformers 5.18 and later
+# TRL learns the answers in chats about images alone with transformers 5.18 and later
 if Version(transformers.__version__) < Version("5.18"):
     collect_ignore = ["test_data.py", "test_train.py", "test_trainer.py"]
 

@@ -10,22 +10,21 @@ import re
 import socket
 import subprocess
 import sys
-import tarfile
 import tracemalloc
 from pathlib import Path
 
 import datasets
 import pytest
-import yaml
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
+from row_forms import FILES, ROWS, write_rows
 
 from training.check_data import CheckOptions
 from training.check_data import check_data as check
-from training.checks import LengthLimit, check_image
+from training.checks import LengthLimit
 from training.data import DataConfig, get_lengths, load_table, sample_rows
 from training.data import load_data as load
-from training.rows import convert_row, read_rows
+from training.rows import check_image, convert_row, read_rows
 from training.stages import STAGES, load_processor
 from training.trainer import LlavaHrDataCollator
 
@@ -95,64 +94,57 @@ def gpt(value):
     return {"from": "gpt", "value": value}
 
 
+SYSTEM = {"from": "system", "value": "Be brief."}
+HI, HELLO = human("Hi."), gpt("Hello.")
+ORDER = "must begin with a user turn and end with an assistant turn, but has"
+
+
+def ask(*parts):
+    return {"messages": [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": "Red."}]}
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"conversations": [human("Hi."), gpt("Hello.")]}, None),
-        (
-            {"image": "a.png", "conversations": [human("<image>\nWhat?"), gpt("A cat."), human("Yes?"), gpt("Yes.")]},
-            None,
-        ),
+        ({"conversations": [HI, HELLO]}, None),
+        ({"conversations": [SYSTEM, HI, HELLO]}, None),
+        ({"image": "a.png", "conversations": [human("<image>\nWhat?"), gpt("A cat."), HI, HELLO]}, None),
         ({"image": ["a.png", "b.png"], "conversations": [human("<image> and <image>"), gpt("Cats.")]}, None),
-        ({"conversations": [{"from": "system", "value": "Be brief."}, human("Hi."), gpt("Hello.")]}, None),
         ([], "it must be an object"),
         ({"id": 1}, "`conversations` must be a list"),
-        ({"image": 3, "conversations": [human("Hi."), gpt("Hello.")]}, "`image` must have names of images"),
-        ({"image": "a.png", "conversations": [human("Hi."), gpt("Hello.")]}, "it has 0 <image> tags, but 1 images"),
-        ({"conversations": [human("<image>\nHi."), gpt("Hello.")]}, "it has 1 <image> tags, but 0 images"),
-        (
-            {"conversations": [human("Hi."), {"from": "bot", "value": "Hello."}]},
-            "turn 1 has the unknown speaker 'bot'",
-        ),
-        ({"conversations": [human("Hi."), human("Hi?"), gpt("Hello.")]}, "turns 0 and 1 are both by user"),
-        ({"conversations": [human("Hi."), gpt(" \n")]}, "turn 1 is an empty answer"),
-        ({"conversations": [human("Hi."), gpt(None)]}, "turn 1 has no text"),
-        ({"conversations": ["Hi.", gpt("Hello.")]}, "turn 0 has the unknown speaker None"),
-        ({"conversations": [human("Hi."), {"from": ["gpt"]}]}, "turn 1 has the unknown speaker ['gpt']"),
-        ({"messages": [{"role": "user", "content": [{"type": "video", "path": "a.mp4"}]}]}, "neither text nor image"),
-        ({"text": "A cat."}, "or `prompt` and `completion`; it has text"),
-        (
-            {"conversations": [gpt("Hello.")]},
-            "must begin with a user turn and end with an assistant turn, but has assistant",
-        ),
-        (
-            {"conversations": [human("Hi.")]},
-            "must begin with a user turn and end with an assistant turn, but has user",
-        ),
         ({"conversations": []}, "`conversations` must be a list"),
-        (
-            {"conversations": [human("Hi."), {"from": "system", "value": "Be brief."}, gpt("Hello.")]},
-            "a system text must be the first turn",
-        ),
-        (
-            {"image": "a.png", "conversations": [human("Hi."), gpt("<image>")]},
-            "turn 1 by gpt has an <image> tag, which belongs to a user's turn",
-        ),
+        ({"text": "A cat."}, "or `prompt` and `completion`; it has text"),
+        ({"image": 3, "conversations": [HI, HELLO]}, "`image` must have names of images"),
+        ({"image": "a.png", "conversations": [HI, HELLO]}, "it has 0 <image> tags, but 1 images"),
+        ({"conversations": [human("<image>\nHi."), HELLO]}, "it has 1 <image> tags, but 0 images"),
+        ({"image": "a.png", "conversations": [HI, gpt("<image>")]}, "turn 1 by gpt has an <image> tag"),
+        ({"conversations": [HI, {"from": "bot", "value": "Hello."}]}, "turn 1 has the unknown speaker 'bot'"),
+        ({"conversations": [HI, {"from": ["gpt"]}]}, "turn 1 has the unknown speaker ['gpt']"),
+        ({"conversations": ["Hi.", HELLO]}, "turn 0 has the unknown speaker None"),
+        ({"conversations": [HI, gpt(" \n")]}, "turn 1 is an empty answer"),
+        ({"conversations": [HI, gpt(None)]}, "turn 1 has no text"),
+        ({"conversations": [HI, HI, HELLO]}, "turns 0 and 1 are both by user"),
+        ({"conversations": [HELLO]}, f"{ORDER} assistant"),
+        ({"conversations": [HI]}, f"{ORDER} user"),
+        ({"conversations": [HI, SYSTEM, HELLO]}, "a system text must be the first turn"),
+        (ask({"type": "video", "path": "a.mp4"}), "neither text nor image"),
+        (ask({"type": "image", "url": "a.png"}), "image 'a.png' lies outside"),
+        (ask({"type": "image", "path": "a.png", "image": "b.png"}), "more than one image"),
     ],
 )
 def test_problems_of_a_row(row, problem):
-    problems = convert_row(row).problems
-    assert problems == [] if problem is None else any(problem in text for text in problems)
+    problems = convert_row(row)["problems"]
+    assert problems == [] if problem is None else problem in problems[0]
 
 
-def test_stage_1_takes_one_picture_and_one_caption():
+def test_stage_1_takes_one_image_and_one_caption():
     row = {"image": "a.png", "conversations": [human("<image>"), gpt("A cat.")]}
-    assert convert_row(row, plain=True).problems == []
+    assert convert_row(row, plain=True)["problems"] == []
     more = {**row, "conversations": [*row["conversations"], human("Sure?"), gpt("Yes.")]}
     text = {"conversations": [human("Hi."), gpt("Hello.")]}
     for row in (more, text):
-        assert convert_row(row).problems == []
-        assert convert_row(row, plain=True).problems == [
+        assert convert_row(row)["problems"] == []
+        assert convert_row(row, plain=True)["problems"] == [
             "stage 1 takes rows of one image, one question and one answer"
         ]
 
@@ -162,7 +154,7 @@ def test_tags_move_to_the_front_of_their_message():
     turns = [human("What is this? <image>"), gpt(" A cat. "), human("<image>\nAnd <image> this?"), gpt("Two.")]
     image = {"type": "image", "text": None}
     row = {"conversations": turns, "images": ["a.png", "b.png", "c.png"]}
-    assert convert_row(row).messages == [
+    assert convert_row(row)["messages"] == [
         {"role": "user", "content": [image, {"type": "text", "text": "What is this?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": " A cat. "}]},
         {"role": "user", "content": [image, image, {"type": "text", "text": "And  this?"}]},
@@ -171,7 +163,7 @@ def test_tags_move_to_the_front_of_their_message():
 
 
 def collapse(row, image_token_id):
-    """Without padding, and with the released code's placeholder for the tokens of a picture (4 x 4 patches)."""
+    """Without padding, and with the released code's placeholder for the tokens of a image (4 x 4 patches)."""
     ids = row["input_ids"][row["attention_mask"].bool()].tolist()
     labels = row["labels"][row["attention_mask"].bool()].tolist()
     start = ids.index(image_token_id) if image_token_id in ids else len(ids)
@@ -323,54 +315,22 @@ ADDRESS = "http://127.0.0.1:9/street.png"
 ELSEWHERE = [ADDRESS, "https://example.com/street.png", "../street.png", "file:///street.png"]
 
 
-def name_image(form, name):
-    """A row of a form that names an image."""
-    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Red."}]
-    part = [{"type": "image", "image": name}, {"type": "text", "text": "What?"}]
-    answer = {"role": "assistant", "content": [{"type": "text", "text": "Red."}]}
-    return {
-        "llava": {"image": name, "conversations": [human("<image>"), gpt("Red.")]},
-        "llava list": {"image": [name], "conversations": [human("<image>"), gpt("Red.")]},
-        "image list": {"messages": messages, "image": [name]},
-        "nested": {"messages": messages, "images": [[name]]},
-        "path": {"messages": messages, "images": [{"bytes": None, "path": name}]},
-        "part": {"messages": [{"role": "user", "content": part}, answer]},
-        "url": {"messages": [{"role": "user", "content": [{"type": "image", "url": name}]}, answer]},
-        "prompt": {"prompt": "What?", "completion": "Red.", "images": name},
-    }[form]
-
-
-FORMS = ["llava", "llava list", "image list", "nested", "path", "part", "url", "prompt"]
-
-
 @pytest.mark.parametrize("name", ELSEWHERE)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*ROWS, "url"])
 def test_no_row_leads_to_the_network_or_out_of_its_folder(tmp_path, monkeypatch, form, name):
     def refuse(*args, **kwargs):
         raise AssertionError(f"a connection to {args[1:]}")
 
     for method in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, method, refuse)
-    row = name_image(form, name)
+    text = json.dumps(ROWS.get(form, ROWS["parts"])).replace("red.png", name)
+    row = json.loads(text.replace('"path"', '"url"') if form == "url" else text)
     path = write(tmp_path / "rows.jsonl", [row], "jsonl")
     with pytest.raises(ValueError, match=f"row 0 .*image '{re.escape(name)}' lies outside of"):
         load_data(path)
     Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(ValueError, match=f"image '{re.escape(name)}' lies outside of"):
         list(load_data(tmp_path / "rows.parquet", streaming=True))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_images_are_found_beside_the_file_that_names_them(tmp_path, form):
-    IMAGES[0].save(tmp_path / "red.png")
-    path = write(tmp_path / "rows.jsonl", [name_image(form, "red.png")], "jsonl")
-    if form == "url":  # for transformers an address
-        with pytest.raises(ValueError, match="lies outside of"):
-            load_data(path)
-        return
-    (sample,) = load_data(path)
-    assert [image.getpixel((0, 0)) for image in sample["images"]] == [(255, 0, 0)]
-    assert [part["type"] for part in sample["messages"][0]["content"]] == ["image", "text"]
 
 
 @pytest.mark.parametrize("end", ["", "]]"])
@@ -464,44 +424,17 @@ def encode_image(image):
     return buffer.getvalue()
 
 
-def write_tar(path):
-    with tarfile.open(path, "w") as tar:
-        for index, image in enumerate(IMAGES):
-            row = {"messages": QUESTION + ANSWER}
-            for suffix, content in (("png", encode_image(image)), ("json", json.dumps(row).encode())):
-                info = tarfile.TarInfo(f"{index}.{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-
-
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("kind", ["csv", "tar", "jsonl.gz", "yaml", "dict"])
-def test_every_kind_of_file(tmp_path, kind, streaming):
-    for index, image in enumerate(IMAGES):
-        image.save(tmp_path / f"{index}.png")
-    names = [f'["{index}.png"]' if kind == "csv" else f"{index}.png" for index in range(3)]
-    rows = [{"prompt": "What is this?", "completion": "Red.", "image": name} for name in names]
-    path = tmp_path / f"rows.{kind}"
-    if kind == "csv":
-        Dataset.from_list(rows).to_csv(path)
-    elif kind == "tar":
-        write_tar(path)
-    elif kind == "dict":
-        DatasetDict({"test": Dataset.from_list(rows), "train": Dataset.from_list(rows[:1])}).save_to_disk(path)
-    elif kind == "jsonl.gz":
-        path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
-    else:
-        write(tmp_path / "rows.json", rows, "json")
-        write(tmp_path / "more.jsonl", rows, "jsonl")
-        entries = [
-            {"json_path": "rows.json", "sampling_strategy": "first:2"},
-            {"json_path": "more.jsonl", "sampling_strategy": "end:30%"},
-        ]
-        path.write_text(yaml.safe_dump({"datasets": entries}))
-    samples = list(load_data(path, streaming=streaming, split="test", image_folder=str(tmp_path)))
-    colors = [sample["images"][0].convert("RGB").getpixel((0, 0)) for sample in samples]
-    assert colors == [image.getpixel((0, 0)) for image in IMAGES]
-    assert all(sample["messages"][0]["content"][-1]["text"] == "What is this?" for sample in samples)
+@pytest.mark.parametrize("form", [*ROWS, *FILES])
+def test_every_form_gives_the_same_samples(tmp_path, form, streaming):
+    path = write_rows(form, tmp_path)
+    samples = list(load_data(path, streaming=streaming, split="train", image_folder=str(tmp_path)))
+    assert len(samples) == 4
+    for sample in samples:
+        assert [image.getpixel((0, 0)) for image in sample["images"]] == [(255, 0, 0)]
+        question, answer = (message["content"] for message in sample["messages"])
+        assert question == [{"type": "image"}, {"type": "text", "text": "What?"}]
+        assert answer == [{"type": "text", "text": "Red."}]
 
 
 def test_sampling_strategies():
@@ -556,14 +489,6 @@ def test_lengths_and_kinds_are_found_without_decoding(tmp_path):
     rows = [{"conversations": [human("Hi."), gpt("Hello." * n)]} for n in (1, 3)]
     data = load_data(write(tmp_path / "rows.jsonl", rows, "jsonl"))
     assert get_lengths(data) == ([9, 21], [False, False])
-
-
-def test_a_dataset_without_chats_is_refused(tmp_path):
-    Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "rows")
-    with pytest.raises(
-        ValueError, match="`conversations` must be a list .* or `prompt` and `completion`; it has text"
-    ):
-        load_data(tmp_path / "rows")
 
 
 def test_an_unknown_split_or_configuration_lists_the_known_ones(tmp_path):

@@ -224,7 +224,7 @@ def test_two_runs_are_compared(receipts, tmp_path, monkeypatch, capsys):
     )
     assert "Largest differences" in (tmp_path / "ab" / "report.html").read_text()
     monkeypatch.setattr(sys, "argv", ["evaluate", "--compare", str(tmp_path / "a"), "--output", "x"])
-    with pytest.raises(SystemExit, match="`compare` takes two folders, but got 1"):
+    with pytest.raises(ValueError, match="`compare` takes two folders, but got 1"):
         main()
 
 
