@@ -21,45 +21,26 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 from transformers.image_processing_utils import BatchFeature
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
+from modeling_llava_hr.utils import run_command
 
-from ..data import DataConfig, load_table
+from ..data import DataConfig, load_table, write_text
 from ..evaluate import answer_questions, list_questions
 
 
 @dataclass
 class EvaluateArguments:
-    """
-    What is evaluated, and how.
-
-    Args:
-        model (`str`): Folder or Hub id of a model with its processor.
-        data (`str`): Folder that [`training.tiny.fineprint`] made.
-        split (`str`): `"test"` or `"validation"`.
-        max_questions (`int`, *optional*): Only so many questions, from the first on.
-        size, low_res_size (`int`, *optional*): Sides of the image and of its low-resolution view in pixels, if not
-            the processor's.
-        zero_high_res (`bool`): Replace the high-resolution view by zeros, to see what depends on it.
-        batch_size (`int`): Questions at a time.
-        device (`str`): Where to run.
-        output (`str`, *optional*): File for the result.
-    """
+    """What is evaluated, and how; described in the help of each field."""
 
     model: str = field(metadata={"help": "folder or Hub id"})
     data: str = field(metadata={"help": "folder that training.tiny.fineprint made"})
     split: str = field(default="test", metadata={"help": "test or validation"})
-    max_questions: int | None = field(default=None, metadata={"help": "only so many questions"})
+    max_questions: int | None = field(default=None, metadata={"help": "only the first questions"})
     size: int | None = field(default=None, metadata={"help": "side of the image in pixels"})
     low_res_size: int | None = field(default=None, metadata={"help": "side of the low-resolution view in pixels"})
     zero_high_res: bool = field(default=False, metadata={"help": "replace the high-resolution view by zeros"})
-    batch_size: int = field(default=32, metadata={"help": "questions at a time"})
+    batch_size: int = field(default=32, metadata={"help": "questions per call of `generate`"})
     device: str = field(default="cpu", metadata={"help": "where to run"})
     output: str | None = field(default=None, metadata={"help": "file for the result"})
-
-
-def get_standard_error(right: int, total: int) -> float:
-    """Standard error of a share `right / total`, from the binomial distribution."""
-    share = right / total
-    return math.sqrt(share * (1 - share) / total)
 
 
 def summarize(results: list[dict]) -> dict:
@@ -70,7 +51,7 @@ def summarize(results: list[dict]) -> dict:
         results (`list[dict]`): Each has `kind`, `scene`, `num_signs`, `right`.
 
     Returns:
-        `dict`: By kind and group: `accuracy`, `standard_error`, `num_questions`.
+        `dict`: By kind and group: `accuracy`, `standard_error` (of the binomial distribution), `num_questions`.
     """
     groups = defaultdict(list)
     for result in results:
@@ -78,34 +59,23 @@ def summarize(results: list[dict]) -> dict:
         if result["kind"] == "fine":
             groups[f"fine, scene {result['scene']}"].append(result["right"])
             groups[f"fine, {result['num_signs']} texts"].append(result["right"])
-    return {
-        name: {
-            "accuracy": round(sum(rights) / len(rights), 4),
-            "standard_error": round(get_standard_error(sum(rights), len(rights)), 4),
-            "num_questions": len(rights),
-        }
-        for name, rights in sorted(groups.items())
-    }
+    summary = {}
+    for name, rights in sorted(groups.items()):
+        share, number = sum(rights) / len(rights), len(rights)
+        error = math.sqrt(share * (1 - share) / number)
+        figures = {"accuracy": round(share, 4), "standard_error": round(error, 4)}
+        summary[name] = {**figures, "num_questions": number}
+    return summary
 
 
 def evaluate(arguments: EvaluateArguments) -> dict:
     """
-    Evaluates a model on FinePrint.
-
-    Args:
-        arguments ([`EvaluateArguments`]): What and how.
-
-    Returns:
-        `dict`: Accuracies, mean gates by kind of question, some answers, how long it took.
+    Evaluates a model on FinePrint: accuracies, mean gates by kind of question, some answers, how long it took.
 
     Raises:
-        ValueError: If the data are not there, or `batch_size` is no number of questions.
+        ValueError: If the data is not there.
     """
-    if arguments.batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, but got {arguments.batch_size}.")
     file = Path(arguments.data) / f"{arguments.split}.jsonl"
-    if not file.exists():
-        raise ValueError(f"`data`: {file} does not exist. Make it with `python -m training.tiny.fineprint`.")
     table, source = load_table(DataConfig(str(file), str(file.parent / "images")))
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     model = AutoModelForImageTextToText.from_pretrained(arguments.model).to(arguments.device).eval()
@@ -147,16 +117,13 @@ def evaluate(arguments: EvaluateArguments) -> dict:
 
 
 def main() -> None:
+    """Prints the result, and writes it to `output`."""
     (arguments,) = HfArgumentParser(EvaluateArguments).parse_args_into_dataclasses()
-    try:
-        result = json.dumps(evaluate(arguments), indent=2)
-        print(result)
-        if arguments.output:
-            Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-            Path(arguments.output).write_text(result + "\n", encoding="utf-8")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    result = json.dumps(evaluate(arguments), indent=2)
+    print(result)
+    if arguments.output:
+        write_text(Path(arguments.output), result + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-FinePrint: pictures with questions that only a sharp view answers, and questions that any view answers.
+FinePrint: images with questions that only a sharp view answers, and questions that any view answers.
 
     python -m training.tiny.fineprint --output .cache/fineprint --num_train 20000 --size 256
 
-Each picture shows one of five scenes (street signs, price tags, a receipt, a table, dial plates) with up to
+Each image shows one of five scenes (street signs, price tags, a receipt, a table, dial plates) with up to
 `max_signs` texts of four characters, each beside or on something coloured, and large coloured shapes. The texts are
 a few pixels high (fine questions); scene, shapes, colours and positions are large (coarse questions). Every text is
 drawn at random, so a question tells nothing about its answer, and a hash of the text decides which split may show it.
@@ -12,8 +12,8 @@ drawn at random, so a question tells nothing about its answer, and a hash of the
 Written in the LLaVA format (`id`, `image`, `conversations`):
 
     OUTPUT/images/*.jpg
-    OUTPUT/captions.jsonl      training pictures with captions, for stage 1
-    OUTPUT/train.jsonl         training pictures with all their questions in one conversation, for stage 2
+    OUTPUT/captions.jsonl      training images with captions, for stage 1
+    OUTPUT/train.jsonl         training images with all their questions in one conversation, for stage 2
     OUTPUT/validation.jsonl    one question a row, with its `kind`, `scene` and `num_signs`
     OUTPUT/test.jsonl          the same
 """
@@ -24,7 +24,6 @@ import io
 import json
 import multiprocessing
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -37,6 +36,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 from transformers import HfArgumentParser
+
+from modeling_llava_hr.utils import new_file, run_command
 
 
 T = TypeVar("T")
@@ -73,6 +74,10 @@ FONTS = (
     "DejaVuSerif-Bold",
     None,  # the one that comes with PIL
 )
+FONT_SIZES = (11, 12, 13)  # in pixels; digits are about 0.73 times as high
+MAX_BLUR = 0.3  # largest standard deviation in pixels
+MIN_NOISE = 3.0  # smallest standard deviation, of 255
+MIN_QUALITY = 80  # of JPEG; the highest is 95
 # Texts that stand below one another are so many pixels apart: nearly two positions of a CNN of stride 32
 PITCH = 56
 # What [`get_targets`] tells
@@ -84,35 +89,14 @@ STRIDE, WORD_STRIDE, STROKE_STRIDE = 32, 16, 8  # of the last three stages of a 
 
 @dataclass
 class FinePrintConfig:
-    """
-    What the pictures look like.
+    """What the images look like; described in the help of each field."""
 
-    Args:
-        size (`int`): Side of the square pictures in pixels, at least 64.
-        min_signs (`int`): Smallest number of texts in a picture.
-        max_signs (`int`): Largest number of texts in a picture, at most 6; as many as there is room for.
-        max_shapes (`int`): Largest number of large shapes, at most 2; as many as there is room for.
-        min_font_size (`int`): Smallest font size in pixels; digits are about 0.73 times as high.
-        max_font_size (`int`): Largest font size in pixels.
-        alphabet (`str`): `"digits"` or `"alphanumeric"` (27 characters) for street signs and tables.
-        max_blur (`float`): Largest standard deviation of the Gaussian blur in pixels.
-        min_noise (`float`): Smallest standard deviation of the noise, of 255.
-        max_noise (`float`): Largest standard deviation of the noise, of 255.
-        min_quality (`int`): Lowest JPEG quality; the highest is 95.
-        seed (`int`): Of all random choices.
-    """
-
-    size: int = field(default=256, metadata={"help": "side of the square pictures in pixels"})
-    min_signs: int = field(default=1, metadata={"help": "smallest number of texts in a picture"})
+    size: int = field(default=256, metadata={"help": "side of the square images in pixels"})
+    min_signs: int = field(default=1, metadata={"help": "smallest number of texts in a image"})
     max_signs: int = field(default=4, metadata={"help": "largest number of texts, as far as there is room"})
     max_shapes: int = field(default=2, metadata={"help": "largest number of large shapes"})
-    min_font_size: int = field(default=11, metadata={"help": "pixels; digits are about 0.73 times as high"})
-    max_font_size: int = field(default=13, metadata={"help": "pixels"})
     alphabet: str = field(default="digits", metadata={"help": "digits or alphanumeric"})
-    max_blur: float = field(default=0.3, metadata={"help": "largest standard deviation of the blur in pixels"})
-    min_noise: float = field(default=3.0, metadata={"help": "smallest standard deviation of the noise, of 255"})
     max_noise: float = field(default=12.0, metadata={"help": "largest standard deviation of the noise, of 255"})
-    min_quality: int = field(default=80, metadata={"help": "lowest JPEG quality"})
     seed: int = field(default=0, metadata={"help": "of all random choices"})
 
     def __post_init__(self) -> None:
@@ -125,11 +109,6 @@ class FinePrintConfig:
             )
         if not 0 <= self.max_shapes <= 2:
             raise ValueError(f"`max_shapes` must be 0, 1 or 2, but got {self.max_shapes}.")
-        if not 6 <= self.min_font_size <= self.max_font_size <= 14:
-            raise ValueError(
-                f"`min_font_size` and `max_font_size` must ascend from 6 to 14 pixels, but got {self.min_font_size} "
-                f"and {self.max_font_size}."
-            )
         if self.alphabet not in ("digits", "alphanumeric"):
             raise ValueError(f"`alphabet` must be 'digits' or 'alphanumeric', but got {self.alphabet!r}.")
 
@@ -158,7 +137,7 @@ class Shape(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What a picture shows."""
+    """What a image shows."""
 
     name: str
     size: int
@@ -167,15 +146,7 @@ class Scene(NamedTuple):
 
 
 def get_split(text: str) -> str:
-    """
-    The split that may show a text: eight tenths of all texts are for training, a tenth each for the others.
-
-    Args:
-        text (`str`): The text.
-
-    Returns:
-        `str`: `"train"`, `"validation"` or `"test"`.
-    """
+    """The split that may show a text: eight tenths of all texts are for training, a tenth each for the others."""
     bucket = hashlib.sha256(text.encode()).digest()[0] * 10 // 256
     return {8: "validation", 9: "test"}.get(bucket, "train")
 
@@ -189,7 +160,7 @@ def count_cores() -> int:
 
 
 def get_rng(seed: int, split: str, index: int) -> np.random.Generator:
-    """Random numbers of one picture; the same whatever was drawn before and in whichever process."""
+    """Random numbers of one image; the same whatever was drawn before and in whichever process."""
     digest = hashlib.sha256(f"{seed}/{split}/{index}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8]))
 
@@ -197,14 +168,8 @@ def get_rng(seed: int, split: str, index: int) -> np.random.Generator:
 @cache
 def get_font(name: str | None, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """
-    A font that some dependency ships.
-
-    Args:
-        name (`str`, *optional*): One of matplotlib's; PIL's own if `None`.
-        size (`int`): In pixels.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
+    A font that some dependency ships, `size` in pixels: one of matplotlib's, or PIL's own if `name` is `None`. Raises
+    `ImportError` if matplotlib is not installed.
     """
     if name is None:
         return ImageFont.load_default(size)
@@ -215,14 +180,7 @@ def get_font(name: str | None, size: int) -> ImageFont.FreeTypeFont | ImageFont.
 
 
 class Painter:
-    """
-    Draws one picture.
-
-    Args:
-        config ([`FinePrintConfig`]): What the pictures look like.
-        split (`str`): Whose texts may be shown.
-        rng (`np.random.Generator`): All random choices.
-    """
+    """Draws one image, which may show the texts of `split`."""
 
     def __init__(self, config: FinePrintConfig, split: str, rng: np.random.Generator):
         self.config, self.split, self.rng = config, split, rng
@@ -233,10 +191,10 @@ class Painter:
         self.colors = list(rng.permutation(list(COLORS)))
 
     def paint(self) -> tuple[Image.Image, Scene]:
-        """Draws everything and returns the picture, without blur and noise, and what it shows."""
+        """Draws everything and returns the image, without blur and noise, and what it shows."""
         name = self.choice(list(SCENES))
-        self.picture = Image.new("RGB", (self.size, self.size), self.muted(120, 225))
-        self.draw = ImageDraw.Draw(self.picture)
+        self.image = Image.new("RGB", (self.size, self.size), self.muted(120, 225))
+        self.draw = ImageDraw.Draw(self.image)
         self.carrier, self.form = SCENES[name]
         num_signs = int(self.rng.integers(self.config.min_signs, self.config.max_signs + 1))
         self.draw_background(name)
@@ -245,12 +203,12 @@ class Painter:
         elif num_signs:
             self.draw_plates(num_signs)
         self.draw_shapes(int(self.rng.integers(0, self.config.max_shapes + 1)))
-        return self.picture, Scene(name, self.size, self.signs, self.shapes)
+        return self.image, Scene(name, self.size, self.signs, self.shapes)
 
     def paint_page(self) -> tuple[Image.Image, Scene]:
-        """Fills the picture with texts on black, white or coloured ground: nothing but reading practice."""
-        self.picture = Image.new("RGB", (self.size, self.size))
-        self.draw = ImageDraw.Draw(self.picture)
+        """Fills the image with texts on black, white or coloured ground: nothing but reading practice."""
+        self.image = Image.new("RGB", (self.size, self.size))
+        self.draw = ImageDraw.Draw(self.image)
         self.carrier = "page"
         width = 32
         for left in range(0, self.size - width + 1, width):
@@ -260,7 +218,7 @@ class Painter:
             for top in np.arange(self.between(0, 6), self.size - 12, self.between(14, 17)):
                 self.form = self.choice(list(SCENES.values()))[1]
                 self.draw_text(left + width / 2, top + self.between(6, 8), fill, color)
-        return self.picture, Scene("page", self.size, self.signs, [])
+        return self.image, Scene("page", self.size, self.signs, [])
 
     # Random choices
 
@@ -322,9 +280,7 @@ class Painter:
     def draw_text(self, x: float, y: float, background: tuple[int, ...], color: str) -> None:
         """Writes a new text centred at a point, in black or white, and notes it with the colour of what carries it."""
         text = self.get_text()
-        font = get_font(
-            self.choice(FONTS), int(self.rng.integers(self.config.min_font_size, self.config.max_font_size + 1))
-        )
+        font = get_font(self.choice(FONTS), self.choice(FONT_SIZES))
         is_light = np.dot(background, (0.299, 0.587, 0.114)) > 128
         fill = self.muted(12, 48) if is_light else self.muted(215, 245)
         left = round(x - font.getlength(text) / 2)
@@ -426,31 +382,25 @@ class Painter:
 
 def draw_sample(config: FinePrintConfig, split: str, index: int, page: bool = False) -> tuple[bytes, Scene]:
     """
-    Draws a picture of FinePrint.
-
-    Args:
-        config ([`FinePrintConfig`]): What the pictures look like.
-        split (`str`): `"train"`, `"validation"` or `"test"`.
-        index (`int`): Number of the picture in its split.
-        page (`bool`, *optional*, defaults to `False`): Whether it is full of texts instead of a scene.
+    Draws image number `index` of a split; with `page` it is full of texts instead of a scene.
 
     Returns:
-        `tuple`: The picture as a JPEG file, and what it shows.
+        `tuple`: The image as a JPEG file, and what it shows.
     """
     rng = get_rng(config.seed, split, index)
     painter = Painter(config, split, rng)
-    picture, scene = painter.paint_page() if page else painter.paint()
-    picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, config.max_blur)))
+    image, scene = painter.paint_page() if page else painter.paint()
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, MAX_BLUR)))
     noise = rng.standard_normal((config.size, config.size, 3), dtype=np.float32)
-    noisy = np.asarray(picture) + noise * rng.uniform(config.min_noise, config.max_noise)
+    noisy = np.asarray(image) + noise * rng.uniform(MIN_NOISE, config.max_noise)
     file = io.BytesIO()
-    quality = int(rng.integers(config.min_quality, 96))
+    quality = int(rng.integers(MIN_QUALITY, 96))
     Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=quality)
     return file.getvalue(), scene
 
 
 def get_position(center: tuple[float, float], size: int) -> str | None:
-    """The quarter of the picture that a point lies in, such as "top left"; `None` near the middle lines."""
+    """The quarter of the image that a point lies in, such as "top left"; `None` near the middle lines."""
     x, y = (coordinate / size - 0.5 for coordinate in center)
     if min(abs(x), abs(y)) < 1 / 16:
         return None
@@ -458,15 +408,7 @@ def get_position(center: tuple[float, float], size: int) -> str | None:
 
 
 def get_questions(scene: Scene) -> list[tuple[str, str, str]]:
-    """
-    Everything that is asked about a picture.
-
-    Args:
-        scene ([`Scene`]): What it shows.
-
-    Returns:
-        `list[tuple[str, str, str]]`: Kind (`"fine"` or `"coarse"`), question, answer.
-    """
+    """Everything that is asked about a scene: kind (`"fine"` or `"coarse"`), question, answer."""
     questions = [("coarse", "What is shown?", scene.name)]
     for sign in scene.signs:
         questions.append(("fine", f"What does the {sign.color} {sign.object} say?", sign.text))
@@ -484,14 +426,7 @@ def with_article(word: str) -> str:
 
 def get_caption(scene: Scene, with_texts: bool) -> str:
     """
-    Describes a picture.
-
-    Args:
-        scene ([`Scene`]): What it shows.
-        with_texts (`bool`): Whether the fine print is told.
-
-    Returns:
-        `str`: For example "street with a red sign 4711, a blue circle at the top left".
+    Describes a scene, with the fine print or without: "street with a red sign 4711, a blue circle at the top left".
     """
     parts = []
     for sign in scene.signs:
@@ -504,16 +439,8 @@ def get_caption(scene: Scene, with_texts: bool) -> str:
 
 def get_rows(split: str, index: int, scene: Scene, rng: np.random.Generator) -> dict[str, list[dict]]:
     """
-    The rows of a picture, by the file that they belong to.
-
-    Args:
-        split (`str`): Its split.
-        index (`int`): Its number there.
-        scene ([`Scene`]): What it shows.
-        rng (`np.random.Generator`): Order of the questions.
-
-    Returns:
-        `dict[str, list[dict]]`: For `"train"` (and `"captions"`) one row, otherwise one for each question.
+    The rows of an image, by the file that they belong to: for `"train"` (and `"captions"`) one row, otherwise one for
+    each question.
     """
     name = f"{split}-{index:07d}"
     base = {"image": f"{name}.jpg", "scene": scene.name, "num_signs": len(scene.signs)}
@@ -546,7 +473,7 @@ def get_targets(scene: Scene, characters: str) -> dict[str, torch.Tensor]:
     What each position of the high-resolution tower's maps has to tell.
 
     Args:
-        scene ([`~training.tiny.fineprint.Scene`]): What the picture shows; its side is `S` pixels.
+        scene ([`~training.tiny.fineprint.Scene`]): What the image shows; its side is `S` pixels.
         characters (`str`): All characters that texts are made of.
 
     Returns:
@@ -586,22 +513,16 @@ def get_targets(scene: Scene, characters: str) -> dict[str, torch.Tensor]:
 
 def reduce_and_enlarge(pixels: torch.Tensor, ratio: float) -> torch.Tensor:
     """
-    What the low-resolution view holds, at the size of the high-resolution one.
-
-    Args:
-        pixels (`torch.Tensor` of shape `(images, 3, S, S)`): Pictures.
-        ratio (`float`): Side of the low-resolution view by `S`.
-
-    Returns:
-        `torch.Tensor` of the same shape: reduced as the image processor does it, enlarged bicubically.
+    What the low-resolution view holds, at the size of the high-resolution one: images `(images, 3, S, S)` reduced to
+    `ratio` of their side as the image processor does it, and enlarged bicubically.
     """
     side = round(pixels.shape[-1] * ratio)
     low_res = F.interpolate(pixels, size=(side, side), mode="bilinear", align_corners=True)
     return F.interpolate(low_res, size=pixels.shape[-2:], mode="bicubic", align_corners=True)
 
 
-def _reduce_and_enlarge_file(picture: bytes, ratio: float) -> bytes:
-    pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(picture)))).permute(2, 0, 1)[None].float()
+def _reduce_and_enlarge_file(image: bytes, ratio: float) -> bytes:
+    pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(image)))).permute(2, 0, 1)[None].float()
     pixels = reduce_and_enlarge(pixels, ratio)[0].round().clamp(0, 255).byte().permute(1, 2, 0)
     file = io.BytesIO()
     Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=95, subsampling=0)
@@ -611,35 +532,24 @@ def _reduce_and_enlarge_file(picture: bytes, ratio: float) -> bytes:
 def make_sample(
     config: FinePrintConfig, folder: Path, shown_ratio: float, item: tuple[str, int]
 ) -> dict[str, list[dict]]:
-    """Draws a picture, saves it under `folder` and returns its rows."""
+    """Draws a image, saves it under `folder` and returns its rows."""
     split, index = item
-    picture, scene = draw_sample(config, split, index)
+    image, scene = draw_sample(config, split, index)
     if shown_ratio < 1:
-        picture = _reduce_and_enlarge_file(picture, shown_ratio)
-    (folder / f"{split}-{index:07d}.jpg").write_bytes(picture)
+        image = _reduce_and_enlarge_file(image, shown_ratio)
+    (folder / f"{split}-{index:07d}.jpg").write_bytes(image)
     return get_rows(split, index, scene, get_rng(config.seed, f"{split}-questions", index))
 
 
 @dataclass
 class FinePrintArguments(FinePrintConfig):
-    """
-    How many pictures, and where to.
+    """How many images, and where to; described in the help of each field."""
 
-    Args:
-        output (`str`): New folder.
-        num_train (`int`): Number of training pictures.
-        num_validation (`int`): Number of validation pictures.
-        num_test (`int`): Number of test pictures.
-        shown_ratio (`float`): Below 1, the pictures are reduced to this share of their side, as the low-resolution
-            view is, and enlarged again: the same pictures for a control that has no sharp view.
-        workers (`int`): Processes, one per available core by default; what is drawn does not depend on it.
-    """
-
-    output: str = field(default="", metadata={"help": "folder to write to"})
-    num_train: int = field(default=10000, metadata={"help": "number of training pictures"})
-    num_validation: int = field(default=100, metadata={"help": "number of validation pictures"})
-    num_test: int = field(default=500, metadata={"help": "number of test pictures"})
-    shown_ratio: float = field(default=1.0, metadata={"help": "below 1: pictures hold a low-resolution view only"})
+    output: str = field(kw_only=True, metadata={"help": "folder to write to"})
+    num_train: int = field(default=10000, metadata={"help": "number of training images"})
+    num_validation: int = field(default=100, metadata={"help": "number of validation images"})
+    num_test: int = field(default=500, metadata={"help": "number of test images"})
+    shown_ratio: float = field(default=1.0, metadata={"help": "below 1: images hold a low-resolution view only"})
     workers: int = field(default_factory=count_cores, metadata={"help": "processes that draw; all cores by default"})
 
 
@@ -647,14 +557,9 @@ def generate(arguments: FinePrintArguments) -> None:
     """
     Writes FinePrint. The row files appear when everything is written.
 
-    Args:
-        arguments ([`FinePrintArguments`]): How many pictures of which kind.
-
     Raises:
-        ValueError: If no output folder is given, or it holds a finished FinePrint.
+        ValueError: If `output` holds a finished FinePrint.
     """
-    if not arguments.output:
-        raise ValueError("`output` must name the folder to write to.")
     output = Path(arguments.output)
     if (output / "test.jsonl").exists():
         raise ValueError(f"`output`: {output} already holds FinePrint. Name another folder or remove it.")
@@ -666,23 +571,19 @@ def generate(arguments: FinePrintArguments) -> None:
     # spawned, not forked: the parent may have threads
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
         samples = pool.imap(partial(make_sample, config, folder, arguments.shown_ratio), items, chunksize=32)
-        for sample in tqdm(samples, total=len(items), desc="FinePrint", unit="picture"):
+        for sample in tqdm(samples, total=len(items), desc="FinePrint", unit="image"):
             for name, new in sample.items():
                 rows[name].extend(new)
     for name, content in rows.items():
-        lines = "".join(json.dumps(row) + "\n" for row in content)
-        partial_file = output / f".{name}.jsonl.incomplete"
-        partial_file.write_text(lines, encoding="utf-8")
-        partial_file.rename(output / f"{name}.jsonl")
+        with new_file(output / f"{name}.jsonl") as file:
+            file.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
 
 
 def main() -> None:
+    """Draws FinePrint."""
     (arguments,) = HfArgumentParser(FinePrintArguments).parse_args_into_dataclasses()
-    try:
-        generate(arguments)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    generate(arguments)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -4,15 +4,14 @@ Makes a tiny Llama and its tokenizer from nothing, on FinePrint's texts:
 
     python -m training.tiny.language_model --output .cache/language-model
 
-A large language model can look up what it is asked for before it sees its first picture. This one learns it on
-captions and chats about scenes that are told, not drawn: where the tokens of a picture will be, it gets for each place
-the sum of one embedding each for the kind of object there, its colour and the characters of its text. No picture is
+A large language model can look up what it is asked for before it sees its first image. This one learns it on
+captions and chats about scenes that are told, not drawn: where the tokens of a image will be, it gets for each place
+the sum of one embedding each for the kind of object there, its colour and the characters of its text. No image is
 involved, and these embeddings are thrown away: that the towers' features say the same is learned in stages 1 and 2.
 """
 
 import copy
 import json
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,17 +19,15 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from tqdm import tqdm
-from transformers import (
-    HfArgumentParser,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    get_cosine_schedule_with_warmup,
-    set_seed,
-)
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE, VICUNA_V1_CHAT_TEMPLATE, get_chat_template
+from modeling_llava_hr.processing_llava_hr import (
+    IMAGE_TOKEN,
+    PLAIN_CHAT_TEMPLATE,
+    VICUNA_V1_CHAT_TEMPLATE,
+    get_chat_template,
+)
+from modeling_llava_hr.utils import run_command
 from training.tiny.fineprint import (
     COLOR_NAMES,
     IGNORED,
@@ -49,42 +46,25 @@ from training.tiny.fineprint import (
     get_rng,
     get_targets,
 )
-from training.tiny.optimizers import get_optimizers
+from training.tiny.optimization import fit
 
 
 # Of all weights. 0.02 stays flat within such short training.
 INITIALIZER_RANGE = 0.07
-IMAGE_TOKEN = "<image>"
 
 
 @dataclass
 class PretrainLanguageModelArguments:
-    """
-    What is trained, how long, and where to.
+    """What is trained, how long, and where to; described in the help of each field."""
 
-    Args:
-        output (`str`): Folder for model and tokenizer.
-        size (`int`): Side of the largest pictures that are told of, in pixels: 64 times a power of two. It begins
-            with 64.
-        max_signs (`int`): Largest number of texts in a picture.
-        alphabet (`str`): See [`~training.tiny.fineprint.FinePrintConfig`].
-        vocab_size (`int`): Largest size of the vocabulary.
-        width, layers, heads (`int`): Of the Llama. Four narrow heads had not learned which text is asked for in
-            the steps that were tried.
-        steps (`int`): Number of steps.
-        batch_size (`int`): Texts per step; fewer for images above 256 px, whose sequences are long.
-        learning_rate (`float`): Highest learning rate (warm-up, cosine).
-        device (`str`): Where to train.
-        seed (`int`): Of weights and texts.
-    """
-
-    output: str = field(default="", metadata={"help": "folder for model and tokenizer"})
-    size: int = field(default=256, metadata={"help": "side of the largest pictures that are told of, in pixels"})
-    max_signs: int = field(default=4, metadata={"help": "largest number of texts in a picture"})
+    output: str = field(metadata={"help": "folder for model and tokenizer"})
+    size: int = field(default=256, metadata={"help": "side of the largest images: 64 pixels times a power of 2"})
+    max_signs: int = field(default=4, metadata={"help": "largest number of texts in a image"})
     alphabet: str = field(default="digits", metadata={"help": "digits or alphanumeric"})
     vocab_size: int = field(default=960, metadata={"help": "largest size of the vocabulary"})
     width: int = field(default=128, metadata={"help": "channels"})
     layers: int = field(default=4, metadata={"help": "number of layers"})
+    # Four narrow heads had not learned which text is asked for in the steps that were tried
     heads: int = field(default=2, metadata={"help": "number of attention heads"})
     steps: int = field(default=600, metadata={"help": "number of steps"})
     batch_size: int = field(default=64, metadata={"help": "texts a step"})
@@ -95,22 +75,14 @@ class PretrainLanguageModelArguments:
 
 def make_scene(painter: Painter, grid: int, max_signs: int, rng: np.random.Generator) -> Scene:
     """
-    A scene that nobody drew: texts and shapes, each in a place of its own.
-
-    Args:
-        painter ([`~training.tiny.fineprint.Painter`]): Makes up the texts, those of training pictures.
-        grid (`int`): Places in a row and in a column.
-        max_signs (`int`): Largest number of texts.
-        rng (`np.random.Generator`): All other random choices.
-
-    Returns:
-        [`~training.tiny.fineprint.Scene`]: Of `32 * grid` pixels.
+    A scene of `32 * grid` pixels that nobody drew: up to `max_signs` texts and some shapes, each in one of `grid` x
+    `grid` places. `painter` makes up the texts, those of training images.
     """
     name = str(rng.choice(list(SCENES)))
     carrier, painter.form = SCENES[name]
     places = [(STRIDE * (x + 0.5), STRIDE * (y + 0.5)) for x in range(grid) for y in range(grid)]
     free = iter([places[index] for index in rng.permutation(len(places))])
-    colors, shapes = iter(rng.permutation(COLOR_NAMES).tolist()), iter(rng.permutation(SHAPES).tolist())
+    colors, shapes = (iter(rng.permutation(COLOR_NAMES).tolist()), iter(rng.permutation(SHAPES).tolist()))
     num_shapes = int(rng.integers(0, min(2, grid - 1) + 1))
     num_signs = int(rng.integers(1, min(max_signs, grid**2 - 1) + 1))
     signs = []
@@ -124,14 +96,8 @@ def make_scene(painter: Painter, grid: int, max_signs: int, rng: np.random.Gener
 
 def make_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """
-    A byte-level BPE tokenizer: frequent words are one token, each digit is one.
-
-    Args:
-        texts (`list[str]`): What its words are taken from.
-        vocab_size (`int`): Largest number of tokens.
-
-    Returns:
-        `PreTrainedTokenizerFast`: With Llama's special tokens; pads on the left with `<unk>`, as Vicuna's does.
+    A byte-level BPE tokenizer of at most `vocab_size` tokens: frequent words of `texts` are one token, each digit is
+    one. It has Llama's special tokens and pads on the left with `<unk>`, as Vicuna's does.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -175,16 +141,8 @@ def encode(
     tokenizer: PreTrainedTokenizerFast, messages: list[dict], template: str, num_image_tokens: int
 ) -> tuple[list[int], list[int]]:
     """
-    A chat about a picture as the model will get it.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerFast`): Knows `<image>`.
-        messages (`list[dict]`): The chat.
-        template (`str`): Chat template of a stage.
-        num_image_tokens (`int`): How many tokens the picture has.
-
-    Returns:
-        `tuple[list[int], list[int]]`: Token ids, and labels: -100 for everything but answers.
+    A chat about an image of `num_image_tokens` tokens as the model will get it: token ids, and labels, which are -100
+    for everything but answers. `tokenizer` knows `<image>`; `template` is the chat template of a stage.
     """
     encoded = tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -236,16 +194,11 @@ def get_batch(
     count: int,
 ) -> dict:
     """
-    Chats and captions about new scenes of one size.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerFast`): Knows `<image>`.
-        painter, grid, max_signs, rng: See [`make_scene`].
-        count (`int`): Number of texts; an eighth are captions.
+    Chats and captions (an eighth) about `count` new scenes of one size; see [`make_scene`].
 
     Returns:
         `dict`: `input_ids`, `attention_mask` and `labels` of shape `(count, tokens)`, and `targets`, the maps of
-        [`~training.tiny.fineprint.get_targets`].
+        [`get_targets`].
     """
     scenes = [make_scene(painter, grid, max_signs, rng) for _ in range(count)]
     targets = [get_targets(scene, painter.config.characters) for scene in scenes]
@@ -311,7 +264,7 @@ def pretrain(arguments: PretrainLanguageModelArguments) -> dict[str, float]:
     records = _train(arguments, nn.ModuleDict({"model": model, "eye": eye}), tokenizer, painter, rng)
     model.to("cpu", torch.bfloat16).save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
-    first, last = (torch.tensor(part).nanmean(0).tolist() for part in (records[:10], records[-10:]))
+    first, last = (part.nanmean(0).tolist() for part in (records[:10], records[-10:]))
     return {"first_loss": first[0], "last_loss": last[0], "last_characters": last[1]}
 
 
@@ -321,22 +274,19 @@ def _train(
     tokenizer: PreTrainedTokenizerFast,
     painter: Painter,
     rng: np.random.Generator,
-) -> list[tuple[float, float]]:
-    parts: Any = modules.to(arguments.device)
-    model, eye = parts.values()
+) -> torch.Tensor:
+    """Returns the loss and the share of right characters of each step, `(steps, 2)`."""
+    model: Any = modules.to(arguments.device)["model"]
     tokenizer = copy.deepcopy(tokenizer)  # the saved one gets `<image>` when a model is assembled
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     characters = torch.tensor(
         tokenizer.convert_tokens_to_ids(list(painter.config.characters)), device=arguments.device
     )
-    optimizers = get_optimizers(modules, arguments.learning_rate, weight_decay=0.01)
-    warmup = arguments.steps // 20
-    schedulers = [get_cosine_schedule_with_warmup(optimizer, warmup, arguments.steps) for optimizer in optimizers]
     grids = [2 * 2**power for power in range((arguments.size // 64).bit_length())]
     records = []
-    bar = tqdm(range(arguments.steps), desc="language model", unit="step")
-    for step in bar:
+
+    def get_loss(step: int) -> torch.Tensor:
         # half of the steps are for the smallest, where it learns to look things up
         later = 2 * step / arguments.steps - 1
         number = 0 if later < 0 else min(1 + int(later * (len(grids) - 1)), len(grids) - 1)
@@ -344,31 +294,25 @@ def _train(
         count = max(1, min(arguments.batch_size, arguments.batch_size * 8 // grids[number]))
         batch = get_batch(tokenizer, painter, grids[number], arguments.max_signs, rng, count)
         targets = {name: target.to(arguments.device) for name, target in batch.pop("targets").items()}
-        batch = {name: value.to(arguments.device) for name, value in batch.items()}
-        input_ids, labels = batch["input_ids"], batch["labels"]
-        with torch.autocast(torch.device(arguments.device).type, torch.bfloat16):
-            embeds = model.get_input_embeddings()(input_ids)
-            is_image = (input_ids == image)[..., None].expand_as(embeds)
-            embeds = embeds.masked_scatter(is_image, eye(targets).to(embeds.dtype))
-            output = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=labels)
-        modules.zero_grad()
-        output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        for part in (*optimizers, *schedulers):
-            part.step()
-        is_character = torch.isin(labels[:, 1:], characters.to(labels.device))
+        input_ids, mask, labels = (value.to(arguments.device) for value in batch.values())
+        embeds = model.get_input_embeddings()(input_ids)
+        is_image = (input_ids == image)[..., None].expand_as(embeds)
+        embeds = embeds.masked_scatter(is_image, modules["eye"](targets).to(embeds.dtype))
+        output = model(inputs_embeds=embeds, attention_mask=mask, labels=labels)
+        is_character = torch.isin(labels[:, 1:], characters)
         right = (output.logits[:, :-1].argmax(-1) == labels[:, 1:])[is_character].float().mean()
-        records.append((output.loss.item(), right.item()))
-        bar.set_postfix(loss=f"{records[-1][0]:.3f}", characters=f"{records[-1][1]:.2f}")
-    return records
+        records.append(torch.stack([output.loss.detach().float(), right]))
+        return output.loss
+
+    fit("language model", modules, arguments.steps, arguments.learning_rate, 0.01, 0.05, get_loss)
+    return torch.stack(records).cpu()
 
 
 def main() -> None:
+    """Trains the language model, and prints its figures."""
     (arguments,) = HfArgumentParser(PretrainLanguageModelArguments).parse_args_into_dataclasses()
-    if not arguments.output:
-        sys.exit("error: --output must name the folder for model and tokenizer.")
     print(json.dumps(pretrain(arguments)))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -8,40 +8,29 @@ draws `accuracy.png`, `learning_curves.png` and `gates.png` and writes `results.
 """
 
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from transformers import HfArgumentParser
 
+from modeling_llava_hr.utils import run_command
+
 from ..trainer import list_checkpoints
 
 
 @dataclass
 class ReportArguments:
-    """
-    What is compared, and where to.
-
-    Args:
-        runs (`list[str]`): Outputs of finished trainings.
-        output (`str`): Folder for pictures and `results.json`.
-    """
+    """What is compared, and where to."""
 
     runs: list[str] = field(metadata={"help": "outputs of finished trainings"})
-    output: str = field(metadata={"help": "folder for pictures and results.json"})
+    output: str = field(metadata={"help": "folder for images and results.json"})
 
 
 def read_run(folder: Path) -> dict:
     """
-    What a training left.
-
-    Args:
-        folder (`Path`): Output of [`training.tiny.train`].
-
-    Returns:
-        `dict`: `accuracy` and `mean_gates` as in `evaluation.json`, `seconds` of each step, and `losses`: for each
-        run of a stage, its name, and steps and losses.
+    What a training left in its output: `accuracy` and `mean_gates` as in `evaluation.json`, `seconds` of each step,
+    and `losses`: for each run of a stage, its name, and steps and losses.
 
     Raises:
         ValueError: If the training is not finished.
@@ -55,12 +44,8 @@ def read_run(folder: Path) -> dict:
         history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
         losses[stage.name] = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     lines = (folder / "seconds.jsonl").read_text().splitlines()
-    return {
-        "accuracy": evaluation["accuracy"],
-        "mean_gates": evaluation["mean_gates"],
-        "seconds": {entry["step"]: entry["seconds"] for entry in map(json.loads, lines)},
-        "losses": losses,
-    }
+    seconds = {entry["step"]: entry["seconds"] for entry in map(json.loads, lines)}
+    return {**{name: evaluation[name] for name in ("accuracy", "mean_gates")}, "seconds": seconds, "losses": losses}
 
 
 def draw_accuracy(runs: dict[str, dict], path: Path) -> None:
@@ -110,11 +95,9 @@ def draw_gates(run: dict, path: Path) -> None:
 
 
 def main() -> None:
+    """Draws and writes everything, and prints a row of a table for each training."""
     (arguments,) = HfArgumentParser(ReportArguments).parse_args_into_dataclasses()
-    try:
-        runs = {Path(folder).name: read_run(Path(folder)) for folder in arguments.runs}
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    runs = {Path(folder).name: read_run(Path(folder)) for folder in arguments.runs}
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     draw_accuracy(runs, output / "accuracy.png")
@@ -123,12 +106,11 @@ def main() -> None:
     kept = {name: {key: run[key] for key in ("accuracy", "mean_gates", "seconds")} for name, run in runs.items()}
     (output / "results.json").write_text(json.dumps(kept, indent=2) + "\n")
     for name, run in runs.items():
-        fine, coarse = (run["accuracy"][kind] for kind in ("fine", "coarse"))
+        figures = [run["accuracy"][kind] for kind in ("fine", "coarse")]
         print(
-            f"| {name} | {fine['accuracy']:.1%} ± {fine['standard_error']:.1%} "
-            f"| {coarse['accuracy']:.1%} ± {coarse['standard_error']:.1%} |"
+            f"| {name}", *(f"{f['accuracy']:.1%} ± {f['standard_error']:.1%}" for f in figures), sep=" | ", end=" |\n"
         )
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

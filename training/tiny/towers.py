@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Makes the two towers of a tiny LLaVA-HR from nothing, on FinePrint pictures that are drawn on the way:
+Makes the two towers of a tiny LLaVA-HR from nothing, on FinePrint images that are drawn on the way:
 
     python -m training.tiny.towers --output .cache/towers --tokenizer .cache/language-model
 
@@ -9,13 +9,12 @@ alone, so beside it the high-resolution tower learns to tell what lies at each o
 characters of a text), first on parts of 64 pixels, which are cheap.
 
 `towers.json` says which share of unseen texts the high-resolution tower reads; with `--blind` it sees, in training and
-test, the same pictures reduced to the low-resolution view and enlarged again.
+test, the same images reduced to the low-resolution view and enlarged again.
 """
 
 import io
 import json
 import multiprocessing
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -31,17 +30,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
-from transformers import (
-    AutoTokenizer,
-    CLIPConfig,
-    CLIPModel,
-    HfArgumentParser,
-    PreTrainedTokenizerFast,
-    get_cosine_schedule_with_warmup,
-    set_seed,
-)
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, HfArgumentParser, PreTrainedTokenizerFast, set_seed
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from modeling_llava_hr.utils import run_command
 from training.tiny.fineprint import (
     COLOR_NAMES,
     IGNORED,
@@ -58,46 +50,22 @@ from training.tiny.fineprint import (
     get_targets,
     reduce_and_enlarge,
 )
-from training.tiny.optimizers import get_optimizers
+from training.tiny.optimization import fit
 
 
 # timm's name; widths and depths are ours. The conversion reads them from the weights.
 ARCHITECTURE = "convnext_tiny"
-CUT = 64  # side of the parts of pictures that reading begins with, in pixels
+CUT = 64  # side of the parts of images that reading begins with, in pixels
 
 
 @dataclass
 class PretrainTowersArguments:
-    """
-    What is trained, how long, and where to.
+    """What is trained, how long, and where to; described in the help of each field."""
 
-    Args:
-        output (`str`): Folder for the results.
-        tokenizer (`str`): Folder with the tokenizer of the captions.
-        size (`int`): Side of the pictures of the second part in pixels, a multiple of 64.
-        max_signs (`int`): Largest number of texts in a picture of the second part.
-        alphabet (`str`): See [`~training.tiny.fineprint.FinePrintConfig`].
-        low_res_ratio (`float`): Side of the low-resolution view by that of the high-resolution one.
-        depths, dims (`list[int]`): Blocks and channels of the high-resolution tower's stages.
-        vision_width, vision_layers, patch_size (`int`): Channels, layers, and side of the patches in pixels of the
-            low-resolution tower. A patch shows what a position of the high-resolution tower does.
-        num_pictures (`int`): Number of different pictures in either part, and twice the number of pages.
-        num_test (`int`): Number of test pictures in the first part, four times that of the second.
-        reading_steps (`int`): Steps of the first part.
-        joint_steps (`int`): Steps of the second part.
-        reading_batch_size (`int`): Pictures of 64 x 64 pixels a step, or as many larger ones as have their area.
-        joint_batch_size (`int`): Pictures a step in the second part.
-        learning_rate (`float`): Highest learning rate of the first part (warm-up, cosine); a fifth for the second.
-        blind (`bool`): The high-resolution tower sees the low-resolution view, enlarged: the control's towers.
-        device (`str`): Where to train.
-        workers (`int`): Processes that draw, one per available core by default; 0 for this one.
-        seed (`int`): Of weights and pictures.
-    """
-
-    output: str = field(default="", metadata={"help": "folder for the results"})
-    tokenizer: str = field(default="", metadata={"help": "folder with the tokenizer of the captions"})
-    size: int = field(default=256, metadata={"help": "side of the second part's pictures in pixels"})
-    max_signs: int = field(default=4, metadata={"help": "largest number of texts in the second part's pictures"})
+    output: str = field(metadata={"help": "folder for the results"})
+    tokenizer: str = field(metadata={"help": "folder with the tokenizer of the captions"})
+    size: int = field(default=256, metadata={"help": "side of the second part's images in pixels"})
+    max_signs: int = field(default=4, metadata={"help": "largest number of texts in the second part's images"})
     alphabet: str = field(default="digits", metadata={"help": "digits or alphanumeric"})
     low_res_ratio: float = field(default=0.21875, metadata={"help": "low-resolution by high-resolution side"})
     depths: list[int] = field(default_factory=lambda: [1, 2, 6, 1], metadata={"help": "high-resolution tower"})
@@ -105,32 +73,24 @@ class PretrainTowersArguments:
     vision_width: int = field(default=128, metadata={"help": "channels of the low-resolution tower"})
     vision_layers: int = field(default=8, metadata={"help": "layers of the low-resolution tower, a multiple of 4"})
     patch_size: int = field(default=7, metadata={"help": "patches of the low-resolution tower, in pixels"})
-    num_pictures: int = field(default=12000, metadata={"help": "different pictures of each part; half as many pages"})
-    num_test: int = field(default=1000, metadata={"help": "test pictures of the first part; a quarter in the second"})
+    num_images: int = field(default=12000, metadata={"help": "different images of each part; half as many pages"})
+    num_test: int = field(default=1000, metadata={"help": "test images of the first part; a quarter in the second"})
     reading_steps: int = field(default=1400, metadata={"help": "steps of the first part"})
     joint_steps: int = field(default=120, metadata={"help": "steps of the second part"})
-    reading_batch_size: int = field(default=64, metadata={"help": "pictures a step in the first part"})
-    joint_batch_size: int = field(default=32, metadata={"help": "pictures a step in the second part"})
+    reading_batch_size: int = field(default=64, metadata={"help": "images a step in the first part"})
+    joint_batch_size: int = field(default=32, metadata={"help": "images a step in the second part"})
     learning_rate: float = field(default=2e-3, metadata={"help": "highest learning rate"})
     blind: bool = field(default=False, metadata={"help": "the high-resolution tower sees the enlarged low-res view"})
     device: str = field(default="cpu", metadata={"help": "where to train"})
     workers: int = field(default_factory=count_cores, metadata={"help": "processes that draw; all cores by default"})
-    seed: int = field(default=0, metadata={"help": "of weights and pictures"})
+    seed: int = field(default=0, metadata={"help": "of weights and images"})
 
 
 def crop(pixels: np.ndarray, scene: Scene, side: int, rng: np.random.Generator) -> tuple[np.ndarray, Scene]:
     """
-    Cuts out a square with the first text somewhere in it: at any place within the tower's positions of 32 pixels.
-    Small pictures alone have their text near the middle, and a reader that knew only those would read nothing else.
-
-    Args:
-        pixels (`np.ndarray` of shape `(3, S, S)`): The picture.
-        scene ([`~training.tiny.fineprint.Scene`]): What it shows; has a text.
-        side (`int`): Side of the cut in pixels.
-        rng (`np.random.Generator`): Where it is.
-
-    Returns:
-        `tuple`: `(3, side, side)`, and what it shows: objects whose centre lies inside.
+    Cuts a square of `side` pixels out of `(3, S, S)`, with the first text somewhere in it: at any place within the
+    tower's positions of 32 pixels. Small images alone have their text near the middle, and a reader that knew only
+    those would read nothing else. Returns `(3, side, side)` and what it shows: objects whose centre is inside.
     """
     x, y = scene.signs[0].center
     limit = scene.size - side
@@ -152,25 +112,23 @@ def crop(pixels: np.ndarray, scene: Scene, side: int, rng: np.random.Generator) 
 
 
 def draw_one(config: FinePrintConfig, split: str, page: bool, side: int | None, index: int) -> dict:
-    """A picture, `pixels` `(3, S, S)` of uint8, with its `caption` and targets, all as NumPy arrays."""
-    picture, scene = draw_sample(config, split, index, page)
-    pixels = np.array(Image.open(io.BytesIO(picture))).transpose(2, 0, 1)
+    """A image, `pixels` `(3, S, S)` of uint8, with its `caption` and targets, all as NumPy arrays."""
+    image, scene = draw_sample(config, split, index, page)
+    pixels = np.array(Image.open(io.BytesIO(image))).transpose(2, 0, 1)
     if side is not None:
         pixels, scene = crop(pixels, scene, side, get_rng(config.seed, f"{split}-crops", index))
     targets = {name: target.numpy() for name, target in get_targets(scene, config.characters).items()}
     return {"pixels": pixels, "caption": get_caption(scene, with_texts=False), **targets}
 
 
-def draw_pictures(
+def draw_images(
     config: FinePrintConfig, split: str, number: int, workers: int, page: bool = False, side: int | None = None
 ) -> dict:
     """
-    Draws pictures and keeps them in memory.
+    Draws images and keeps them in memory.
 
     Args:
-        config ([`~training.tiny.fineprint.FinePrintConfig`]): What they look like.
-        split (`str`): Whose texts they show.
-        number (`int`): How many.
+        config, split, number: What they look like, whose texts they show, how many they are.
         workers (`int`): Processes that draw; 0 for this one.
         page (`bool`, *optional*, defaults to `False`): Whether they are full of texts instead of scenes.
         side (`int`, *optional*): Side of the cut in pixels, if only a part of each is wanted, see [`crop`].
@@ -185,22 +143,22 @@ def draw_pictures(
             pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers))
             do = partial(pool.imap, chunksize=64)
         stream = do(partial(draw_one, config, split, page, side), range(number))
-        title = "pages" if page else f"pictures of {config.size}"
-        drawn = list(tqdm(stream, total=number, desc=title, unit="picture"))
+        title = "pages" if page else f"images of {config.size}"
+        drawn = list(tqdm(stream, total=number, desc=title, unit="image"))
     names = [name for name in drawn[0] if name != "caption"]
-    pictures = {name: torch.from_numpy(np.stack([one[name] for one in drawn])) for name in names}
-    return {**pictures, "captions": [one["caption"] for one in drawn]}
+    images = {name: torch.from_numpy(np.stack([one[name] for one in drawn])) for name in names}
+    return {**images, "captions": [one["caption"] for one in drawn]}
 
 
-def take(pictures: dict, indices: torch.Tensor, device: str) -> dict:
-    """Those of the drawn pictures, pixels normalised."""
-    batch = {name: values[indices].to(device) for name, values in pictures.items() if name != "captions"}
+def take(images: dict, indices: torch.Tensor, device: str) -> dict:
+    """Those of the drawn images, pixels normalised."""
+    batch = {name: values[indices].to(device) for name, values in images.items() if name != "captions"}
     pixels = normalize(batch.pop("pixels"))
-    return {"pixels": pixels, "captions": [pictures["captions"][index] for index in indices.tolist()], **batch}
+    return {"pixels": pixels, "captions": [images["captions"][index] for index in indices.tolist()], **batch}
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
-    """`(images, 3, S, S)` of 8-bit values -> the same in float32, normalised as CLIP's pictures are."""
+    """`(images, 3, S, S)` of 8-bit values -> the same in float32, normalised as CLIP's images are."""
     mean, std = (pixels.new_tensor(x, dtype=torch.float32)[:, None, None] for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     return (pixels.float() / 255 - mean) / std
 
@@ -336,71 +294,46 @@ def train(
     steps: int,
     batch_size: int,
     choose: Callable[[int], dict],
-    loss: Callable[[dict], torch.Tensor],
+    get_loss: Callable[[dict], torch.Tensor],
 ) -> None:
     """
-    Trains a model on drawn pictures.
+    Trains a model on drawn images.
 
     Args:
         arguments ([`PretrainTowersArguments`]): Device.
-        name (`str`): For the progress bar.
-        model (`nn.Module`): What is trained.
-        learning_rate (`float`): Highest learning rate.
-        steps (`int`): Number of steps.
-        batch_size (`int`): Pictures a step, if they have 64 x 64 pixels; larger ones are fewer, of the same area.
-        choose (`Callable`): From the number of a step to the pictures it takes its batch from.
-        loss (`Callable`): From a batch to its loss.
+        name, model, learning_rate, steps: See [`~training.tiny.optimization.fit`].
+        batch_size (`int`): Images per step, if they have 64 x 64 pixels; larger ones are fewer, of the same area.
+        choose (`Callable`): From the number of a step to the images it takes its batch from.
+        get_loss (`Callable`): From a batch to its loss.
     """
     model.to(arguments.device).to(memory_format=torch.channels_last).train()
-    optimizers = get_optimizers(model, learning_rate, weight_decay=0.02)
-    schedulers = [get_cosine_schedule_with_warmup(optimizer, steps // 10, steps) for optimizer in optimizers]
-    bar = tqdm(range(steps), desc=name, unit="step")
-    for step in bar:
-        pictures = choose(step)
-        number = batch_size * CUT**2 // pictures["pixels"][0, 0].numel()
-        batch = take(pictures, torch.randint(len(pictures["pixels"]), (number,)), arguments.device)
-        with torch.autocast(torch.device(arguments.device).type, torch.bfloat16):
-            value = loss(batch)
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for part in (*optimizers, *schedulers):
-            part.step()
-        model.zero_grad()
-        if step % 25 == 0:
-            bar.set_postfix(loss=f"{value.item():.3f}")
+
+    def get_loss_of_step(step: int) -> torch.Tensor:
+        images = choose(step)
+        number = batch_size * CUT**2 // images["pixels"][0, 0].numel()
+        return get_loss(take(images, torch.randint(len(images["pixels"]), (number,)), arguments.device))
+
+    fit(name, model, steps, learning_rate, 0.02, 0.1, get_loss_of_step)
 
 
-def get_view(arguments: PretrainTowersArguments, blind: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What the high-resolution tower sees of pictures: all, or what the low-resolution view holds."""
-
-    def view(pixels: torch.Tensor) -> torch.Tensor:
-        pixels = reduce_and_enlarge(pixels, arguments.low_res_ratio) if blind else pixels
-        return pixels.contiguous(memory_format=torch.channels_last)
-
-    return view
+def show(arguments: PretrainTowersArguments, pixels: torch.Tensor, blind: bool) -> torch.Tensor:
+    """What the high-resolution tower sees of images: all, or what the low-resolution view holds."""
+    pixels = reduce_and_enlarge(pixels, arguments.low_res_ratio) if blind else pixels
+    return pixels.contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
-def evaluate_reader(arguments: PretrainTowersArguments, reader: Reader, pictures: dict, blind: bool) -> dict:
+def evaluate_reader(arguments: PretrainTowersArguments, reader: Reader, images: dict, blind: bool) -> dict:
     """
-    Counts the texts that a reader reads without a fault.
-
-    Args:
-        arguments ([`PretrainTowersArguments`]): Device, ratio of the views.
-        reader ([`Reader`]): The reader.
-        pictures (`dict`): From [`draw_pictures`].
-        blind (`bool`): Whether it sees what the low-resolution view holds.
-
-    Returns:
-        `dict`: `texts_read`, the share, and `num_texts`.
+    Counts the texts that a reader reads without a fault in images of [`draw_images`]; with `blind` it sees what the
+    low-resolution view holds. Returns `texts_read`, the share, and `num_texts`.
     """
     reader.eval()
-    view, read, total = get_view(arguments, blind), 0, 0
-    for indices in torch.arange(len(pictures["pixels"])).split(64):
-        batch = take(pictures, indices, arguments.device)
+    read, total = 0, 0
+    for indices in torch.arange(len(images["pixels"])).split(64):
+        batch = take(images, indices, arguments.device)
         with torch.autocast(torch.device(arguments.device).type, torch.bfloat16):
-            scores = reader(view(batch["pixels"]))
-        counts = count_texts_read(scores, batch)
+            counts = count_texts_read(reader(show(arguments, batch["pixels"], blind)), batch)
         read, total = read + counts[0], total + counts[1]
     return {"texts_read": round(read / total, 4), "num_texts": total}
 
@@ -409,36 +342,31 @@ def train_reader(arguments: PretrainTowersArguments, blind: bool) -> tuple[Reade
     """
     Trains a reader: first on pages full of texts, which teach the characters, then on parts of scenes, 64 pixels wide
     with one text, and at last on whole scenes of 128 pixels with several as well; every eighth step is on pages all
-    the time. It is tested on whole pictures.
-
-    Args:
-        arguments ([`PretrainTowersArguments`]): How.
-        blind (`bool`): Whether it sees what the low-resolution view holds instead of the pictures as they are.
+    the time. It is tested on whole images. With `blind` it sees what the low-resolution view holds.
 
     Returns:
         `tuple`: The reader, and the share of unseen texts that it reads.
     """
     set_seed(arguments.seed)
     config = FinePrintConfig(size=2 * CUT, max_signs=4, alphabet=arguments.alphabet, seed=arguments.seed)
-    one, number, workers = replace(config, max_signs=1), arguments.num_pictures, arguments.workers
-    pages = draw_pictures(replace(config, size=CUT), "train", number // 2, workers, page=True)
-    parts = draw_pictures(one, "train", number, workers, side=CUT)
-    scenes = draw_pictures(config, "train", number // 2, workers)
+    one, number, workers = replace(config, max_signs=1), arguments.num_images, arguments.workers
+    pages = draw_images(replace(config, size=CUT), "train", number // 2, workers, page=True)
+    parts = draw_images(one, "train", number, workers, side=CUT)
+    scenes = draw_images(config, "train", number // 2, workers)
     reader = Reader(arguments.depths, arguments.dims, len(config.characters))
-    view, steps = get_view(arguments, blind), arguments.reading_steps
+    steps = arguments.reading_steps
 
     def choose(step: int) -> dict:
         if step < 0.3 * steps or step % 8 == 0:
             return pages
         return parts if step < 0.6 * steps or step % 4 == 1 else scenes
 
-    def loss(batch: dict) -> torch.Tensor:
-        return get_reading_loss(reader(view(batch["pixels"])), batch)
+    def get_loss(batch: dict) -> torch.Tensor:
+        return get_reading_loss(reader(show(arguments, batch["pixels"], blind)), batch)
 
     name = "reading, low-resolution view" if blind else "reading"
-    rate, batch_size = arguments.learning_rate, arguments.reading_batch_size
-    train(arguments, name, reader, rate, steps, batch_size, choose, loss)
-    test = draw_pictures(one, "test", arguments.num_test, workers)
+    train(arguments, name, reader, arguments.learning_rate, steps, arguments.reading_batch_size, choose, get_loss)
+    test = draw_images(one, "test", arguments.num_test, workers)
     return reader, evaluate_reader(arguments, reader, test, blind)
 
 
@@ -446,28 +374,26 @@ def pretrain(arguments: PretrainTowersArguments) -> dict:
     """Trains both towers and writes `vision_tower/` (a CLIP model) and `high_res_tower/` (timm's names)."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)  # first: what is wrong with it is said at once
     reader, result = train_reader(arguments, arguments.blind)
-    steps = arguments.joint_steps
     clip = make_clip(arguments, len(tokenizer), tokenizer)
     towers = Towers(reader, clip)
     config = FinePrintConfig(
-        size=arguments.size, max_signs=arguments.max_signs, alphabet=arguments.alphabet, seed=arguments.seed + 1
+        arguments.size, 1, arguments.max_signs, alphabet=arguments.alphabet, seed=arguments.seed + 1
     )
-    pictures = draw_pictures(
-        config, "train", min(arguments.num_pictures, steps * arguments.joint_batch_size), arguments.workers
-    )
-    view = get_view(arguments, arguments.blind)
+    number = min(arguments.num_images, arguments.joint_steps * arguments.joint_batch_size)
+    images = draw_images(config, "train", number, arguments.workers)
 
-    def loss(batch: dict) -> torch.Tensor:
+    def get_loss(batch: dict) -> torch.Tensor:
         captions = [f"{tokenizer.bos_token}{caption}{tokenizer.eos_token}" for caption in batch["captions"]]
         text = tokenizer(captions, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt")
         text = {name: text[name].to(arguments.device) for name in ("input_ids", "attention_mask")}
         low_res = get_low_res_view(batch["pixels"], arguments.low_res_ratio)
-        return towers(view(batch["pixels"]), low_res, text, batch)
+        return towers(show(arguments, batch["pixels"], arguments.blind), low_res, text, batch)
 
     # at the first part's rate it would unlearn to read
     rate, batch_size = 0.2 * arguments.learning_rate, arguments.joint_batch_size * (arguments.size // CUT) ** 2
-    train(arguments, "reading and captions", towers, rate, steps, batch_size, lambda step: pictures, loss)
-    test = draw_pictures(config, "test", arguments.num_test // 4, arguments.workers)
+    name, steps = "reading and captions", arguments.joint_steps
+    train(arguments, name, towers, rate, steps, batch_size, lambda step: images, get_loss)
+    test = draw_images(config, "test", arguments.num_test // 4, arguments.workers)
     result["in_scenes"] = evaluate_reader(arguments, reader, test, arguments.blind)
     output = Path(arguments.output)
     (output / "high_res_tower").mkdir(parents=True, exist_ok=True)
@@ -480,16 +406,12 @@ def pretrain(arguments: PretrainTowersArguments) -> dict:
 
 
 def main() -> None:
+    """Trains the towers; the figures are printed and written last."""
     (arguments,) = HfArgumentParser(PretrainTowersArguments).parse_args_into_dataclasses()
-    if not arguments.output or not arguments.tokenizer:
-        sys.exit("error: --output and --tokenizer must be given.")
-    try:
-        result = json.dumps(pretrain(arguments), indent=2)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    result = json.dumps(pretrain(arguments), indent=2)
     (Path(arguments.output) / "towers.json").write_text(result + "\n")
     print(result)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
-from modeling_llava_hr.utils import new_folder
+from modeling_llava_hr.utils import new_file, new_folder, run_command
 from training.tiny.fineprint import count_cores
 
 
@@ -58,51 +58,29 @@ UNUSED: dict[str, dict[str, list[str]]] = {
 
 @dataclass(frozen=True)
 class Course:
-    """
-    A run of stage 2.
+    """A run of stage 2."""
 
-    Args:
-        size (`int`): Side of pictures and high-resolution view in pixels, a multiple of 64.
-        max_signs (`int`): Largest number of texts in a picture.
-        num_train (`int`): Number of different pictures.
-        steps (`int`): Optimizer steps.
-        learning_rate (`float`): Highest learning rate.
-        batch_size (`int`): Pictures a step.
-        frozen (`bool`): Whether the high-resolution tower stays as it is. It is small and unlearns to read at the
-            learning rate that the rest needs.
-    """
-
-    size: int
-    max_signs: int
-    num_train: int
-    steps: int
-    learning_rate: float
-    batch_size: int = 32
+    size: int  # side of images and high-resolution view in pixels, a multiple of 64
+    max_signs: int  # largest number of texts in an image
+    num_train: int  # different images
+    steps: int  # optimizer steps
+    learning_rate: float  # peak
+    batch_size: int = 32  # images per step
+    # The high-resolution tower is small and unlearns to read at the learning rate that the rest needs
     frozen: bool = True
 
 
 @dataclass(frozen=True)
 class Preset:
-    """
-    Everything that differs between a short and a long training.
+    """Everything that differs between a short and a long training."""
 
-    Args:
-        towers, language_model (`tuple[str]`): Options of [`training.tiny.towers`] and
-            [`training.tiny.language_model`].
-        alphabet (`str`): See [`~training.tiny.fineprint.FinePrintConfig`].
-        pretrain ([`Course`]): Stage 1.
-        finetune (`tuple[Course]`): Stage 2.
-        num_test (`int`): Number of test pictures.
-        options (`tuple[str]`): Options of every [`training.train`].
-    """
-
-    towers: tuple[str, ...]
-    language_model: tuple[str, ...]
-    alphabet: str
-    pretrain: Course
-    finetune: tuple[Course, ...]
-    num_test: int
-    options: tuple[str, ...]
+    towers: tuple[str, ...]  # options of training.tiny.towers
+    language_model: tuple[str, ...]  # options of training.tiny.language_model
+    alphabet: str  # see FinePrintConfig
+    pretrain: Course  # stage 1
+    finetune: tuple[Course, ...]  # stage 2
+    num_test: int  # test images
+    options: tuple[str, ...]  # of every training.train
 
 
 PRESETS = {
@@ -137,29 +115,27 @@ PRESETS = {
 
 @dataclass
 class TrainTinyArguments:
-    """
-    Which training, and where to.
+    """Which training, and where to; described in the help of each field."""
 
-    Args:
-        preset (`str`): `"cpu"` (an hour on two cores) or `"gpu"`.
-        output (`str`): Folder for everything that is made.
-        pathway (`str`): `"both"`, or the other controls: `"low_res"` alone (LLaVA-1.5's design) or `"high_res"` alone,
-            with the same number of tokens. The other pathway's share of the fusion is zero and stays so.
-        blind (`bool`): The fair control: the same recipe, the towers' training included, on images that hold no more
-            than the low-resolution view does.
-        parts (`str`, *optional*): Output of another training. Its language model and, unless `blind`, its towers and
-            images are used as far as they are complete; the rest is made in `output`.
-        only_parts (`bool`): Stop after the language model and the towers.
-        workers (`int`): Processes that draw, one per available core by default.
-        seed (`int`): Of weights and data.
-        dry_run (`bool`): Print the commands only.
-    """
-
-    preset: str = field(default="cpu", metadata={"help": "cpu or gpu"})
+    preset: str = field(default="cpu", metadata={"help": "cpu (an hour on two cores) or gpu"})
     output: str = field(default=".cache/train-tiny", metadata={"help": "folder for everything that is made"})
-    pathway: str = field(default="both", metadata={"help": "both, low_res or high_res"})
-    blind: bool = field(default=False, metadata={"help": "the fair control: no more than the low-res view holds"})
-    parts: str | None = field(default=None, metadata={"help": "another training whose parts are used"})
+    pathway: str = field(
+        default="both",
+        metadata={
+            "help": "both, or the controls low_res (LLaVA-1.5's design) or high_res: the other pathway's share of the "
+            "fusion is zero and stays so"
+        },
+    )
+    blind: bool = field(
+        default=False,
+        metadata={
+            "help": "the fair control: the same recipe, the towers' training included, on images that hold no more "
+            "than the low-resolution view"
+        },
+    )
+    parts: str | None = field(
+        default=None, metadata={"help": "output of another training, whose complete parts are used where they fit"}
+    )
     only_parts: bool = field(default=False, metadata={"help": "stop after the language model and the towers"})
     workers: int = field(default_factory=count_cores, metadata={"help": "processes that draw; all cores by default"})
     seed: int = field(default=0, metadata={"help": "of weights and data"})
@@ -168,7 +144,7 @@ class TrainTinyArguments:
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and the file that it leaves when it is complete."""
+    """A module of this project with its options, and the file that it leaves when it is complete."""
 
     name: str
     done: Path
@@ -187,36 +163,18 @@ def find_part(arguments: TrainTinyArguments, name: str, done: str) -> Path:
     return part if usable else Path(arguments.output, name)
 
 
-def module(name: str, *options: str | Path) -> list[str]:
-    """The command that runs a module of this project."""
-    return [sys.executable, "-m", name, *map(str, options)]
-
-
 def get_part_steps(arguments: TrainTinyArguments) -> Iterator[Step]:
     """The commands that make language model and towers."""
     preset = PRESETS[arguments.preset]
-    common = (f"--alphabet={preset.alphabet}", f"--seed={arguments.seed}")
+    common = [f"--alphabet={preset.alphabet}", f"--seed={arguments.seed}"]
     language_model = find_part(arguments, "language-model", "tokenizer.json")
-    command = module(
-        "training.tiny.language_model",
-        f"--output={language_model}",
-        f"--size={preset.finetune[-1].size}",
-        *preset.language_model,
-        *common,
-    )
+    options = [f"--output={language_model}", f"--size={preset.finetune[-1].size}", *preset.language_model]
+    command = ["training.tiny.language_model", *options, *common]
     yield Step("language model", language_model / "tokenizer.json", command)
     towers = find_part(arguments, "towers", "towers.json")
-    command = module(
-        "training.tiny.towers",
-        f"--output={towers}",
-        f"--tokenizer={language_model}",
-        f"--low_res_ratio={LOW_RES_RATIO}",
-        f"--patch_size={PATCH_SIZE}",
-        f"--workers={arguments.workers}",
-        *preset.towers,
-        *(["--blind"] if arguments.blind else []),
-        *common,
-    )
+    options = [f"--output={towers}", f"--tokenizer={language_model}", f"--workers={arguments.workers}"]
+    options += [f"--low_res_ratio={LOW_RES_RATIO}", f"--patch_size={PATCH_SIZE}", *preset.towers]
+    command = ["training.tiny.towers", *options, *(["--blind"] if arguments.blind else []), *common]
     yield Step("towers", towers / "towers.json", command)
 
 
@@ -234,57 +192,32 @@ def get_steps(arguments: TrainTinyArguments) -> Iterator[Step]:
 
     for course in {data_folder(course): course for course in (preset.pretrain, *preset.finetune)}.values():
         folder = data_folder(course)
-        command = module(
-            "training.tiny.fineprint",
-            f"--output={folder}",
-            f"--size={course.size}",
-            f"--max_signs={course.max_signs}",
-            f"--num_train={course.num_train}",
-            f"--num_test={preset.num_test}",
-            f"--workers={arguments.workers}",
-            *([f"--shown_ratio={LOW_RES_RATIO}"] if arguments.blind else []),
-            f"--alphabet={preset.alphabet}",
-            seed,
-        )
-        yield Step(folder.name, folder / "test.jsonl", command)
+        options = [f"--output={folder}", f"--size={course.size}", f"--max_signs={course.max_signs}"]
+        options += [f"--num_train={course.num_train}", f"--num_test={preset.num_test}"]
+        options += [f"--shown_ratio={LOW_RES_RATIO}"] if arguments.blind else []
+        options += [f"--alphabet={preset.alphabet}", f"--workers={arguments.workers}", seed]
+        yield Step(folder.name, folder / "test.jsonl", ["training.tiny.fineprint", *options])
     model = output / "untrained"
-    yield Step(
-        "assemble",
-        model / "config.json",
-        module(
-            "conversion.assemble",
-            f"--vision_tower={towers / 'vision_tower'}",
-            f"--high_res_tower={towers / 'high_res_tower'}",
-            f"--language_model={language_model}",
-            f"--output={model}",
-            f"--size={preset.finetune[-1].size}",
-            seed,
-        ),
-    )
+    options = [f"--{name}={towers / name}" for name in ("vision_tower", "high_res_tower")]
+    options += [f"--language_model={language_model}", f"--output={model}", f"--size={preset.finetune[-1].size}", seed]
+    yield Step("assemble", model / "config.json", ["conversion.assemble", *options])
     courses = [("pretrain", preset.pretrain), *(("finetune", course) for course in preset.finetune)]
     for number, (stage, course) in enumerate(courses):
         folder, data = output / f"{number}-{stage}", data_folder(course)
         frozen = UNUSED[arguments.pathway][stage] + [HIGH_RES_TOWER] * (stage == "finetune" and course.frozen)
-        command = module(
-            "training.train",
-            "--config",  # TRL's parser knows no `--config=`
-            Path(__file__).with_name(f"{stage}.yaml"),
-            f"--model_name_or_path={model}",
-            f"--output_dir={folder}",
-            f"--data_path={data / ('captions' if stage == 'pretrain' else 'train')}.jsonl",
-            f"--eval_data_path={data / 'validation.jsonl'}",
-            f"--image_folder={data / 'images'}",
-            f"--size={course.size}",
-            f"--low_res_size={get_low_res_size(course.size)}",
-            f"--max_steps={course.steps}",
-            f"--learning_rate={course.learning_rate}",
-            f"--per_device_train_batch_size={course.batch_size}",
-            *(["--frozen", *frozen] if frozen else []),
-            *preset.options,
-            seed,
-        )
-        yield Step(folder.name, folder / "processor_config.json", command)
+        options = ["--config", str(Path(__file__).with_name(f"{stage}.yaml"))]  # TRL's parser knows no `--config=`
+        options += [f"--model_name_or_path={model}", f"--output_dir={folder}", f"--image_folder={data / 'images'}"]
+        options += [f"--data_path={data / ('captions' if stage == 'pretrain' else 'train')}.jsonl"]
+        options += [f"--eval_data_path={data / 'validation.jsonl'}", f"--max_steps={course.steps}"]
+        options += [f"--size={course.size}", f"--low_res_size={get_low_res_size(course.size)}"]
+        options += [f"--learning_rate={course.learning_rate}", f"--per_device_train_batch_size={course.batch_size}"]
+        options += [*(["--frozen", *frozen] if frozen else []), *preset.options, seed]
+        yield Step(folder.name, folder / "processor_config.json", ["training.train", *options])
         model = folder
+    device = "cpu" if "--use_cpu=True" in preset.options else "cuda"
+    options = [f"--model={output / 'model'}", f"--data={data}", f"--device={device}"]
+    options += [f"--output={output / 'evaluation.json'}"]
+    yield Step("evaluation", output / "evaluation.json", ["training.tiny.evaluate", *options])
 
 
 def silence(model: Path, pathway: str) -> None:
@@ -293,30 +226,31 @@ def silence(model: Path, pathway: str) -> None:
     for name, weight in weights.items():
         if any(re.match(pattern, name) for pattern in UNUSED[pathway]["pretrain"]):
             weight.zero_()
-    incomplete = model / ".model.safetensors.incomplete"
-    save_file(weights, incomplete, metadata={"format": "pt"})
-    incomplete.replace(model / "model.safetensors")
+    with new_file(model / "model.safetensors") as partial:
+        save_file(weights, partial, metadata={"format": "pt"})
 
 
 def save_final(trained: Path, output: Path) -> None:
-    """Saves a trained model in bfloat16 and its processor as a folder that appears when it is complete."""
+    """Saves a trained model in bfloat16 and its processor in a new folder, atomically."""
     with new_folder(output) as folder:
         AutoModelForImageTextToText.from_pretrained(trained, dtype="bfloat16").save_pretrained(folder)
         AutoProcessor.from_pretrained(trained).save_pretrained(folder)
 
 
 def main() -> None:
+    """Runs or prints the commands."""
     (arguments,) = HfArgumentParser(TrainTinyArguments).parse_args_into_dataclasses()
     for name, choices in (("preset", PRESETS), ("pathway", UNUSED)):
         if (value := getattr(arguments, name)) not in choices:
-            sys.exit(f"error: --{name} must be one of {', '.join(choices)}, but got {value!r}.")
+            raise ValueError(f"--{name} must be one of {', '.join(choices)}, but got {value!r}.")
     if arguments.parts and not Path(arguments.parts, "language-model", "tokenizer.json").exists():
-        sys.exit(f"error: --parts: {arguments.parts} has no complete language-model. Name the output of a training.")
+        raise ValueError(f"--parts: {arguments.parts} has no complete language-model. Name the output of a training.")
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     steps = list(get_steps(arguments))
     for number, step in enumerate(steps, 1):
-        print(f"[{number}/{len(steps)}] {step.name}\n{shlex.join(step.command)}", flush=True)
+        command = [sys.executable, "-m", *step.command]
+        print(f"[{number}/{len(steps)}] {step.name}\n{shlex.join(command)}", flush=True)
         if arguments.dry_run:
             continue
         if step.done.exists():
@@ -324,22 +258,14 @@ def main() -> None:
             continue
         if step.name.endswith("pretrain"):  # not right after assembling, where a kill could come between
             silence(output / "untrained", arguments.pathway)
+        if step.name == "evaluation" and not (output / "model").exists():
+            save_final(steps[-2].done.parent, output / "model")
         start = time.time()
-        if subprocess.run(step.command, cwd=ROOT).returncode:
-            sys.exit(f"error: {step.name} failed, see above. The same command resumes there.")
+        if subprocess.run(command, cwd=ROOT).returncode:
+            raise ValueError(f"{step.name} failed, see above. The same command resumes there.")
         with (output / "seconds.jsonl").open("a") as file:
             file.write(json.dumps({"step": step.name, "seconds": round(time.time() - start)}) + "\n")
-    if arguments.dry_run or arguments.only_parts:
-        return
-    if not (output / "model").exists():
-        save_final(steps[-1].done.parent, output / "model")
-    data = [f"--data={step.done.parent}" for step in steps if step.name.startswith("fineprint")][-1]
-    command = [sys.executable, "-m", "training.tiny.evaluate", f"--model={output / 'model'}", data]
-    device = "cpu" if "--use_cpu=True" in PRESETS[arguments.preset].options else "cuda"
-    command += [f"--device={device}", f"--output={output / 'evaluation.json'}"]
-    if subprocess.run(command, cwd=ROOT).returncode:
-        sys.exit("error: evaluation failed, see above. The same command tries it again.")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -65,13 +65,13 @@ def read(file):
 
 def test_same_files_whatever_the_number_of_workers(folders):
     first, second = ({path.name: path.read_bytes() for path in f.rglob("*") if path.is_file()} for f in folders)
-    assert len(first) == 56 + 4  # pictures and row files
+    assert len(first) == 56 + 4  # images and row files
     assert first == second
 
 
-def test_another_seed_draws_another_picture():
-    pictures = [draw_sample(FinePrintConfig(size=64, seed=seed), "train", 0)[0] for seed in (0, 0, 1)]
-    assert pictures[0] == pictures[1] != pictures[2]
+def test_another_seed_draws_another_image():
+    images = [draw_sample(FinePrintConfig(size=64, seed=seed), "train", 0)[0] for seed in (0, 0, 1)]
+    assert images[0] == images[1] != images[2]
 
 
 def test_rows_have_the_llava_format(folders):
@@ -80,8 +80,8 @@ def test_rows_have_the_llava_format(folders):
         assert len(rows) == num_rows or num_rows is None
         assert len({row["id"] for row in rows}) == len(rows)
         for row in rows:
-            with Image.open(folders[0] / "images" / row["image"]) as picture:
-                assert picture.size == (128, 128)
+            with Image.open(folders[0] / "images" / row["image"]) as image:
+                assert image.size == (128, 128)
             assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"] * (
                 len(row["conversations"]) // 2
             )
@@ -151,11 +151,11 @@ def test_a_question_has_one_answer(scenes):
 
 
 def test_texts_are_where_the_scene_says():
-    """Dark and light pixels lie at the characters, on clean pictures, and the plate is plain above them."""
+    """Dark and light pixels lie at the characters, on clean images, and the plate is plain above them."""
     config = FinePrintConfig(size=128, min_signs=1, max_signs=1, max_shapes=0)
     for index in range(40):
-        picture, scene = Painter(config, "train", get_rng(3, "train", index)).paint()
-        grey = np.asarray(picture.convert("L")).astype(float)
+        image, scene = Painter(config, "train", get_rng(3, "train", index)).paint()
+        grey = np.asarray(image.convert("L")).astype(float)
         (sign,) = scene.signs
         assert [x for x, _ in sign.centers] == sorted(x for x, _ in sign.centers)
         x, y = (int(value) for value in sign.center)
@@ -197,7 +197,7 @@ def test_position(center, position):
     assert get_position((50, 10), 100) is None
 
 
-def test_noise_blur_and_compression_change_the_picture():
+def test_noise_blur_and_compression_change_the_image():
     config = FinePrintConfig(size=64)
     file, _ = draw_sample(config, "train", 0)
     clean, _ = Painter(config, "train", get_rng(0, "train", 0)).paint()
@@ -205,7 +205,7 @@ def test_noise_blur_and_compression_change_the_picture():
     assert 1 < difference.std() < 20
 
 
-def test_reduced_pictures_keep_flat_parts_and_lose_fine_ones():
+def test_reduced_images_keep_flat_parts_and_lose_fine_ones():
     flat = torch.full((1, 3, 64, 64), 100.0)
     torch.testing.assert_close(reduce_and_enlarge(flat, 0.21875), flat)
     # 64 -> 14 -> 64 columns: at most 14 values remain of 64
@@ -219,7 +219,6 @@ def test_reduced_pictures_keep_flat_parts_and_lose_fine_ones():
         ({"min_signs": 5, "max_signs": 4}, "max_signs"),
         ({"max_signs": 7}, "max_signs"),
         ({"max_shapes": 3}, "max_shapes"),
-        ({"min_font_size": 3}, "min_font_size"),
         ({"alphabet": "greek"}, "alphabet"),
     ],
 )

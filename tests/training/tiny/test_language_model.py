@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_llava_hr.processing_llava_hr import get_chat_template
+from modeling_llava_hr.processing_llava_hr import IMAGE_TOKEN, get_chat_template
 from training.tiny.fineprint import (
     IGNORED,
     SCENES,
@@ -15,7 +15,6 @@ from training.tiny.fineprint import (
     get_targets,
 )
 from training.tiny.language_model import (
-    IMAGE_TOKEN,
     PretrainLanguageModelArguments,
     SceneEmbedding,
     encode,
@@ -64,7 +63,7 @@ def test_any_text_survives_the_tokenizer(tokenizer):
 
 
 def test_chat_is_what_the_processor_makes_of_it(trained, scenes):
-    """Token ids and labels equal those of a training sample with a picture of as many tokens."""
+    """Token ids and labels equal those of a training sample with a image of as many tokens."""
     from PIL import Image
 
     from modeling_llava_hr import LlavaHrImageProcessorPil, LlavaHrProcessor

@@ -2,7 +2,7 @@
 import torch
 from torch import nn
 
-from training.tiny.optimizers import get_optimizers
+from training.tiny.optimization import get_optimizers
 
 
 class Model(nn.Module):

@@ -52,5 +52,5 @@ def test_the_last_checkpoint_has_the_losses(runs):
 def test_unfinished_training_is_named(runs, tmp_path, monkeypatch):
     (runs[1] / "evaluation.json").unlink()
     monkeypatch.setattr(sys, "argv", ["report", "--runs", *map(str, runs), "--output", str(tmp_path / "report")])
-    with pytest.raises(SystemExit, match="blind has no evaluation.json"):
+    with pytest.raises(ValueError, match="blind has no evaluation.json"):
         main()

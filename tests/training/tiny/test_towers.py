@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -23,10 +22,9 @@ from training.tiny.towers import (
     Reader,
     count_texts_read,
     crop,
-    draw_pictures,
+    draw_images,
     get_low_res_view,
     get_reading_loss,
-    main,
     pretrain,
 )
 
@@ -45,7 +43,7 @@ def towers(tmp_path_factory):
         tokenizer=str(root / "lm"),
         size=128,
         max_signs=2,
-        num_pictures=16,
+        num_images=16,
         num_test=16,
         workers=0,
         reading_steps=4,
@@ -63,8 +61,8 @@ def towers(tmp_path_factory):
 def test_crops_hold_the_text_at_any_place():
     config, xs = FinePrintConfig(size=128, max_signs=1), []
     for index in range(40):
-        picture, scene = Painter(config, "train", get_rng(0, "train", index)).paint()
-        pixels = np.asarray(picture).transpose(2, 0, 1)
+        image, scene = Painter(config, "train", get_rng(0, "train", index)).paint()
+        pixels = np.asarray(image).transpose(2, 0, 1)
         cut, part = crop(pixels, scene, 64, np.random.default_rng(index))
         assert cut.shape == (3, 64, 64) and part.size == 64
         (before,), (after,) = scene.signs, part.signs
@@ -77,12 +75,12 @@ def test_crops_hold_the_text_at_any_place():
 
 def test_reading_loss_of_even_scores():
     """Equal scores give the logarithm of the number of classes for each target."""
-    pictures = draw_pictures(FinePrintConfig(size=64, max_signs=1), "train", 2, workers=0)
+    images = draw_images(FinePrintConfig(size=64, max_signs=1), "train", 2, workers=0)
     reader = Reader(DEPTHS, DIMS, len(CHARACTERS))
     for head in (*reader.heads, reader.word_head, reader.stroke_head):
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
-    targets = {name: pictures[name] for name in ("objects", "colors", "texts", "words", "strokes")}
+    targets = {name: images[name] for name in ("objects", "colors", "texts", "words", "strokes")}
     loss = get_reading_loss(reader(torch.zeros(2, 3, 64, 64)), targets)
     num_strokes = 1 + len(CHARACTERS)
     num_classes = (len(OBJECTS), len(COLOR_NAMES), len(CHARACTERS), len(CHARACTERS))
@@ -125,16 +123,7 @@ def test_towers_can_be_assembled(towers, tmp_path):
     assert 0.9 < gamma.mean() < 1.1
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--output=made"], "--output and --tokenizer must be given"),
-        (["--output=made", "--tokenizer=."], "tokenizer"),
-    ],
-)
-def test_wrong_options_are_said_before_anything_is_drawn(options, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["towers", *options])
-    with pytest.raises(SystemExit, match=f"error: .*{message}"):
-        main()
+def test_a_missing_tokenizer_is_named_before_anything_is_drawn(tmp_path):
+    with pytest.raises(OSError, match="no-tokenizer"):
+        pretrain(PretrainTowersArguments(output=str(tmp_path / "made"), tokenizer=str(tmp_path / "no-tokenizer")))
     assert list(tmp_path.iterdir()) == []
