@@ -57,14 +57,9 @@ def load_config(
     stage: Stage, model_name_or_path: str, low_res_size: int | None = None, **kwargs: Any
 ) -> LlavaHrConfig:
     """
-    The configuration that a stage trains with: that of the starting point, with `low_res_size` and, if the stage has
-    MR-Adapters and the starting point has none, with them at the start of the last three quarters of the ViT.
-
-    Args:
-        stage ([`Stage`]): The stage.
-        model_name_or_path (`str`): Starting point, a folder or Hub id.
-        low_res_size (`int`, *optional*): Side of the low-resolution view in pixels, if not that of the released rule.
-        kwargs: Passed to `AutoConfig.from_pretrained`.
+    The configuration that a stage trains with: that of the starting point, with `low_res_size` (the side of the
+    low-resolution view in pixels, if not that of the released rule) and, if the stage has MR-Adapters and the starting
+    point has none, with them at the start of the last three quarters of the ViT. `kwargs` are those of `AutoConfig`.
 
     Raises:
         ValueError: If the starting point is not a LLaVA-HR, or has adapters that the stage does not know.

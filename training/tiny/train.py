@@ -38,21 +38,15 @@ ROOT = Path(__file__).parent.parent.parent
 PATCH_SIZE, STRIDE = 7, 32
 LOW_RES_RATIO = PATCH_SIZE / STRIDE
 HIGH_RES_TOWER = r"model\.vision_tower\.high_res_tower\."
-# What a pathway alone has no use for: the other's half of the fusion, and what MR-Adapters let in, which starts at
-# zero and stays there when it is frozen.
-UNUSED: dict[str, dict[str, list[str]]] = {
-    "both": {"pretrain": [], "finetune": []},
-    "low_res": {
-        "pretrain": [r"model\.vision_tower\.fusion\.high_res_proj\."],
-        "finetune": [
-            r"model\.vision_tower\.fusion\.high_res_proj\.",
-            r"model\.vision_tower\.mr_adapters\.\d+\.high_res_mapping\.",
-        ],
-    },
-    "high_res": {
-        "pretrain": [r"model\.vision_tower\.fusion\.low_res_proj\."],
-        "finetune": [r"model\.vision_tower\.fusion\.low_res_proj\."],
-    },
+# What a pathway alone has no use for: the other's half of the fusion, and what MR-Adapters (of stage 2) let in, which
+# starts at zero and stays there when it is frozen.
+UNUSED = {
+    "both": [],
+    "low_res": [
+        r"model\.vision_tower\.fusion\.high_res_proj\.",
+        r"model\.vision_tower\.mr_adapters\.\d+\.high_res_mapping\.",
+    ],
+    "high_res": [r"model\.vision_tower\.fusion\.low_res_proj\."],
 }
 
 
@@ -204,7 +198,8 @@ def get_steps(arguments: TrainTinyArguments) -> Iterator[Step]:
     courses = [("pretrain", preset.pretrain), *(("finetune", course) for course in preset.finetune)]
     for number, (stage, course) in enumerate(courses):
         folder, data = output / f"{number}-{stage}", data_folder(course)
-        frozen = UNUSED[arguments.pathway][stage] + [HIGH_RES_TOWER] * (stage == "finetune" and course.frozen)
+        frozen = UNUSED[arguments.pathway][: 1 if stage == "pretrain" else None]
+        frozen = frozen + [HIGH_RES_TOWER] * (stage == "finetune" and course.frozen)
         options = ["--config", str(Path(__file__).with_name(f"{stage}.yaml"))]  # TRL's parser knows no `--config=`
         options += [f"--model_name_or_path={model}", f"--output_dir={folder}", f"--image_folder={data / 'images'}"]
         options += [f"--data_path={data / ('captions' if stage == 'pretrain' else 'train')}.jsonl"]
@@ -224,7 +219,7 @@ def silence(model: Path, pathway: str) -> None:
     """Sets what a pathway alone has no use for in the fusion to zero, in a model that has no MR-Adapters yet."""
     weights = load_file(model / "model.safetensors")
     for name, weight in weights.items():
-        if any(re.match(pattern, name) for pattern in UNUSED[pathway]["pretrain"]):
+        if any(re.match(pattern, name) for pattern in UNUSED[pathway]):
             weight.zero_()
     with new_file(model / "model.safetensors") as partial:
         save_file(weights, partial, metadata={"format": "pt"})
