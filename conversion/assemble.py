@@ -6,9 +6,11 @@ Makes an untrained LLaVA-HR from its parts, the start of training stage 1:
         --high_res_tower laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup \
         --language_model lmsys/vicuna-7b-v1.5 --output llava-hr-7b-untrained
 
-The parts' weights are taken over unchanged; projector, fusion and (with `--adapters`) MR-Adapters are new. Prompts
-have the released models' form ("vicuna_v1") with any language model, and both views are normalised as CLIP's
-images are, which is what the high-resolution tower was trained with.
+The parts' weights are copied unchanged; projector, fusion and (with `--adapters`) MR-Adapters are new. Both views are
+normalised for CLIP, as the high-resolution tower was trained.
+
+The prompt format is ChatML if the language model's tokenizer has its markers (Qwen, SmolLM2), otherwise that of the
+released models ("vicuna_v1"). `--language_model` may also be a `.gguf` file, which is dequantized.
 """
 
 import argparse
@@ -54,14 +56,15 @@ from conversion.parts import (
     load_tokenizer,
     print_summary,
 )
-from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration
+from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration, LlavaHrProcessor
 from modeling_llava_hr.configuration_llava_hr import check_sizes
-from modeling_llava_hr.processing_llava_hr import IMAGE_TOKEN
+from modeling_llava_hr.processing_llava_hr import IMAGE_TOKEN, get_chat_template
 from modeling_llava_hr.utils import check_new_folder, new_folder, run_command
 
 
 # transformers' model types that have a ViT which LLaVA-HR can use
 VISION_MODEL_TYPES = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
+CHATML_FILE = Path(__file__).with_name("chatml.jinja")
 # open_clip's complete models, timm's, and transformers' timm wrapper
 CNN_WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", *WEIGHT_FILES)
 
@@ -107,14 +110,14 @@ def load_part(option: str, auto_class: Any, source: str | Path, **kwargs: Any) -
     raise ValueError(f"--{option}: {source!r} cannot be loaded: {reason}")
 
 
-def load_part_config(option: str, source: str) -> PreTrainedConfig:
+def load_part_config(option: str, source: str, **kwargs: Any) -> PreTrainedConfig:
     """
     The configuration of a part, looked at before anything is made of it.
 
     Raises:
         ValueError: If it cannot be loaded, or its sizes cannot be true.
     """
-    config = load_part(option, AutoConfig, source)
+    config = load_part(option, AutoConfig, source, **kwargs)
     for part in filter(None, (config, *(getattr(config, name) for name in config.sub_configs))):
         check_sizes(f"--{option}: {part.model_type}", part)
     return config
@@ -189,7 +192,7 @@ def load_language_model(source: str) -> tuple[StateDict, PreTrainedConfig, PreTr
     Loads a causal language model and its tokenizer and gives both an image token.
 
     Args:
-        source (`str`): Folder or Hub id.
+        source (`str`): Folder, Hub id or `.gguf` file.
 
     Returns:
         `tuple`: Its tensors by LLaVA-HR's names, its configuration, its tokenizer, the size of its own vocabulary.
@@ -197,19 +200,25 @@ def load_language_model(source: str) -> tuple[StateDict, PreTrainedConfig, PreTr
     Raises:
         ValueError: If it cannot be loaded, or has an output bias, for which LLaVA-HR has no place.
     """
-    config = load_part_config("language_model", source)
-    model, info = load_part(
-        "language_model", AutoModelForCausalLM, source, config=config, dtype="auto", output_loading_info=True
-    )
+    options: dict[str, Any] = {}
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        source, options = str(path.parent), {"gguf_file": path.name}
+    config = load_part_config("language_model", source, **options)
+    options = {"config": config, "dtype": "auto", **options}
+    model, info = load_part("language_model", AutoModelForCausalLM, source, output_loading_info=True, **options)
     head = model.get_output_embeddings()
     if info["missing_keys"] or head.bias is not None:
         fault = f"lacks {', '.join(sorted(info['missing_keys']))}" if info["missing_keys"] else "has an output bias"
         raise ValueError(f"--language_model: {source!r} {fault}.")
     folder = find_source(source, "language_model")
-    if (folder / "tokenizer.model").is_file() and _is_llama_tokenizer(folder):
+    if "gguf_file" not in options and (folder / "tokenizer.model").is_file() and _is_llama_tokenizer(folder):
         tokenizer = load_tokenizer(folder)
     else:
-        tokenizer = load_part("language_model", AutoTokenizer, folder, padding_side="left")
+        options = {"padding_side": "left", "gguf_file": options.get("gguf_file")}
+        tokenizer = load_part("language_model", AutoTokenizer, folder, **options)
+        if options["gguf_file"] is not None:  # the weights are dequantized
+            vars(model.config).pop("quantization_config", None)
     vocab_size = model.config.vocab_size
     new_size = add_image_token(tokenizer, vocab_size)
     embeddings = model.get_input_embeddings().weight
@@ -227,6 +236,46 @@ def _is_llama_tokenizer(folder: Path) -> bool:
     return str(read_json(folder / "tokenizer_config.json").get("tokenizer_class")).startswith("LlamaTokenizer")
 
 
+def get_prompt_format(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> tuple[str, str, int | None]:
+    """
+    The prompt format of a language model.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        chat_template (`str`, *optional*): `"vicuna_v1"`, `"chatml"` or a file; by default what fits the tokenizer.
+
+    Returns:
+        `tuple`: Name and Jinja template of the format; the token that ends an answer if it is not the tokenizer's.
+
+    Raises:
+        ValueError: If there is no such file, or the tokenizer does not have the markers of ChatML.
+    """
+    start, end = (tokenizer.convert_tokens_to_ids(marker) for marker in ("<|im_start|>", "<|im_end|>"))
+    has_markers = not {start, end} & {None, tokenizer.unk_token_id}
+    name = chat_template or ("chatml" if has_markers else "vicuna_v1")
+    if name == "vicuna_v1":
+        return name, get_chat_template(tokenizer), None
+    if name != "chatml":
+        try:
+            return name, Path(name).expanduser().read_text(encoding="utf-8"), None
+        except OSError as error:
+            raise ValueError(f"--chat_template must be vicuna_v1, chatml or a file, but {name!r}: {error}") from None
+    if not has_markers:
+        raise ValueError("--chat_template chatml needs <|im_start|> and <|im_end|> as tokens of the language model.")
+    return name, CHATML_FILE.read_text(encoding="utf-8"), end
+
+
+def check_template(processor: LlavaHrProcessor) -> None:
+    """
+    Raises:
+        ValueError: If the chat template does not write an image as one image token.
+    """
+    content = [{"type": "image"}, {"type": "text", "text": "What is shown?"}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    if prompt.count(IMAGE_TOKEN) != 1:
+        raise ValueError(f"--chat_template must write an image as {IMAGE_TOKEN}, but its prompt is {prompt!r}.")
+
+
 def assemble(
     vision_tower: str,
     high_res_tower: str,
@@ -235,6 +284,7 @@ def assemble(
     high_res_architecture: str | None = None,
     size: int = 384,
     adapters: bool = False,
+    chat_template: str | None = None,
     dtype: str = "auto",
     seed: int = 0,
 ) -> None:
@@ -249,6 +299,7 @@ def assemble(
     vision_weights, vision_dropped, vision_config = load_vision_tower(vision_tower)
     high_res_weights, high_res_dropped, high_res_config = load_high_res_tower(high_res_tower, high_res_architecture)
     text_weights, text_config, tokenizer, vocab_size = load_language_model(language_model)
+    prompt_format, template, end = get_prompt_format(tokenizer, chat_template)
     config = LlavaHrConfig(
         vision_config=vision_config,
         high_res_vision_config=high_res_config,
@@ -272,11 +323,16 @@ def assemble(
     raise_not_finite(find_not_finite(model.state_dict()))
 
     model.generation_config = get_generation_config(tokenizer, vocab_size, text_config.vocab_size)
+    if end not in (None, tokenizer.eos_token_id):
+        model.generation_config.eos_token_id = [end, tokenizer.eos_token_id]
     stride = model.model.vision_tower.high_res_tower.stride
     dropped = Counter((vision_dropped | high_res_dropped).values())
     notes = [f"dropped {number} tensors: {reason}" for reason, number in dropped.items()]
     notes += [f"new: {name}" for name in sorted(new)]
+    notes.append(f"prompt format: {prompt_format}")
     processor = get_processor(config, tokenizer, size, stride)
+    processor.chat_template = template
+    check_template(processor)
     with new_folder(folder) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
@@ -287,11 +343,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Makes an untrained LLaVA-HR, the start of training stage 1.")
     parser.add_argument("--vision_tower", required=True, help="CLIP or SigLIP model: folder or Hub id")
     parser.add_argument("--high_res_tower", required=True, help="CNN: open_clip's or timm's folder, file or Hub id")
-    parser.add_argument("--language_model", required=True, help="causal language model: folder or Hub id")
+    parser.add_argument("--language_model", required=True, help="causal language model: folder, Hub id or .gguf file")
     parser.add_argument("--output", required=True, help="new folder")
     parser.add_argument("--high_res_architecture", help="timm's name of the CNN, where its folder does not tell it")
     parser.add_argument("--size", type=int, default=384, help="side of the image in pixels")
     parser.add_argument("--adapters", action="store_true", help="insert MR-Adapters that change nothing at first")
+    parser.add_argument("--chat_template", help="vicuna_v1, chatml or a Jinja file; default: what fits the tokenizer")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: the widest of the parts")
     parser.add_argument("--seed", type=int, default=0, help="of the new weights")
     arguments = parser.parse_args()

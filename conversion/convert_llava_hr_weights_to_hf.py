@@ -8,13 +8,16 @@ Stage 1 of the released code saves only projector and fusion (`mm_projector.bin`
 were trained in: a folder made by `conversion.assemble` from the same towers and language model, or a converted
 checkpoint.
 
+A LoRA checkpoint (`adapter_model.bin`, `non_lora_trainables.bin`) is merged into its `--base`: the language model that
+it was trained from, or a folder made by `conversion.assemble` if the towers were frozen.
+
 Memory: at most one shard of the checkpoint and one of the result (`--max_shard_size`) at a time.
 """
 
 import argparse
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 
@@ -47,6 +50,14 @@ from conversion.checkpoints import (
     read_tensors,
 )
 from conversion.keys import EMBEDDINGS, ORIGINAL_KEYS, PROJECTOR_AND_FUSION, TIMM_PREFIX, Key
+from conversion.lora import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    TRAINABLE_KEYS,
+    TRAINABLES_FILE,
+    Update,
+    read_updates,
+)
 from conversion.parts import (
     add_image_token,
     count,
@@ -65,11 +76,8 @@ from modeling_llava_hr.utils import check_new_folder, new_folder, run_command
 PROJECTOR_FILE = "mm_projector.bin"
 VIT_HEAD_SIZE = 64  # of every CLIP ViT; the number of heads cannot be read from the tensors
 
-# Of the base model of a stage-1 checkpoint: all but the checkpoint's weights
-BASE_KEYS = (
-    Key(r"model\.(?:multi_modal_projector|vision_tower\.fusion)\..+", reason=f"replaced by {PROJECTOR_FILE}"),
-    Key(r"(.+)", r"\1"),
-)
+# A base in this package's format
+OWN_KEYS = (Key(r"(.+)", r"\1"),)
 
 # Settings of the released code that this package does not have, with the one value that all published models use
 FIXED_SETTINGS = {"is_multipath_encoder": True, "mm_projector_type": "mlp2x_gelu", "mm_use_im_start_end": False}
@@ -98,16 +106,16 @@ def read_original_config(folder: Path) -> dict:
         ValueError: If a setting that the conversion needs is missing, or one has a value that this package lacks.
     """
     original = read_json(folder / "config.json")
-    odd = [field for field in (*TEXT_FIELDS, "input_image_size") if not isinstance(original.get(field), int)]
-    odd += [field for field in ("vision_tower_slow",) if not isinstance(original.get(field), str)]
+    odd = [name for name in (*TEXT_FIELDS, "input_image_size") if not isinstance(original.get(name), int)]
+    odd += [name for name in ("vision_tower_slow",) if not isinstance(original.get(name), str)]
     if odd:
         raise ValueError(
             f"{folder / 'config.json'} is not that of a LLaVA-HR checkpoint: it lacks {', '.join(odd)}, or the values "
             f"are not numbers (of `vision_tower_slow`: not a name)."
         )
-    for field, value in FIXED_SETTINGS.items():
-        if original.get(field, value) != value:
-            raise ValueError(f"config.json has {field} = {original[field]!r}; only {value!r} can be converted.")
+    for name, value in FIXED_SETTINGS.items():
+        if original.get(name, value) != value:
+            raise ValueError(f"config.json has {name} = {original[name]!r}; only {value!r} can be converted.")
     return original
 
 
@@ -133,7 +141,7 @@ def infer_config(original: dict, shapes: dict[str, torch.Size], vocab_size: int,
     vision_config = _infer_vision_config(shapes)
     timm_shapes = {name.removeprefix(TIMM_PREFIX): s for name, s in shapes.items() if name.startswith(TIMM_PREFIX)}
     gate = shapes.get("model.vision_tower.mr_adapters.0.gate.fc2.bias", (1,))
-    fields = {field: original[field] for field in (*TEXT_FIELDS, *TEXT_FIELDS_OPTIONAL) if field in original}
+    fields = {name: original[name] for name in (*TEXT_FIELDS, *TEXT_FIELDS_OPTIONAL) if name in original}
     try:
         return LlavaHrConfig(
             vision_config=vision_config,
@@ -191,6 +199,7 @@ class Conversion:
         generation_config (`GenerationConfig`): Its defaults for generation.
         plan ([`Plan`]): Where its tensors come from.
         num_rows (`int`): Rows of the embeddings there; they are extended to those of `config`.
+        updates (`dict[str, Update]`): What LoRA adds to tensors.
     """
 
     config: LlavaHrConfig
@@ -198,12 +207,13 @@ class Conversion:
     generation_config: GenerationConfig
     plan: Plan
     num_rows: int
+    updates: dict[str, Update] = field(default_factory=dict)
 
 
-def prepare_full(folder: Path, weights: Plan) -> Conversion:
-    """Of a complete checkpoint: the folder and what is in its weight files."""
+def prepare_full(folder: Path, weights: Plan, tokenizer: PreTrainedTokenizerBase | None = None) -> Conversion:
+    """Of a complete checkpoint: its folder, what is in its weight files, and its tokenizer if not in the folder."""
     original = read_original_config(folder)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = tokenizer or load_tokenizer(folder)
     old_size = original["vocab_size"]
     new_size = add_image_token(tokenizer, old_size)
     shapes = {entry.name: entry.meta.shape for entry in weights.entries}
@@ -214,9 +224,8 @@ def prepare_full(folder: Path, weights: Plan) -> Conversion:
 
 def prepare_stage_1(folder: Path, weights: Plan, base: str) -> Conversion:
     """Of the weights of a projector file, and the model in this package's format that they were trained in."""
-    base_folder = find_source(base, "base", WEIGHT_FILES)
-    base_files = find_weight_files(base_folder)
-    if not base_files or read_json(base_folder / "config.json").get("model_type") != LlavaHrConfig.model_type:
+    base_folder, is_own = find_base(base)
+    if not is_own:
         raise ValueError(f"--base: {base_folder} is not in this package's format. See conversion.assemble.")
     config = LlavaHrConfig.from_pretrained(base_folder)
     processor = AutoProcessor.from_pretrained(base_folder)
@@ -229,10 +238,57 @@ def prepare_stage_1(folder: Path, weights: Plan, base: str) -> Conversion:
                 f"but the checkpoint was trained with {architecture}."
             )
         processor.image_processor = _get_processor(original, config, processor.tokenizer).image_processor
-    rest = plan(base_files, BASE_KEYS)
-    weights = Plan(weights.entries + rest.entries, weights.dropped | rest.dropped, weights.faults + rest.faults)
+    weights = add_base(weights, plan(find_weight_files(base_folder), OWN_KEYS), PROJECTOR_FILE)
     generation_config = GenerationConfig.from_pretrained(base_folder)
     return Conversion(config, processor, generation_config, weights, config.text_config.vocab_size)
+
+
+def prepare_lora(folder: Path, base: str) -> Conversion:
+    """Of a LoRA checkpoint and its base: a language model, an original checkpoint, or one in this package's format."""
+    files = find_weight_files(folder, (TRAINABLES_FILE,))
+    if not files:
+        raise ValueError(f"{folder} has no {TRAINABLES_FILE}, the weights that were trained beside LoRA.")
+    weights = plan(files, TRAINABLE_KEYS)
+    base_folder, is_own = find_base(base)
+    weights = add_base(
+        weights, plan(find_weight_files(base_folder), OWN_KEYS if is_own else ORIGINAL_KEYS), TRAINABLES_FILE
+    )
+    if not any(entry.name.startswith(TIMM_PREFIX) for entry in weights.entries):
+        raise ValueError(
+            f"The vision towers are neither in {TRAINABLES_FILE} nor in --base: they were frozen. Name as --base a "
+            "folder made by conversion.assemble from the towers and the language model."
+        )
+    updates, faults = read_updates(folder, weights)
+    weights.faults.extend(faults)
+    # the released code does not save a tokenizer with LoRA
+    tokenizer = AutoProcessor.from_pretrained(base_folder).tokenizer if is_own else load_tokenizer(base_folder)
+    conversion = prepare_full(folder, weights, tokenizer)
+    if is_own:
+        conversion.num_rows = LlavaHrConfig.from_pretrained(base_folder).text_config.vocab_size
+    conversion.updates = updates
+    return conversion
+
+
+def find_base(base: str) -> tuple[Path, bool]:
+    """
+    The folder of `--base`, and whether it is in this package's format.
+
+    Raises:
+        ValueError: If it does not have weights.
+    """
+    folder = find_source(base, "base", WEIGHT_FILES)
+    if not find_weight_files(folder):
+        raise ValueError(f"--base: {folder} has none of {', '.join(WEIGHT_FILES)}.")
+    return folder, read_json(folder / "config.json").get("model_type") == LlavaHrConfig.model_type
+
+
+def add_base(weights: Plan, base: Plan, file: str) -> Plan:
+    """Adds those tensors of the base that `file` does not replace. It always replaces projector and fusion."""
+    own = {entry.name for entry in weights.entries}
+    replaced = {e.source for e in base.entries if e.name in own or e.name.startswith(PROJECTOR_AND_FUSION)}
+    dropped = weights.dropped | base.dropped | dict.fromkeys(replaced, f"replaced by {file}")
+    entries = [*weights.entries, *(entry for entry in base.entries if entry.source not in replaced)]
+    return Plan(entries, dropped, weights.faults + base.faults)
 
 
 def make_model(conversion: Conversion, dtype: str) -> LlavaHrForConditionalGeneration:
@@ -291,7 +347,10 @@ def write_weights(
                 if entry.file != file:
                     file, tensors = entry.file, read_tensors(entry.file)
                 tensor = tensors[entry.source]
-                tensor = (entry.change(tensor) if entry.change else tensor).to(model.dtype)
+                tensor = entry.change(tensor) if entry.change else tensor
+                if name in conversion.updates:
+                    tensor = conversion.updates[name].add_to(tensor)
+                tensor = tensor.to(model.dtype)
                 if name in EMBEDDINGS and rows != conversion.num_rows:
                     tensor = extend_embeddings(tensor, rows)
                 shard[name] = tensor.contiguous()
@@ -306,6 +365,28 @@ def write_weights(
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
+def prepare(checkpoint: str, source: Path, base: str | None) -> Conversion:
+    """Dispatches on the kind of a checkpoint: complete, LoRA, or projector and fusion."""
+    folder = source if source.is_dir() else source.parent
+    if source.is_dir() and (folder / ADAPTER_CONFIG).is_file():
+        if base is None:
+            raise ValueError(f"{folder} is a LoRA checkpoint: name the language model of its training by --base.")
+        find_source(checkpoint, "checkpoint", (TRAINABLES_FILE,))  # downloads it
+        find_source(checkpoint, "checkpoint", ADAPTER_FILES)
+        return prepare_lora(folder, base)
+    names = (*WEIGHT_FILES, PROJECTOR_FILE)
+    files = find_weight_files(source, names)
+    if not files:
+        raise ValueError(f"--checkpoint: {source} has none of {', '.join(names)}.")
+    weights = plan(files, ORIGINAL_KEYS)
+    is_stage_1 = all(entry.name.startswith(PROJECTOR_AND_FUSION) for entry in weights.entries)
+    if is_stage_1 and base is None:
+        raise ValueError(f"{files[0]} holds at most projector and fusion: name the rest of the model by --base.")
+    if base is not None and not is_stage_1:
+        raise ValueError(f"--base is for LoRA and {PROJECTOR_FILE}, but {source} has complete weights.")
+    return prepare_full(folder, weights) if base is None else prepare_stage_1(folder, weights, base)
+
+
 def convert(
     checkpoint: str, output: str, base: str | None = None, dtype: str = "auto", max_shard_size: str = "5GB"
 ) -> None:
@@ -318,17 +399,7 @@ def convert(
     output_folder = Path(output).expanduser()
     check_new_folder(output_folder)
     source = find_source(checkpoint, "checkpoint", (*WEIGHT_FILES, PROJECTOR_FILE))
-    folder = source if source.is_dir() else source.parent
-    files = find_weight_files(source, (*WEIGHT_FILES, PROJECTOR_FILE))
-    if not files:
-        raise ValueError(f"--checkpoint: {source} has none of {', '.join((*WEIGHT_FILES, PROJECTOR_FILE))}.")
-    weights = plan(files, ORIGINAL_KEYS)
-    is_stage_1 = all(entry.name.startswith(PROJECTOR_AND_FUSION) for entry in weights.entries)
-    if is_stage_1 and base is None:
-        raise ValueError(f"{files[0]} holds at most projector and fusion: name the rest of the model by --base.")
-    if base is not None and not is_stage_1:
-        raise ValueError(f"--base is only for {PROJECTOR_FILE}, but {source} has complete weights.")
-    conversion = prepare_full(folder, weights) if base is None else prepare_stage_1(folder, weights, base)
+    conversion = prepare(checkpoint, source, base)
     model = make_model(conversion, dtype)
     with new_folder(output_folder) as partial:
         model.save_pretrained(partial, state_dict={})  # everything but the weights
@@ -336,8 +407,8 @@ def convert(
         conversion.processor.save_pretrained(partial)
     dropped = Counter(conversion.plan.dropped.values())
     notes = [f"dropped {number} tensors: {reason}" for reason, number in dropped.items()]
-    if not is_stage_1 and (folder / PROJECTOR_FILE).is_file():
-        notes.append(f"ignored {PROJECTOR_FILE}: the complete weights contain its tensors")
+    if conversion.updates:
+        notes.append(f"merged {len(conversion.updates)} LoRA updates")
     print_summary(output_folder, model, notes)
 
 
@@ -345,7 +416,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Converts a checkpoint of the released LLaVA-HR code.")
     parser.add_argument("--checkpoint", required=True, help=f"folder, Hub id, or the path of a {PROJECTOR_FILE}")
     parser.add_argument("--output", required=True, help="new folder")
-    parser.add_argument("--base", help=f"folder or Hub id of the model that a {PROJECTOR_FILE} belongs to")
+    parser.add_argument("--base", help=f"folder or Hub id of what LoRA or a {PROJECTOR_FILE} was trained from")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="of the result; auto: as stored")
     parser.add_argument("--max_shard_size", default="5GB", help="of the result's weight files")
     arguments = parser.parse_args()

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import sentencepiece
 import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_training import OPTIONS, make_data
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForImageTextToText,
@@ -26,6 +28,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -292,3 +296,165 @@ def test_high_res_tower_that_lacks_a_weight(parts, tmp_path):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"stages\.1\.blocks\.0\.gamma: missing"):
         run_assemble(parts, tmp_path / "out", high_res_tower=str(folder))
+
+
+# --- prompt formats and GGUF ---
+
+
+def make_chatml_tokenizer() -> PreTrainedTokenizerFast:
+    """As Qwen's: byte-level BPE, ChatML's markers, an end of text of its own."""
+    tokenizer = make_bpe_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("qwen3")
+    config = Qwen3Config(**TEXT_SIZES, head_dim=16, vocab_size=384, tie_word_embeddings=True)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    make_chatml_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gguf_file(parts, tmp_path_factory) -> Path:
+    """The tiny Llama as llama.cpp would write it, its matrices in Q8_0."""
+    gguf = pytest.importorskip("gguf", reason="the extra [conversion]")
+    path = tmp_path_factory.mktemp("gguf") / "llama-q8_0.gguf"
+    config, pieces = LlamaConfig.from_pretrained(parts["llama"]), sentencepiece.SentencePieceProcessor()
+    pieces.load(str(parts["llama"] / "tokenizer.model"))
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("llama")
+    ids = range(pieces.vocab_size())
+    writer.add_token_list([pieces.id_to_piece(i) for i in ids])
+    writer.add_token_scores([pieces.get_score(i) for i in ids])
+    kinds = [(pieces.is_unknown, 2), (pieces.is_control, 3), (pieces.is_byte, 6)]
+    writer.add_token_types([next((kind for test, kind in kinds if test(i)), 1) for i in ids])
+    writer.add_bos_token_id(pieces.bos_id())
+    writer.add_eos_token_id(pieces.eos_id())
+    writer.add_unk_token_id(pieces.unk_id())
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in load_file(parts["llama"] / "model.safetensors").items():
+        array = tensor.float().numpy()
+        if "q_proj" in name or "k_proj" in name:  # llama.cpp rotates neighbours, transformers the two halves
+            array = array.reshape(config.num_attention_heads, 2, -1, array.shape[1]).swapaxes(1, 2)
+            array = array.reshape(tensor.shape)
+        kind = gguf.GGMLQuantizationType.Q8_0 if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+        data = gguf.quants.quantize(array, kind)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_chatml(qwen3, parts, tmp_path, capsys):
+    run_assemble(parts, tmp_path / "out", language_model=str(qwen3), size=128)
+    assert "prompt format: chatml" in capsys.readouterr().out
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    image = {"type": "image", "image": Image.new("RGB", (80, 50))}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "What <image> is it?"}, image]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A sign."}]},
+        {"role": "user", "content": "And now?"},
+    ]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert prompt == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\n<image>\nWhat < image> is it?<|im_end|>\n"
+        "<|im_start|>assistant\nA sign.<|im_end|>\n"
+        "<|im_start|>user\nAnd now?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    inputs = processor.apply_chat_template(messages[:3], **options)
+    ids, mask = inputs["input_ids"][0], inputs["assistant_masks"][0]
+    answer = [token for token, is_answer in zip(ids, mask, strict=True) if is_answer]
+    assert processor.tokenizer.decode(answer) == "A sign.<|im_end|>"
+    for role in ("tool", "system"):
+        with pytest.raises(ValueError, match="role must be 'user' or 'assistant'"):
+            processor.apply_chat_template([*messages, {"role": role, "content": "x"}])
+    end, other = (processor.tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>"))
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [end, other]
+
+
+def test_gguf_is_dequantized(gguf_file, parts, tmp_path):
+    result = run_assemble(parts, tmp_path / "out", language_model=str(gguf_file))
+    expected = run_assemble(parts, tmp_path / "expected")
+    assert result.keys() == expected.keys()
+    for name, tensor in expected.items():
+        # Q8_0: 255 steps in the range of each 32 values, of normal values of deviation 0.02
+        atol = 0.02 * 5 / 127 / 2 if name.startswith(("model.language_model", "lm_head")) else 0
+        torch.testing.assert_close(result[name], tensor, atol=atol, rtol=0)
+    text = "What does it say? 4711"
+    ids = [AutoProcessor.from_pretrained(tmp_path / name).tokenizer(text).input_ids for name in ("out", "expected")]
+    assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize("language_model", ["qwen3", "gguf_file"])
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")  # TRL sets it
+def test_result_trains_and_answers(language_model, request, parts, tmp_path, monkeypatch):
+    import datasets
+
+    from training.train import main, make_parser
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "tables"))
+    source = request.getfixturevalue(language_model)
+    before = run_assemble(parts, tmp_path / "model", language_model=str(source), adapters=True)
+    data = make_data(tmp_path / "data", num_rows=4) / "train.jsonl"
+    arguments = ("--stage", "finetune", "--model_name_or_path", tmp_path / "model", "--data_path", data)
+    arguments += ("--output_dir", tmp_path / "trained", "--max_steps", "1", "--learning_rate", "1e-3", *OPTIONS)
+    main(*make_parser().parse_args_and_config(list(map(str, arguments))))
+    after = load_file(tmp_path / "trained" / "model.safetensors")
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    assert after[name].isfinite().all() and not torch.equal(after[name], before[name])
+
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "trained")
+    processor = AutoProcessor.from_pretrained(tmp_path / "trained")
+    content = [{"type": "image", "image": Image.new("RGB", (80, 50), "red")}, {"type": "text", "text": "What is it?"}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
+    output = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert output.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_chat_template_is_a_choice(qwen3, parts, tmp_path):
+    own = tmp_path / "own.jinja"
+    own.write_text("{% for message in messages %}<image>{{ message['content'][1]['text'] }}{% endfor %}")
+    for choice, prompt in (("vicuna_v1", "USER: <image>\nHi "), (str(own), "<image>Hi")):
+        out = tmp_path / Path(choice).stem
+        run_assemble(parts, out, language_model=str(qwen3), chat_template=choice)
+        processor = AutoProcessor.from_pretrained(out)
+        content = [{"type": "image"}, {"type": "text", "text": "Hi"}]
+        assert processor.apply_chat_template([{"role": "user", "content": content}]).endswith(prompt)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "--chat_template must be vicuna_v1, chatml or a file"),
+        ("no image", "--chat_template must write an image as <image>"),
+        ("{% if %}", "does not fit the chat template"),
+    ],
+)
+def test_chat_templates_that_cannot_be_used(text, message, parts, tmp_path):
+    file = tmp_path / "own.jinja"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        run_assemble(parts, tmp_path / "out", chat_template=str(file))
+    with pytest.raises(ValueError, match="chatml needs <|im_start|> and <|im_end|> as tokens"):
+        run_assemble(parts, tmp_path / "out", chat_template="chatml")
+    assert not (tmp_path / "out").exists()

@@ -224,7 +224,7 @@ def test_every_weight_is_used_or_dropped_for_a_reason(converted, capsys, tmp_pat
     # counted by hand from the list of names: 2 inv_freq, 6 of the ConvNeXt's head, class embedding, post-layernorm
     assert len(original) - len(result) == 2 + 6 + 1 + 2
     text = capsys.readouterr().out
-    for line in ("dropped 2 tensors: computed", "dropped 6 tensors", "dropped 1 tensors", "ignored mm_projector.bin"):
+    for line in ("dropped 2 tensors: computed", "dropped 6 tensors", "dropped 1 tensors"):
         assert line in text
     # nothing but the extended embeddings, the 1x1 convolutions and the position table's class row changes
     total = sum(t.double().sum() for n, t in original.items() if "embed_tokens" not in n and "lm_head" not in n)
@@ -385,7 +385,7 @@ def test_stage_1_projector_needs_its_base(base, converted, write_original, tmp_p
     projector, output = str(REFERENCE / "stage1-384" / "checkpoint" / "mm_projector.bin"), tmp_path / "out"
     with pytest.raises(ValueError, match="--base"):
         convert(projector, str(output))
-    with pytest.raises(ValueError, match=r"--base is only for mm_projector\.bin"):
+    with pytest.raises(ValueError, match=r"--base is for LoRA and mm_projector\.bin"):
         convert(str(REFERENCE / "stage1-384" / "checkpoint"), str(output), base=str(base))
     with pytest.raises(ValueError, match="is not in this package's format"):
         convert(projector, str(output), base=str(write_original("stage1-384")))
