@@ -124,7 +124,10 @@ def new_file(output: str | os.PathLike) -> Iterator[Path]:
     partial = _get_partial(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode  # the umask's, which safetensors does not follow
         yield partial
+        partial.chmod(mode)
         _sync(partial)
         partial.replace(output)
     except Exception as error:

@@ -24,7 +24,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.models import unwrap_model_for_generation
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from modeling_llava_hr.utils import is_write_failure
+from modeling_llava_hr.utils import follow_umask, is_write_failure
 
 from .data import get_lengths
 
@@ -220,9 +220,13 @@ class LlavaHrTrainer(SFTTrainer):
 
 @contextmanager
 def complete_or_absent(folder: Path) -> Iterator[None]:
-    """Removes a folder whose writing fails. Where the disk is the reason, an `OSError` names the folder."""
+    """
+    Removes a folder whose writing fails. Where the disk is the reason, an `OSError` names the folder. Its files follow
+    the umask.
+    """
     try:
         yield
+        follow_umask(folder)
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         if not is_write_failure(error, folder):

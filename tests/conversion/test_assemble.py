@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 import timm
 import torch
+from converted_checkpoints import REFERENCE
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_training import OPTIONS, make_data
@@ -38,7 +39,7 @@ from conversion.assemble import assemble
 from conversion.convert_llava_hr_weights_to_hf import convert
 
 
-REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference" / "stage1-384" / "checkpoint"
+CHECKPOINT = REFERENCE / "stage1-384" / "checkpoint"
 VIT_SIZES = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -91,7 +92,7 @@ def parts(tmp_path_factory) -> dict[str, Path]:
 
     LlamaForCausalLM(LlamaConfig(**TEXT_SIZES, vocab_size=1000)).save_pretrained(root / "llama")
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copy(REFERENCE / name, root / "llama")
+        shutil.copy(CHECKPOINT / name, root / "llama")
     config = Qwen2Config(**TEXT_SIZES, vocab_size=384, tie_word_embeddings=True)
     Qwen2ForCausalLM(config).save_pretrained(root / "qwen2")
     make_bpe_tokenizer().save_pretrained(root / "qwen2")
@@ -232,7 +233,7 @@ def test_dtype_is_the_widest(parts, tmp_path):
     half = tmp_path / "half"
     LlamaForCausalLM.from_pretrained(parts["llama"], dtype=torch.bfloat16).save_pretrained(half)
     for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copy(REFERENCE / name, half)
+        shutil.copy(CHECKPOINT / name, half)
     for dtype, expected in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
         result = run_assemble(parts, tmp_path / dtype, language_model=str(half), dtype=dtype)
         assert {tensor.dtype for tensor in result.values()} == {expected}
@@ -420,6 +421,8 @@ def test_result_trains_and_answers(language_model, request, parts, tmp_path, mon
     after = load_file(tmp_path / "trained" / "model.safetensors")
     name = "model.language_model.layers.0.mlp.up_proj.weight"
     assert after[name].isfinite().all() and not torch.equal(after[name], before[name])
+    for folder in ("model", "trained"):  # safetensors' own mode is 0600, whatever the umask
+        assert len({file.stat().st_mode for file in (tmp_path / folder).iterdir() if file.is_file()}) == 1
 
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "trained")
     processor = AutoProcessor.from_pretrained(tmp_path / "trained")

@@ -7,13 +7,13 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import timm
 import torch
+from converted_checkpoints import FORMS, REFERENCE, STAGES, assert_nothing_written, read_original
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -28,68 +28,10 @@ from conversion.convert_llava_hr_weights_to_hf import convert
 from conversion.parts import infer_timm_config
 from modeling_llava_hr import LlavaHrConfig
 from modeling_llava_hr.image_processing_pil_llava_hr import make_low_res_view
+from modeling_llava_hr.utils import new_file
 
 
 ROOT = Path(__file__).parents[2]
-REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference"
-STAGES = ("stage1-384", "stage2-1024")
-FORMS = ("bin_shards", "bin", "safetensors_shards", "safetensors")
-
-
-def read_original(stage: str) -> dict[str, torch.Tensor]:
-    """All tensors of a recorded checkpoint by their original names."""
-    tensors = {}
-    for file in sorted((REFERENCE / stage / "checkpoint").glob("pytorch_model-*.bin")):
-        tensors |= torch.load(file, weights_only=True)
-    return tensors
-
-
-@pytest.fixture
-def write_original(tmp_path) -> Callable:
-    """
-    Writes a recorded checkpoint again, changed: `write_original(stage, form, tensors, **config)`. Values of `config`
-    replace those of config.json, `None` removes one; `legacy` is the tokenizer's.
-    """
-
-    def write(stage="stage2-1024", form="bin", tensors=None, legacy=False, **config) -> Path:
-        folder = tmp_path / "original"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(
-            REFERENCE / stage / "checkpoint",
-            folder,
-            ignore=shutil.ignore_patterns("pytorch_model*", "mm_projector.bin"),
-        )
-        _update(folder / "config.json", config)
-        _update(folder / "tokenizer_config.json", {"legacy": legacy})
-        tensors = read_original(stage) if tensors is None else tensors
-        name, suffix, save = (
-            ("pytorch_model", "bin", torch.save)
-            if form.startswith("bin")
-            else ("model", "safetensors", lambda content, file: save_file(content, file))
-        )
-        if not form.endswith("_shards"):
-            save(tensors, folder / f"{name}.{suffix}")
-            return folder
-        names, weight_map = list(tensors), {}
-        for shard in range(3):
-            file = f"{name}-{shard + 1:05d}-of-00003.{suffix}"
-            save({key: tensors[key] for key in names[shard::3]}, folder / file)
-            weight_map |= dict.fromkeys(names[shard::3], file)
-        (folder / f"{name}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-        return folder
-
-    return write
-
-
-def _update(file: Path, changes: dict) -> None:
-    content = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-
-
-def assert_nothing_written(output: Path) -> None:
-    """Neither the output nor anything that was meant to become it is there."""
-    assert not output.exists()
-    assert not [path for path in output.parent.iterdir() if output.name in path.name]
 
 
 # --- what the released code computes ---
@@ -485,78 +427,6 @@ def test_config_that_does_not_fit(config, message, write_original, tmp_path):
     assert_nothing_written(tmp_path / "out")
 
 
-class RunsCode:
-    """A pickle of this would call os.mkdir when it is read."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
-
-
-def test_pickle_that_would_run_code(write_original, tmp_path):
-    tensors = read_original("stage2-1024")
-    folder = write_original(tensors=tensors | {"harmless": RunsCode(tmp_path / "was here")})
-    with pytest.raises(ValueError, match="pickle that would run code, which is refused.*mkdir"):
-        convert(str(folder), str(tmp_path / "out"))
-    assert not (tmp_path / "was here").exists()
-    assert_nothing_written(tmp_path / "out")
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_damaged_weights(form, write_original, tmp_path):
-    folder = write_original(form=form)
-    file = max(folder.glob("*.bin" if form.startswith("bin") else "*.safetensors"))
-    with file.open("rb+") as stream:
-        stream.truncate(file.stat().st_size // 2)
-    with pytest.raises(ValueError, match=f"{file.name} cannot be read as plain tensors: it is damaged"):
-        convert(str(folder), str(tmp_path / "out"))
-    assert_nothing_written(tmp_path / "out")
-
-
-@pytest.mark.parametrize("content", [[torch.zeros(2)], {"state_dict": {"lm_head.weight": torch.zeros(2)}}])
-def test_pickle_of_something_else(content, write_original, tmp_path):
-    folder = write_original(tensors=content)
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin must hold dense tensors by name"):
-        convert(str(folder), str(tmp_path / "out"))
-
-
-@pytest.mark.parametrize("shard", ["../outside.bin", "/etc/passwd", "..", "a/b.bin", "C:\\x.bin"])
-def test_index_that_names_files_elsewhere(shard, write_original, tmp_path):
-    folder = write_original(form="bin_shards")
-    index = folder / "pytorch_model.bin.index.json"
-    content = json.loads(index.read_text())
-    content["weight_map"]["lm_head.weight"] = shard
-    index.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="must name files in its own folder"):
-        convert(str(folder), str(tmp_path / "out"))
-
-
-def test_missing_files(write_original, tmp_path):
-    folder = write_original(form="bin_shards")
-    min(folder.glob("*.bin")).unlink()
-    with pytest.raises(ValueError, match=r"pytorch_model-00001-of-00003\.bin"):
-        convert(str(folder), str(tmp_path / "out"))
-    for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
-        folder = write_original()
-        (folder / name).unlink()
-        with pytest.raises(ValueError, match=name):
-            convert(str(folder), str(tmp_path / "out"))
-    (folder / "pytorch_model.bin").unlink()
-    with pytest.raises(ValueError, match="has none of"):
-        convert(str(folder), str(tmp_path / "out"))
-    assert_nothing_written(tmp_path / "out")
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}'])
-def test_damaged_index(text, write_original, tmp_path):
-    folder = write_original(form="bin_shards")
-    (folder / "pytorch_model.bin.index.json").write_text(text)
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin\.index\.json"):
-        convert(str(folder), str(tmp_path / "out"))
-
-
 # --- the command ---
 
 
@@ -718,6 +588,8 @@ def test_files_follow_the_umask(write_original, tmp_path):
     before = os.umask(0o027)
     try:
         convert(str(write_original("stage1-384")), str(tmp_path / "out"))
+        with new_file(tmp_path / "out" / "other.safetensors") as file:
+            save_file({"weight": torch.ones(1)}, file)
     finally:
         os.umask(before)
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o640}

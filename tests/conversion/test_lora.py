@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from converted_checkpoints import REFERENCE, read_original
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig
 
 from conversion.convert_llava_hr_weights_to_hf import convert
 
 
-REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference" / "stage2-1024"
+CHECKPOINT = REFERENCE / "stage2-1024" / "checkpoint"
 RANK, ALPHA = 4, 16
 TARGETS = r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight"
 LANGUAGE_MODEL = r"model\.(layers|embed_tokens|norm)\..*|lm_head\.weight"
@@ -24,21 +25,20 @@ TOKENIZER = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.jso
 @pytest.fixture(scope="module")
 def original() -> dict[str, torch.Tensor]:
     """The recorded checkpoint's tensors, in float32."""
-    files = sorted((REFERENCE / "checkpoint").glob("pytorch_model-*.bin"))
-    return {name: t.float() for file in files for name, t in torch.load(file, weights_only=True).items()}
+    return {name: tensor.float() for name, tensor in read_original("stage2-1024").items()}
 
 
 @pytest.fixture
 def language_model(original, tmp_path) -> Path:
     """What LoRA was trained from: a folder as transformers writes it."""
     folder = tmp_path / "vicuna"
-    config = json.loads((REFERENCE / "checkpoint" / "config.json").read_text())
+    config = json.loads((CHECKPOINT / "config.json").read_text())
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     LlamaConfig(**{name: config[name] for name in names}).save_pretrained(folder)
     weights = {name: tensor for name, tensor in original.items() if re.fullmatch(LANGUAGE_MODEL, name)}
     torch.save(weights, folder / "pytorch_model.bin")
     for name in TOKENIZER:
-        shutil.copy(REFERENCE / "checkpoint" / name, folder)
+        shutil.copy(CHECKPOINT / name, folder)
     return folder
 
 
@@ -47,7 +47,7 @@ def lora(original, tmp_path) -> Path:
     """As the released code saves it: configuration, adapter, and what else was trained; no tokenizer."""
     folder = tmp_path / "lora"
     folder.mkdir()
-    shutil.copy(REFERENCE / "checkpoint" / "config.json", folder)
+    shutil.copy(CHECKPOINT / "config.json", folder)
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "bias": "none", "modules_to_save": None}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     adapter = {}

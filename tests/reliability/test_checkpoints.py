@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints and data that somebody made to do harm: nothing of them runs, reads elsewhere, or claims all memory."""
+"""Hostile checkpoints and data: nothing in them runs code, reads other files, or allocates all memory."""
 
 import ast
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from converted_checkpoints import REFERENCE, read_original
 from peak_memory import peak_growth_below
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,7 +25,7 @@ from modeling_llava_hr import LlavaHrForConditionalGeneration
 
 
 ROOT = Path(__file__).parents[2]
-CHECKPOINT = ROOT / "tests" / "fixtures" / "reference" / "stage2-1024" / "checkpoint"
+CHECKPOINT = REFERENCE / "stage2-1024" / "checkpoint"
 
 
 class RunsCode:
@@ -39,22 +40,14 @@ class RunsCode:
 
 @pytest.fixture
 def model(converted, tmp_path) -> Path:
-    """A small model that a test may spoil."""
+    """A small model that a test may change."""
     return shutil.copytree(converted["stage2-1024"], tmp_path / "model")
 
 
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
-    """A recorded checkpoint of the released code that a test may spoil."""
+    """A recorded checkpoint of the released code that a test may change."""
     return shutil.copytree(CHECKPOINT, tmp_path / "checkpoint")
-
-
-def read_checkpoint() -> dict[str, torch.Tensor]:
-    return {
-        name: tensor
-        for file in sorted(CHECKPOINT.glob("pytorch_model-*.bin"))
-        for name, tensor in torch.load(file, weights_only=True).items()
-    }
 
 
 def replace_weights(checkpoint: Path, tensors: dict) -> None:
@@ -113,6 +106,13 @@ def test_assemble_refuses_a_pickle_that_would_run_code(part, tmp_path):
     assert (tmp_path / name).read_bytes() == before
 
 
+def test_the_converter_refuses_a_pickle_that_would_run_code(checkpoint, tmp_path):
+    replace_weights(checkpoint, read_original("stage2-1024") | {"harmless": RunsCode(tmp_path / "was here")})
+    with pytest.raises(ValueError, match="pickle that would run code, which is refused.*mkdir"):
+        convert(str(checkpoint), str(tmp_path / "out"))
+    assert not (tmp_path / "was here").exists() and not (tmp_path / "out").exists()
+
+
 def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
     torch.save({"weight": torch.ones(4)}, tmp_path / "stored.bin")
     packed = tmp_path / "packed.bin"
@@ -127,8 +127,8 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
 # --- weights ---
 
 
-def test_the_converter_names_tensors_with_values_that_are_no_numbers(checkpoint, tmp_path):
-    tensors = read_checkpoint()
+def test_the_converter_names_tensors_with_values_that_are_not_numbers(checkpoint, tmp_path):
+    tensors = read_original("stage2-1024")
     tensors["model.norm.weight"][3] = float("nan")
     tensors["lm_head.weight"][7, 5] = -float("inf")
     replace_weights(checkpoint, tensors)
@@ -139,7 +139,7 @@ def test_the_converter_names_tensors_with_values_that_are_no_numbers(checkpoint,
 
 
 def test_the_converter_refuses_a_dtype_in_which_weights_would_be_infinite(checkpoint, tmp_path):
-    tensors = read_checkpoint()
+    tensors = read_original("stage2-1024")
     tensors["model.norm.weight"][3] = 1e6  # float16 ends at 65504
     replace_weights(checkpoint, tensors)
     with pytest.raises(ValueError, match=r"1 tensors: .*norm.weight \(float16\).*another --dtype"):
@@ -192,7 +192,7 @@ def test_the_converter_refuses_absurd_sizes(field, value, checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        # a few bytes in the file: the same number again and again
+        # a few bytes in the file: the same number repeated
         ("vision_model.embeddings.patch_embedding.weight", (64 * 10**9, 3, 14, 14), "vision_config.hidden_size"),
         ("vision_model.encoder.layers.0.mlp.fc1.weight", (10**12, 128), "vision_config.intermediate_size"),
         ("vision_model.encoder.layers.999999999.mlp.fc1.bias", (2,), "vision_config.num_hidden_layers"),
@@ -201,7 +201,7 @@ def test_the_converter_refuses_absurd_sizes(field, value, checkpoint, tmp_path):
     ],
 )
 def test_the_converter_refuses_absurd_tensors(name, shape, message, checkpoint, tmp_path):
-    tensors = read_checkpoint()
+    tensors = read_original("stage2-1024")
     prefix = "fast_vision_tower" if name.startswith("vision_model") else "slow_vision_tower"
     name = f"model.vision_tower.{prefix}.vision_tower.{name}"
     tensors[name] = torch.zeros(1, dtype=torch.bfloat16).expand(shape)
@@ -250,7 +250,7 @@ def test_a_configuration_makes_timm_load_nothing(values, model):
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "images/../../secret.png", "images/.."])
-def test_names_of_pictures_stay_in_their_folder(name, tmp_path):
+def test_names_of_images_stay_in_their_folder(name, tmp_path):
     training_data = pytest.importorskip("training.data")
     is_inside = pytest.importorskip("training.rows").is_inside
     folder = tmp_path / "data"
@@ -337,10 +337,10 @@ def test_code_beside_the_weights_does_not_run_unless_the_user_says_so(model, tmp
     assert type(model_class) is LlavaHrForConditionalGeneration
     AutoProcessor.from_pretrained(model)
     publish(PublishArguments(model=str(model), repo="someone/small", dry_run=True))
-    convert(str(CHECKPOINT.parents[1] / "stage2-1024" / "checkpoint"), str(tmp_path / "out"))
+    convert(str(CHECKPOINT), str(tmp_path / "out"))
     assert not marker.exists()
 
-    # a type that nobody knows: transformers asks, and here is nobody who says yes
+    # an unknown type: transformers asks, and nobody answers yes
     change_json(model / "config.json", "model_type", value="harmful")
     for load in (AutoConfig.from_pretrained, AutoModelForImageTextToText.from_pretrained, load_vision_tower):
         monkeypatch.setattr(sys, "stdin", None)

@@ -6,6 +6,7 @@ and trained for one step with QLoRA, all on a CPU. `-s` prints the seconds.
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -149,6 +150,10 @@ def test_a_checkpoint_of_real_size_is_converted_run_and_trained(folder):
     # towers 0.30 + 0.20 G, adapters and fusion 0.02 G, projector 0.02 G, Vicuna-7B 6.74 G
     assert write_checkpoint(folder / "original") == pytest.approx(7.28e9, rel=0.005)
     run("conversion.convert_llava_hr_weights_to_hf", "--checkpoint", folder / "original", "--output", folder / "model")
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    print(f"peak memory of the conversion: {peak / 1e9:.1f} GB")
+    shards = [max(file.stat().st_size for file in (folder / name).iterdir()) for name in ("original", "model")]
+    assert shards[1] < 5.1e9 and peak < sum(shards) + 1e9  # 1 GB: Python and its libraries
     shutil.rmtree(folder / "original")
     generate(folder / "model")
 
