@@ -92,7 +92,7 @@ $(OLDEST)/.installed: setup.cfg pyproject.toml
 	touch $@
 
 test-gpu-image: $(GPU_IMAGE)/.installed ## Run the tests that a GPU image's packages allow, in .venv-gpu-image (about 6 GB)
-	$(GPU_IMAGE)/bin/python -m pytest -q tests/benchmarks tests/modeling_llava_hr --ignore tests/modeling_llava_hr/test_evaluation.py
+	$(GPU_IMAGE)/bin/python -m pytest -q tests/benchmarks tests/modeling_llava_hr --ignore tests/modeling_llava_hr/integrations
 
 $(GPU_IMAGE)/.installed: setup.cfg pyproject.toml
 	$(GPU_IMAGE)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(GPU_IMAGE)
@@ -100,7 +100,7 @@ $(GPU_IMAGE)/.installed: setup.cfg pyproject.toml
 	touch $@
 
 test-lmms-eval: $(LMMS_EVAL)/.installed ## Test the lmms-eval plugin, in an environment on top of .venv
-	$(LMMS_EVAL)/bin/python -m pytest -q -W default tests/modeling_llava_hr/test_evaluation.py
+	$(LMMS_EVAL)/bin/python -m pytest -q -W default tests/modeling_llava_hr/integrations/test_lmms_eval.py
 
 # lmms-eval holds protobuf below 7, sentencepiece 0.2.3 needs 7: both of an own environment, all else is that of .venv
 $(LMMS_EVAL)/.installed: $(VENV)/.installed

@@ -164,7 +164,7 @@ class LlavaHrVisionConfig(PreTrainedConfig):
             three of four equal stages (section 5.2), `[6, 12, 18]` of 24 layers. `[]` is a model after stage 1: two
             pathways, joined after the ViT alone.
         mr_adapter_gate (`str`, *optional*, defaults to `"scalar"`):
-            `"scalar"` as released: one gate per picture, computed from the low-resolution tokens with their residual.
+            `"scalar"` as released: one gate per image, computed from the low-resolution tokens with their residual.
             `"channel"` as equation 4 of the paper: one gate per channel, computed without the residual.
         mr_adapter_gate_act (`str`, *optional*, defaults to `"tanh"`):
             Gate function of table 3: `"tanh"`, `"sigmoid"` or `"hard_sigmoid"`.

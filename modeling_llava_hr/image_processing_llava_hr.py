@@ -11,39 +11,170 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Image processor class for LLaVA-HR."""
+"""Image processor of LLaVA-HR: what both backends share, and the torchvision one."""
 
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers.image_processing_backends import TorchvisionBackend
-from transformers.image_utils import PILImageResampling, SizeDict
+from transformers.image_processing_utils import BatchFeature, get_size_dict
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
+from transformers.processing_utils import ImagesKwargs, Unpack
 
-from .image_processing_pil_llava_hr import (
-    LlavaHrImageProcessorKwargs,
-    LlavaHrImageProcessorMixin,
-    array_to_rgb,
-    check_picture_size,
-    get_bands,
-    padding_color,
-    pil_to_rgb,
-    shortest_edge_size,
-)
+from .configuration_llava_hr import get_low_res_size
+from .image_inputs_llava_hr import array_to_rgb, fetch_images, is_scaled, pil_to_rgb
+
+
+AUTO_MAP = {
+    "AutoImageProcessor": {
+        "torchvision": "image_processing_llava_hr.LlavaHrImageProcessor",
+        "pil": "image_processing_pil_llava_hr.LlavaHrImageProcessorPil",
+    }
+}
+
+# Of a padded image per band: little enough for a processor's cache
+MAX_BAND_PIXELS = 2**20
+
+_IMPORTED_BY = os.getpid()
+
+
+class LlavaHrImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict of transformers
+    r"""
+    low_res_size (`int` or `dict[str, int]`, *optional*):
+        Side of the square low-resolution view in pixels, a multiple of `patch_size`. `None` is the released rule, see
+        [`get_low_res_size`].
+    min_low_res_size (`int`, *optional*, defaults to 336):
+        Smallest side that the rule gives in pixels: the ViT's own image size.
+    patch_size (`int`, *optional*, defaults to 14):
+        Side of a ViT patch in pixels.
+    high_res_stride (`int`, *optional*, defaults to 32):
+        Pixels of the image per position of the high-resolution feature map; `size` is a multiple of it.
+    image_aspect_ratio (`str`, *optional*, defaults to `"pad"`):
+        `"pad"`: the whole image, padded to a square. `"crop"`: shortest edge to `size`, then its center.
+    return_low_res (`bool`, *optional*, defaults to `True`):
+        Whether to return `low_res_pixel_values` as well, the view that the model otherwise computes itself.
+    """
+
+    low_res_size: int | dict[str, int] | None
+    min_low_res_size: int
+    patch_size: int
+    high_res_stride: int
+    image_aspect_ratio: str
+    return_low_res: bool
+
+
+class LlavaHrImageProcessorMixin:
+    """What both backends share: arguments, their validation, and the way from any image to the two views."""
+
+    valid_kwargs = LlavaHrImageProcessorKwargs
+    model_input_names = ["pixel_values", "low_res_pixel_values"]
+    _auto_class = "AutoImageProcessor"
+
+    size = {"height": 1024, "width": 1024}
+    low_res_size = None
+    min_low_res_size = 336
+    patch_size = 14
+    high_res_stride = 32
+    image_aspect_ratio = "pad"
+    return_low_res = True
+    resample = PILImageResampling.BICUBIC
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+
+    def __init__(self, **kwargs: Unpack[LlavaHrImageProcessorKwargs]):
+        super().__init__(**kwargs)
+        # A configuration that contradicts itself fails when it is loaded, not at the first image
+        values: dict[str, Any] = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
+        self._validate_preprocess_kwargs(**values)
+
+    def get_low_res_size(self, size: Any = None, low_res_size: Any = None, **kwargs: Any) -> int:
+        """
+        Side of the low-resolution view in pixels that a call with these arguments makes.
+
+        Args:
+            size (`int` or `dict[str, int]`, *optional*): Side of the image in pixels; the saved one by default.
+            low_res_size (`int` or `dict[str, int]`, *optional*):
+                Side of the low-resolution view in pixels; by default the saved one, or that of the released rule.
+            kwargs: `patch_size`, `high_res_stride`, `min_low_res_size`; the rest is ignored.
+
+        Raises:
+            ValueError: If the sides do not fit each other.
+        """
+        return get_low_res_size(
+            _to_side("size", self.size if size is None else size),
+            _to_side("low_res_size", self.low_res_size if low_res_size is None else low_res_size),
+            patch_size=kwargs.get("patch_size", self.patch_size),
+            stride=kwargs.get("high_res_stride", self.high_res_stride),
+            min_low_res_size=kwargs.get("min_low_res_size", self.min_low_res_size),
+        )
+
+    def _standardize_kwargs(self, low_res_size: Any = None, **kwargs: Any) -> dict[str, Any]:
+        return {**super()._standardize_kwargs(**kwargs), "low_res_size": _to_side("low_res_size", low_res_size)}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "auto_map": AUTO_MAP}
+
+    def _validate_preprocess_kwargs(self, image_aspect_ratio: str, **kwargs: Any) -> None:
+        super()._validate_preprocess_kwargs(**kwargs)
+        if image_aspect_ratio not in ("pad", "crop"):
+            raise ValueError(f'`image_aspect_ratio` must be "pad" or "crop", but got {image_aspect_ratio!r}.')
+        self.get_low_res_size(**kwargs)
+        for name in ("do_pad", "do_center_crop"):
+            if kwargs[name]:
+                raise ValueError(f'`{name}` has no effect here. Use `image_aspect_ratio="pad"` or `"crop"`.')
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Reads whatever is not in memory yet, see [`~image_inputs_llava_hr.fetch_images`]."""
+        return fetch_images(image_url_or_urls)
+
+    def _preprocess_image_like_inputs(self, images: Any, **kwargs: Any) -> BatchFeature:
+        if os.getpid() != _IMPORTED_BY and torch.get_num_threads() > 1:
+            torch.set_num_threads(1)  # torch's threads do not survive a fork: the first parallel operation would hang
+        images = self._prepare_images_structure(images)
+        if not kwargs["do_rescale"]:
+            scaled = [is_scaled(image) for image in images]
+            if any(scaled) and not all(scaled):
+                raise ValueError(
+                    "With `do_rescale=False` either all or none of `images` may be floats in [0, 1]. Leave "
+                    "`do_rescale` on: such floats are recognized."
+                )
+            if all(scaled):  # `process_image` makes 8-bit values of them
+                kwargs.update(do_rescale=True, rescale_factor=1 / 255)
+        processed = []
+        for index, image in enumerate(images):
+            try:
+                image = self.process_image(image, **kwargs)
+                height, width = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[-2:]
+                _check_size(height, width, kwargs["size"].height, kwargs["do_resize"], kwargs["image_aspect_ratio"])
+            except ValueError as error:
+                raise ValueError(f"Image {index} of `images`: {error}") from error
+            processed.append(image)
+        pixel_values = self._preprocess(processed, **kwargs)
+        data = {"pixel_values": pixel_values}
+        if kwargs["return_low_res"]:
+            data["low_res_pixel_values"] = make_low_res_view(pixel_values, self.get_low_res_size(**kwargs))
+        return BatchFeature(data=data, tensor_type=kwargs["return_tensors"])
 
 
 class LlavaHrImageProcessor(LlavaHrImageProcessorMixin, TorchvisionBackend):
     r"""
     Prepares images for the two pathways (section 4.1 of the paper) with torchvision, on any device. Before
-    normalisation the values are within 2/255 of [`LlavaHrImageProcessorPil`], which equals the released code.
+    normalization the values are within 2/255 of [`LlavaHrImageProcessorPil`], which equals the released code.
 
-    `pixel_values` is the whole image, padded to a square with the mean colour (or its centre), resized to `size`.
+    `pixel_values` is the whole image, padded to a square with the mean color (or its center), resized to `size`.
     `low_res_pixel_values` is the same, resized bilinearly to `low_res_size`; the model makes it itself where that is
     the side saved with it or the released rule. The number of image tokens depends on `low_res_size` alone.
 
     Takes all modes of PIL (EXIF orientation applied, white behind transparency), arrays and tensors (floats in [0, 1]
-    are recognised as scaled), paths, URLs, base64 strings and bytes.
+    are recognized as scaled), paths, URLs, base64 strings and bytes.
 
     Args:
         size (`int` or `dict[str, int]`, *optional*, defaults to `{"height": 1024, "width": 1024}`):
@@ -60,7 +191,7 @@ class LlavaHrImageProcessor(LlavaHrImageProcessorMixin, TorchvisionBackend):
         high_res_stride (`int`, *optional*, defaults to 32):
             Pixels of the image per position of the high-resolution feature map.
         image_aspect_ratio (`str`, *optional*, defaults to `"pad"`):
-            `"pad"`: the whole image, padded to a square. `"crop"`: shortest edge to `size`, then its centre.
+            `"pad"`: the whole image, padded to a square. `"crop"`: shortest edge to `size`, then its center.
         return_low_res (`bool`, *optional*, defaults to `True`):
             Whether to return `low_res_pixel_values`.
         resample (`PILImageResampling`, *optional*, defaults to `BICUBIC`):
@@ -97,7 +228,7 @@ class LlavaHrImageProcessor(LlavaHrImageProcessorMixin, TorchvisionBackend):
         device: "str | torch.device | None" = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """A picture in memory as 8-bit RGB, `(3, height, width)`. Raises ValueError if it cannot be one."""
+        """An image in memory as 8-bit RGB, `(3, height, width)`; ValueError if it cannot be one."""
         if isinstance(image, Image.Image):
             image = torch.from_numpy(np.array(pil_to_rgb(image, do_convert_rgb))).permute(2, 0, 1)
         else:
@@ -123,12 +254,10 @@ class LlavaHrImageProcessor(LlavaHrImageProcessorMixin, TorchvisionBackend):
         if do_normalize:
             mean, std = (torch.tensor(x, device=device).view(-1, 1, 1) * (1 / scale) for x in (image_mean, image_std))
         high_res = torch.empty((len(images), 3, side, side), device=device)
-        for index, (view, image) in enumerate(zip(high_res, images, strict=True)):
-            height, width = image.shape[-2:]
-            check_picture_size(index, height, width, side, do_resize, image_aspect_ratio)
+        for view, image in zip(high_res, images, strict=True):
             if do_resize:
                 image = self._fit(image, side, resample, image_aspect_ratio, padding_color(image_mean))
-            view.copy_(image)  # 8 bits to float32, colours last to colours first
+            view.copy_(image)  # 8 bits to float32, channels last to channels first
             if do_normalize:
                 view.sub_(mean).div_(std)
             elif do_rescale:
@@ -170,8 +299,78 @@ class LlavaHrImageProcessor(LlavaHrImageProcessorMixin, TorchvisionBackend):
 
 
 def _fill(image: torch.Tensor, height: int, width: int, color: tuple[int, ...]) -> torch.Tensor:
-    """`(3, height, width)` of one colour, in memory with colours last as pictures of PIL: faster to resize."""
+    """`(3, height, width)` of one color, in memory with channels last as images of PIL are: faster to resize."""
     return image.new_tensor(color).repeat(width).repeat(height, 1).unflatten(1, (-1, 3)).permute(2, 0, 1)
+
+
+def _to_side(name: str, size: Any) -> Any:
+    """The side in pixels of a square's size in any form. Raises ValueError if it is not a square's."""
+    if size is None or isinstance(size, int):
+        return size
+    sides = size if isinstance(size, SizeDict) else SizeDict(**get_size_dict(size, param_name=name))
+    if sides.height is None or sides.height != sides.width:
+        raise ValueError(f"`{name}` must be an int or a dict with equal height and width, but got {dict(sides)}.")
+    return sides.height
+
+
+def _check_size(height: int, width: int, side: int, do_resize: bool, aspect_ratio: str) -> None:
+    """
+    Raises ValueError if an image is too long to be made square within PIL's limit for decompression bombs (twice
+    `PIL.Image.MAX_IMAGE_PIXELS`; six times that where the square is made in bands, which takes time but no memory), or
+    has another size though it is not resized.
+    """
+    if not do_resize:
+        if (height, width) != (side, side):
+            raise ValueError(
+                f"it has {width} x {height} pixels, but without `do_resize` it must have {side} x {side} (`size`)."
+            )
+        return
+    factor = 2
+    if aspect_ratio == "crop":
+        new_height, new_width = shortest_edge_size(height, width, side)
+    elif width >= height:
+        new_height, new_width = width, side  # rows are resized before columns, and before they are padded
+    else:
+        new_height, new_width, factor = height, height, 12
+    if Image.MAX_IMAGE_PIXELS is not None and new_height * new_width > factor * Image.MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"with {width} x {height} pixels it would need {new_width} x {new_height} on the way to a square "
+            f'(`image_aspect_ratio="{aspect_ratio}"`), over {factor} times PIL.Image.MAX_IMAGE_PIXELS. Make it '
+            f"smaller, or cut it into several images."
+        )
+
+
+def get_bands(side: int) -> Iterator[tuple[int, int]]:
+    """First and last row (not included) of the pieces in which the rows of a square are resized."""
+    step = max(1, MAX_BAND_PIXELS // side)
+    for top in range(0, side, step):
+        yield top, min(top + step, side)
+
+
+def shortest_edge_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """Height and width in pixels after resizing the shortest edge to `side`, as transformers rounds it."""
+    return (int(side * height / width), side) if width <= height else (side, int(side * width / height))
+
+
+def padding_color(image_mean: float | tuple[float, ...] | None) -> tuple[int, ...]:
+    """The mean color in 8 bits, cut as in the released code; black without a mean."""
+    return tuple(int(mean * 255) for mean in np.broadcast_to(0 if image_mean is None else image_mean, 3))
+
+
+def make_low_res_view(pixel_values: torch.Tensor, low_res_size: int) -> torch.Tensor:
+    """
+    The low-resolution view as the released code makes it, from the normalized image: bilinear, corners aligned.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(images, 3, H, H)`): Images as the high-resolution pathway sees them, of
+            any floating-point dtype.
+        low_res_size (`int`): Side L of the low-resolution view in pixels.
+
+    Returns:
+        `torch.Tensor` of shape `(images, 3, L, L)` and dtype float32, computed in float32.
+    """
+    size = (low_res_size, low_res_size)
+    return torch.nn.functional.interpolate(pixel_values.float(), size=size, mode="bilinear", align_corners=True)
 
 
 __all__ = ["LlavaHrImageProcessor", "LlavaHrImageProcessorKwargs"]

@@ -14,33 +14,22 @@
 """
 PyTorch LLaVA-HR: "Mixture-of-Resolution Adaptation for Multimodal Large Language Models" (arXiv 2403.03003).
 
-Shape legend: `images` pictures in the batch, `d` ViT width, `g` side of the ViT grid (patches), `C` channels and `k`
+Shape legend: `images` in the batch, `d` ViT width, `g` side of the ViT grid (patches), `C` channels and `k`
 side of the high-resolution feature map, `D` language-model width.
 """
 
-import copy
-import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.models.convnext import ConvNeXtBlock
 from torch import nn
-from transformers import (
-    AutoModel,
-    BitsAndBytesConfig,
-    CLIPVisionConfig,
-    SiglipVisionConfig,
-    TimmWrapperConfig,
-    TimmWrapperModel,
-)
+from transformers import AutoModel, CLIPVisionConfig, SiglipVisionConfig, TimmWrapperConfig, TimmWrapperModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -48,48 +37,20 @@ from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLay
 from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModelOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
-from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils import TransformersKwargs, auto_docstring, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_llava_hr import LlavaHrConfig, LlavaHrVisionConfig, get_low_res_size, get_num_image_tokens
-from .image_processing_pil_llava_hr import make_low_res_view
+from .generation_llava_hr import CACHE_NAME, LlavaHrGenerationMixin, deprecate_old_name
+from .image_processing_llava_hr import make_low_res_view
 
 
 _VISION_LAYERS = {"clip_vision_model": CLIPEncoderLayer, "siglip_vision_model": SiglipEncoderLayer}
-_GATE_ACTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "hard_sigmoid": F.hardsigmoid,
-}
-# The keys and values of earlier tokens are `cache` in transformers 5.24 and later, `past_key_values` before
-_CACHE = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values"))
-_deprecate_old_name = (
-    deprecate_kwarg("past_key_values", version="5.40.0", new_name="cache")
-    if _CACHE == "cache"
-    else lambda forward: forward
-)
-
+_GATE_ACTS: dict[str, Any] = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
 # The high-resolution tower dominates vision memory (about 240 MB per image at 1024 pixels in bfloat16). Unless it is
 # trained, it processes at most this many pixels per pass.
 _MAX_HIGH_RES_PIXELS = {"cuda": 8 * 1024**2, "cpu": 2 * 1024**2}
-
-_OUT_OF_MEMORY = (
-    "LLaVA-HR ran out of memory while generating. Use, easiest first: fewer images or prompts at a time; a smaller "
-    "`size` of the processor (also fewer tokens per image); a smaller `max_new_tokens` or fewer beams; bfloat16 "
-    "(`dtype=torch.bfloat16`) or 4 bits (`quantization_config=BitsAndBytesConfig(load_in_4bit=True)`)."
-)
-
-# What 4-bit and 8-bit loading leaves as it is unless the user names modules: small beside the language model, and the
-# gates and convolutions lose most. Names match from the start, so both the bare model's and the head model's are here.
-MODULES_TO_NOT_QUANTIZE = [
-    "lm_head",
-    "vision_tower",
-    "multi_modal_projector",
-    "model.vision_tower",
-    "model.multi_modal_projector",
-]
 
 
 @dataclass
@@ -114,56 +75,32 @@ class LlavaHrVisionModelOutput(BaseModelOutputWithPooling):
     mr_adapter_gates: tuple[torch.Tensor, ...] | None = None
 
 
-class LlavaHrImageOutputs:
-    """What came of the pictures, by short names; `None` without any."""
-
-    if TYPE_CHECKING:
-        image_outputs: BaseModelOutputWithPooling | None
-
-    @property
-    def image_hidden_states(self) -> torch.Tensor | None:
-        """The projected image features that were put into the prompt, `(images, g * g, D)`."""
-        return self._of_images("pooler_output")
-
-    @property
-    def high_res_features(self) -> torch.Tensor | None:
-        """The high-resolution feature map F_vh, `(images, C, k, k)`."""
-        return self._of_images("high_res_features")
-
-    @property
-    def mr_adapter_gates(self) -> tuple[torch.Tensor, ...] | None:
-        """The gate of each MR-Adapter, `(images, 1)` or `(images, d)`."""
-        return self._of_images("mr_adapter_gates")
-
-    def _of_images(self, name: str) -> Any:
-        return None if self.image_outputs is None else self.image_outputs.get(name)
-
-
 @dataclass
-class LlavaHrModelOutputWithPast(LlavaHrImageOutputs, BaseModelOutputWithPast):
+class LlavaHrModelOutputWithPast(BaseModelOutputWithPast):
     r"""
-    Output of [`LlavaHrModel`]: that of the language model, and what came of the pictures.
+    Output of [`LlavaHrModel`].
 
     Args:
-        image_outputs ([`LlavaHrVisionModelOutput`], *optional*): Output of `get_image_features`. Its parts are also
-            `image_hidden_states`, `high_res_features` and `mr_adapter_gates` of this output.
+        image_outputs ([`LlavaHrVisionModelOutput`], *optional*): Output of `get_image_features`.
     """
 
     image_outputs: LlavaHrVisionModelOutput | None = None
 
 
 @dataclass
-class LlavaHrCausalLMOutputWithPast(LlavaHrImageOutputs, CausalLMOutputWithPast):
+class LlavaHrCausalLMOutputWithPast(CausalLMOutputWithPast):
     r"""
-    Output of [`LlavaHrForConditionalGeneration`]: that of a language model, and what came of the pictures.
+    Output of [`LlavaHrForConditionalGeneration`].
 
     Args:
-        image_outputs ([`LlavaHrVisionModelOutput`], *optional*): See [`LlavaHrModelOutputWithPast`].
+        image_outputs ([`LlavaHrVisionModelOutput`], *optional*): Output of `get_image_features`.
     """
 
     image_outputs: LlavaHrVisionModelOutput | None = None
 
 
+# transformers does not call `_init_weights` on modules of custom code that own no parameter directly, so a branch on
+# the adapter itself would never run. The layers that start in a particular way have classes of their own instead.
 class LlavaHrXavierLinear(nn.Linear):
     """Linear layer of an MR-Adapter; starts Xavier-uniform with zero bias (released code)."""
 
@@ -228,15 +165,8 @@ class LlavaHrGate(nn.Module):
 
 def align_to_grid(features: torch.Tensor, grid: int) -> torch.Tensor:
     """
-    Brings a square feature map to the ViT's grid (`align` of the released code): enlarged bilinearly with aligned
-    corners in float32, or average-pooled by the integer factor.
-
-    Args:
-        features (`torch.Tensor` of shape `(images, channels, k, k)`): The map.
-        grid (`int`): Side of the ViT's grid in patches.
-
-    Returns:
-        `torch.Tensor` of shape `(images, channels, grid, grid)`, same dtype.
+    `(images, channels, k, k)` -> `(images, channels, grid, grid)` as in the released code: enlarged bilinearly with
+    aligned corners in float32, or average-pooled by an integer factor.
     """
     side = features.shape[-1]
     if side == grid:
@@ -344,12 +274,20 @@ class LlavaHrPreTrainedModel(PreTrainedModel):
     input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules: list[str] | set[str] = []  # each part names those that it has: FSDP looks for all of them
-    _skip_keys_device_placement = [_CACHE]
+    _skip_keys_device_placement = [CACHE_NAME]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # What every quantizer of transformers leaves alone: the vision side is small beside the language model, and its
+    # gates and convolutions lose most. Names match from the start, so the bare model's are here as well.
+    _keep_in_fp32_modules = [
+        "vision_tower",
+        "multi_modal_projector",
+        "model.vision_tower",
+        "model.multi_modal_projector",
+    ]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -362,58 +300,26 @@ class LlavaHrPreTrainedModel(PreTrainedModel):
             identity = torch.eye(module.out_features, dtype=module.weight.dtype, device=module.weight.device)
             init.copy_(module.weight, torch.cat([identity, identity], dim=1))
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | None,
-        *model_args: Any,
-        quantization_config: BitsAndBytesConfig | dict | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """
-        Like [`PreTrainedModel.from_pretrained`]. With a `BitsAndBytesConfig` (or its dict) that names no modules to
-        skip, the language model's layers alone are quantized; towers, adapters, projector and `lm_head` stay as they
-        are.
-        """
-        return super().from_pretrained(
-            pretrained_model_name_or_path,
-            *model_args,
-            quantization_config=_with_default_skips(quantization_config),
-            **kwargs,
-        )
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
+        return {}  # `_keep_in_fp32_modules` is for quantizers only; float16 suits the vision side
 
+    # There is no hook for it, and the damage would be silent
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """
         Like [`PreTrainedModel.save_pretrained`].
 
         Raises:
             ValueError: If this is a 4-bit model that already ran on a CPU: bitsandbytes has then repacked its weights
-                with a loss, and what would be saved is not the model.
+                with a loss, and the file would not be the model.
         """
+        states = [getattr(getattr(module, "weight", None), "quant_state", None) for module in self.modules()]
         saves_adapter_alone = self._hf_peft_config_loaded
-        if not saves_adapter_alone and any(_is_repacked_for_cpu(module) for module in self.modules()):
+        if not saves_adapter_alone and any(getattr(state, "packing_format_for_cpu", False) for state in states):
             raise ValueError(
                 "This 4-bit model has already run on the CPU, where bitsandbytes repacks its weights in place, and "
                 "would be saved wrong. Load it again and call `save_pretrained` before the first forward pass."
             )
         super().save_pretrained(save_directory, *args, **kwargs)
-
-
-def _is_repacked_for_cpu(module: nn.Module) -> bool:
-    quant_state = getattr(getattr(module, "weight", None), "quant_state", None)  # on bitsandbytes' weights alone
-    return getattr(quant_state, "packing_format_for_cpu", False)
-
-
-def _with_default_skips(quantization_config: Any) -> Any:
-    quantization_config = copy.deepcopy(quantization_config)
-    if isinstance(quantization_config, BitsAndBytesConfig) and quantization_config.llm_int8_skip_modules is None:
-        quantization_config.llm_int8_skip_modules = list(MODULES_TO_NOT_QUANTIZE)
-    elif isinstance(quantization_config, dict) and (
-        quantization_config.get("load_in_4bit") or quantization_config.get("load_in_8bit")
-    ):
-        if quantization_config.get("llm_int8_skip_modules") is None:
-            quantization_config["llm_int8_skip_modules"] = list(MODULES_TO_NOT_QUANTIZE)
-    return quantization_config
 
 
 class LlavaHrHighResVisionModel(TimmWrapperModel):
@@ -430,10 +336,11 @@ class LlavaHrHighResVisionModel(TimmWrapperModel):
     def __init__(self, config: TimmWrapperConfig):
         super().__init__(config)
         self._gradient_checkpointing = False
-        if not _is_cnn(self.timm_model):
+        has_fixed_size = any(hasattr(self.timm_model, name) for name in ("patch_embed", "pos_embed"))
+        if has_fixed_size or not getattr(self.timm_model, "feature_info", None):
             raise ValueError(
-                f"`high_res_vision_config.architecture` must be a CNN of timm that makes a feature map of any "
-                f"picture, but {config.architecture!r} is none. ConvNeXt and ResNet are."
+                f"`high_res_vision_config.architecture` must be a CNN of timm, such as a ConvNeXt or a ResNet, which "
+                f"makes a feature map of an image of any size, but got {config.architecture!r}."
             )
         classifier = self.timm_model.pretrained_cfg["classifier"]
         # num_classes=0 still leaves the head's norm (ConvNeXt), which would never get a gradient
@@ -446,7 +353,7 @@ class LlavaHrHighResVisionModel(TimmWrapperModel):
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Whether the CNN recomputes its activations in the backward pass (a switch of timm's, set through here)."""
+        """Whether the CNN recomputes its activations in the backward pass: transformers' switch, which sets timm's."""
         return self._gradient_checkpointing
 
     @gradient_checkpointing.setter
@@ -456,7 +363,7 @@ class LlavaHrHighResVisionModel(TimmWrapperModel):
             self.timm_model.set_grad_checkpointing(enable)
 
     def train(self, mode: bool = True) -> "LlavaHrHighResVisionModel":
-        """Batch norms (ResNet has them) keep their statistics: a few pictures, or a blank one, would spoil them."""
+        """Batch norms (of a ResNet) keep their statistics, which small batches and blank images would spoil."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -473,11 +380,6 @@ class LlavaHrHighResVisionModel(TimmWrapperModel):
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> TimmWrapperModelOutput:
         """`(images, 3, H, H)` -> an output with `last_hidden_state` `(images, C, H / stride, H / stride)`."""
         return TimmWrapperModelOutput(last_hidden_state=self.timm_model.forward_features(pixel_values.to(self.dtype)))
-
-
-def _is_cnn(timm_model: nn.Module) -> bool:
-    fixed_size = any(hasattr(timm_model, name) for name in ("patch_embed", "pos_embed"))
-    return bool(getattr(timm_model, "feature_info", None)) and not fixed_size
 
 
 class LlavaHrVisionModel(LlavaHrPreTrainedModel):
@@ -566,33 +468,29 @@ class LlavaHrVisionModel(LlavaHrPreTrainedModel):
 
     def _encode_high_res(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(images, 3, H, H)` -> F_vh, `(images, C, k, k)`; in several passes where that bounds memory."""
-        num_images, _, _, side = pixel_values.shape
         keeps_activations = torch.is_grad_enabled() and any(p.requires_grad for p in self.high_res_tower.parameters())
         max_pixels = _MAX_HIGH_RES_PIXELS.get(pixel_values.device.type, _MAX_HIGH_RES_PIXELS["cpu"])
-        chunks = pixel_values.split(num_images if keeps_activations else max(1, max_pixels // side**2))
+        if keeps_activations or torch.compiler.is_exporting():  # chunks would fix the number of images
+            return self.high_res_tower(pixel_values).last_hidden_state
+        chunks = pixel_values.split(max(1, max_pixels // pixel_values.shape[-1] ** 2))
         features = [self.high_res_tower(chunk).last_hidden_state for chunk in chunks]
         return features[0] if len(features) == 1 else torch.cat(features)
 
     def get_low_res_size(self, pixel_values: torch.Tensor, low_res_pixel_values: torch.Tensor | None = None) -> int:
         """
-        Side of the low-resolution view in pixels: that of `low_res_pixel_values` if given, else
-        `config.low_res_size`, else the released rule, see [`~configuration_llava_hr.get_low_res_size`].
+        Side of the low-resolution view in pixels: that of `low_res_pixel_values`, or of the model's own view.
 
         Raises:
             ValueError: If a view is not a batch of square images, or the two do not fit each other.
         """
-        views = {"pixel_values": pixel_values, "low_res_pixel_values": low_res_pixel_values}
-        for name, view in views.items():
-            if view is not None and (view.ndim != 4 or view.shape[-1] != view.shape[-2]):
+        for name, view in {"pixel_values": pixel_values, "low_res_pixel_values": low_res_pixel_values}.items():
+            if view is None:
+                continue
+            if view.ndim != 4 or view.shape[-1] != view.shape[-2] or view.shape[0] != pixel_values.shape[0]:
                 raise ValueError(
-                    f"`{name}` must have the shape (images, 3, side, side), but got {tuple(view.shape)}. Use the "
-                    f"processor's."
+                    f"`{name}` must have the shape (images, 3, side, side) with one view of each image, but got "
+                    f"{tuple(view.shape)} with {pixel_values.shape[0]} images. Use the processor's."
                 )
-        if low_res_pixel_values is not None and low_res_pixel_values.shape[0] != pixel_values.shape[0]:
-            raise ValueError(
-                f"`pixel_values` has {pixel_values.shape[0]} images and `low_res_pixel_values` "
-                f"{low_res_pixel_values.shape[0]}. Both must be views of the same images."
-            )
         low_res_size = self.config.low_res_size if low_res_pixel_values is None else low_res_pixel_values.shape[-1]
         return get_low_res_size(
             pixel_values.shape[-1],
@@ -658,47 +556,39 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
         outputs.pooler_output = self.multi_modal_projector(outputs.last_hidden_state)
         return outputs
 
-    def get_image_token_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """`(batch_size, sequence_length)`, true at the image tokens of the ids, or else of the embeddings."""
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        image_token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(-1)
-
-    def count_image_features(
+    def get_placeholder_mask(
         self,
-        pixel_values: torch.Tensor | None,
-        low_res_pixel_values: torch.Tensor | None,
-        image_outputs: BaseModelOutputWithPooling | None,
-    ) -> list[int]:
-        """The number of features of each image, before it is encoded or from `get_image_features`."""
-        if pixel_values is None:
-            return [len(features) for features in image_outputs.pooler_output]
-        low_res_size = self.vision_tower.get_low_res_size(pixel_values, low_res_pixel_values)
-        return [get_num_image_tokens(low_res_size, self.vision_tower.embeddings.patch_size)] * len(pixel_values)
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None,
+        image_features: torch.Tensor | list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """
+        `(batch_size, sequence_length)`, true at the image tokens of the ids or, without ids, of the embeddings.
 
-    def check_image_tokens(self, num_tokens: int, features: list[int], pixel_values: torch.Tensor | None) -> None:
-        """Raises ValueError if a prompt's image tokens and its images' features differ in number."""
-        if num_tokens == sum(features):
-            return
-        made = f"{len(features)} images make" if len(features) != 1 else "1 image makes"
-        message = f"The prompt has {num_tokens} image tokens, but {made} {sum(features)} features"
-        patch_size = self.vision_tower.embeddings.patch_size
-        per_image, rest = divmod(num_tokens, len(features))
-        if pixel_values is not None and per_image and not rest and math.isqrt(per_image) ** 2 == per_image:
-            low_res_size, expected = (math.isqrt(number) * patch_size for number in (features[0], per_image))
-            raise ValueError(
-                f"{message}: an image of {pixel_values.shape[-1]} pixels gets a low-resolution view of {low_res_size} "
-                f"pixels, but the prompt was made for one of {expected}. Pass `low_res_pixel_values` of that side, as "
-                f"the processor returns for `low_res_size={expected}`, or set `low_res_size` in the model's config."
+        Raises:
+            ValueError: If `image_features`, `(images, g * g, D)` or a list with those of each image, do not fit them.
+        """
+        if input_ids is None:
+            image_token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(-1)
+        else:
+            mask = input_ids == self.config.image_token_id
+        if image_features is not None:
+            num_tokens, num_features = mask.sum(), sum(len(features) for features in image_features)
+            torch_compilable_check(
+                num_tokens == num_features,
+                lambda: (
+                    f"Image features and image tokens do not match, tokens: {num_tokens}, features: {num_features} "
+                    f"(of {len(image_features)} images). Make `input_ids` and `pixel_values` in one call of the "
+                    f"processor, with one image tag per image, and do not cut the prompt. If the processor returns "
+                    f"`low_res_pixel_values`, pass them as well."
+                ),
             )
-        raise ValueError(
-            f"{message}. Make `input_ids` and `pixel_values` in one call of the processor, with one image tag per "
-            "image, and do not cut the prompt."
-        )
+        return mask
 
     @can_return_tuple
-    @_deprecate_old_name
+    @auto_docstring
+    @deprecate_old_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -712,27 +602,16 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaHrModelOutputWithPast:
-        """
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Prompt with one image token for each image feature; either this or `inputs_embeds`.
-            pixel_values (`torch.Tensor` of shape `(images, 3, H, H)`, *optional*):
-                All images of the batch in the order of their image tokens. `None` for text alone: the vision model
-                does not run then.
-            low_res_pixel_values (`torch.Tensor` of shape `(images, 3, L, L)`, *optional*):
-                Low-resolution views, if not those that the model makes, see [`LlavaHrModel.get_image_features`].
-            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 marks padding.
-            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Positions.
-            cache (`Cache`, *optional*): Keys and values of earlier tokens.
-            past_key_values (`Cache`, *optional*): Their name before transformers 5.24.
-            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, D)`, *optional*): See `input_ids`.
-            mm_encoder_outputs (`dict`, *optional*): `{"image": outputs of get_image_features}` in place of pixels.
-
-        Returns:
-            [`LlavaHrModelOutputWithPast`]
+        r"""
+        pixel_values (`torch.Tensor` of shape `(images, 3, H, H)`, *optional*):
+            All images of the batch in the order of their image tokens. Without them the vision model does not run.
+        low_res_pixel_values (`torch.Tensor` of shape `(images, 3, L, L)`, *optional*):
+            Low-resolution views, see [`LlavaHrModel.get_image_features`].
+        mm_encoder_outputs (`dict`, *optional*):
+            `{"image": outputs of get_image_features}`, in place of `pixel_values`.
 
         Raises:
-            ValueError: If inputs contradict each other or the number of image tokens does not fit the pictures.
+            ValueError: If inputs contradict each other or the image tokens and the images' features differ in number.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
@@ -745,19 +624,13 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if pixel_values is not None or image_outputs is not None:
-            mask = self.get_image_token_mask(input_ids, inputs_embeds).to(inputs_embeds.device)
-            # Count before launching the towers to avoid a GPU sync. A count breaks the graph for torch 2.11; what is
-            # compiled was checked in its eager form.
-            if not torch.compiler.is_compiling():
-                features = self.count_image_features(pixel_values, low_res_pixel_values, image_outputs)
-                self.check_image_tokens(int(mask.sum()), features, pixel_values)
         if pixel_values is not None:
             recorded = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
             image_outputs = self.get_image_features(pixel_values, low_res_pixel_values, return_dict=True, **recorded)
         if image_outputs is not None:
             image_features = image_outputs.pooler_output
-            if not isinstance(image_features, torch.Tensor):  # a list with the features of each image
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features).to(inputs_embeds.device)
+            if not isinstance(image_features, torch.Tensor):
                 image_features = torch.cat(tuple(image_features))
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_features)
@@ -766,20 +639,20 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            **{_CACHE: past_key_values if cache is None else cache},
+            **{CACHE_NAME: past_key_values if cache is None else cache},
             **kwargs,
         )
         return LlavaHrModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{_CACHE: outputs.get(_CACHE)},
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             image_outputs=image_outputs,
         )
 
 
-class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, GenerationMixin):
-    """LLaVA-HR with its language-modeling head: answers questions about pictures."""
+class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, LlavaHrGenerationMixin):
+    """LLaVA-HR with its language-modeling head: answers questions about images."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -809,7 +682,8 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, GenerationMixin):
         return self.model.get_image_features(pixel_values, low_res_pixel_values, **kwargs)
 
     @can_return_tuple
-    @_deprecate_old_name
+    @auto_docstring
+    @deprecate_old_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -826,40 +700,23 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, GenerationMixin):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaHrCausalLMOutputWithPast:
         r"""
-        Args:
-            input_ids, pixel_values, low_res_pixel_values, attention_mask, position_ids, cache, past_key_values:
-                See [`LlavaHrModel.forward`], and there `inputs_embeds` and `mm_encoder_outputs` as well.
-            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Target ids at the same positions as `input_ids` (the loss shifts them); -100 is left out of the loss.
-            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                Compute the logits of the last so many positions (or of these indices) alone; 0 for all.
+        pixel_values (`torch.Tensor` of shape `(images, 3, H, H)`, *optional*):
+            All images of the batch in the order of their image tokens.
+        low_res_pixel_values (`torch.Tensor` of shape `(images, 3, L, L)`, *optional*):
+            Low-resolution views, see [`LlavaHrModel.get_image_features`].
+        mm_encoder_outputs (`dict`, *optional*):
+            `{"image": outputs of get_image_features}`, in place of `pixel_values`.
 
         Returns:
             [`LlavaHrCausalLMOutputWithPast`]
-
-        Example:
-
-        ```python
-        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
-        >>> import modeling_llava_hr
-
-        >>> model = AutoModelForImageTextToText.from_pretrained("llava-hr-7b-sft-1024-hf")
-        >>> processor = AutoProcessor.from_pretrained("llava-hr-7b-sft-1024-hf")
-        >>> question = {"type": "text", "text": "What is written on the small sign?"}
-        >>> messages = [{"role": "user", "content": [{"type": "image", "path": "street.jpg"}, question]}]
-        >>> inputs = processor.apply_chat_template(
-        ...     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ... )
-        >>> output = model.generate(**inputs, max_new_tokens=50)
-        >>> processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        ```"""
+        """
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
             low_res_pixel_values=low_res_pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **{_CACHE: past_key_values if cache is None else cache},
+            **{CACHE_NAME: past_key_values if cache is None else cache},
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
@@ -877,115 +734,9 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, GenerationMixin):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{_CACHE: outputs.get(_CACHE)},
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             image_outputs=outputs.image_outputs,
         )
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """
-        Like [`GenerationMixin.generate`].
-
-        Raises:
-            torch.OutOfMemoryError: If the accelerator's memory does not suffice; says what needs less.
-        """
-        try:
-            return super().generate(*args, **kwargs)
-        except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(f"{_OUT_OF_MEMORY} {error}") from error
-
-    def _prepare_model_inputs(
-        self, inputs: torch.Tensor | None, bos_token_id: torch.Tensor | None, model_kwargs: dict[str, Any]
-    ) -> tuple[torch.Tensor, str | None, dict[str, Any]]:
-        """Refuses what cannot be answered before an image is encoded or memory allocated for the prompt."""
-        inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
-        longest = self.config.context_length
-        if longest is not None and inputs.shape[1] >= longest:
-            raise ValueError(
-                f"The prompt has {inputs.shape[1]} tokens, but with an answer at most {longest} "
-                f"(`config.context_length`) fit into the context. Use less text, fewer images, or images with fewer "
-                f"tokens (a smaller `size` of the processor)."
-            )
-        for view in ("pixel_values", "low_res_pixel_values"):
-            if model_kwargs.get(view) is None:
-                model_kwargs.pop(view, None)  # transformers would encode `None`
-        if (encoded := model_kwargs.get("mm_encoder_outputs")) is not None:
-            # transformers reorders the features of beams in place, but the caller may want to use them again
-            model_kwargs["mm_encoder_outputs"] = {key: copy.copy(outputs) for key, outputs in encoded.items()}
-        has_images = model_kwargs.get("pixel_values") is not None or bool(encoded)
-        if name == "input_ids" or has_images:
-            mask = self.model.get_image_token_mask(*((inputs, None) if name == "input_ids" else (None, inputs)))
-            cached = model_kwargs[_CACHE].get_seq_length() if model_kwargs.get(_CACHE) is not None else 0
-            attention_mask = model_kwargs.get("attention_mask")
-            only_new = attention_mask is not None and attention_mask.shape[-1] > inputs.shape[1]
-            self._keep_new_images(mask, 0 if only_new else int(cached), model_kwargs)
-        return inputs, name, model_kwargs
-
-    def _keep_new_images(self, mask: torch.Tensor, cached: int, model_kwargs: dict[str, Any]) -> None:
-        """
-        Checks that image tokens and images match, and removes the images whose tokens are all in the cache.
-
-        Args:
-            mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): True at image tokens.
-            cached (`int`): Number of tokens in the cache.
-            model_kwargs (`dict`): Arguments of `forward`, changed in place.
-        """
-        pixel_values, low_res_pixel_values = (model_kwargs.get(n) for n in ("pixel_values", "low_res_pixel_values"))
-        image_outputs = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if pixel_values is None and image_outputs is None:
-            if num_tokens := int(mask[:, cached:].sum()):
-                raise ValueError(
-                    f"The prompt has {num_tokens} image tokens, but there are no images. Make `input_ids` and "
-                    f"`pixel_values` in one call of the processor, whose `apply_chat_template` treats a tag in a part "
-                    f"of text as text."
-                )
-            return
-        features = self.model.count_image_features(pixel_values, low_res_pixel_values, image_outputs)
-        new = int(mask[:, cached:].sum())
-        if cached and new == sum(features):
-            return  # only new images were passed
-        self.model.check_image_tokens(int(mask.sum()), features, pixel_values)
-        if not cached:
-            return
-        # The image of each image token, and the images with a token that the cache does not have
-        images = torch.repeat_interleave(torch.arange(len(features)), torch.tensor(features))
-        positions = mask.nonzero()[:, 1].cpu()
-        keep = images[positions >= cached].unique()
-        if new != sum(features[index] for index in keep.tolist()):
-            raise ValueError(
-                f"`{_CACHE}` has {cached} tokens and ends inside an image. Crop it to the start of the image, or to "
-                f"its end."
-            )
-        for view in ("pixel_values", "low_res_pixel_values"):
-            if view in model_kwargs:
-                pixels = model_kwargs.pop(view)
-                model_kwargs.update({view: pixels[keep.to(pixels.device)]} if len(keep) else {})
-        if image_outputs is not None:
-            image_outputs.pooler_output = [image_outputs.pooler_output[index] for index in keep.tolist()]
-            model_kwargs["mm_encoder_outputs"] = {"image": image_outputs} if len(keep) else {}
-
-    def _expand_multimodal_outputs(
-        self,
-        input_ids: torch.Tensor | None,
-        mm_encoder_output: dict[str, Any],
-        expand_size: int = 1,
-        inputs_embeds: torch.Tensor | None = None,
-    ) -> dict[str, Any]:
-        """Repeats each sample's images as a group, [A, B, A, B]; transformers 5.18 gives [A, A, B, B]."""
-        image_outputs = mm_encoder_output.get("image")
-        if image_outputs is None:
-            return mm_encoder_output
-        has_ids = input_ids is not None and input_ids.numel() > 0
-        mask = self.model.get_image_token_mask(input_ids if has_ids else None, inputs_embeds)
-        remaining, expanded = list(image_outputs.pooler_output), []
-        for num_tokens in mask.sum(-1).tolist():
-            group = []
-            while num_tokens > 0 and remaining:
-                group.append(remaining.pop(0))
-                num_tokens -= len(group[-1])
-            expanded += group * expand_size
-        image_outputs = copy.copy(image_outputs)
-        image_outputs.pooler_output = expanded
-        return {**mm_encoder_output, "image": image_outputs}
 
 
 __all__ = [

@@ -20,97 +20,18 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_utils import make_flat_list_of_images
+from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
+from .chat_templates_llava_hr import PLAIN_CHAT_TEMPLATE, VICUNA_V1_CHAT_TEMPLATE, get_chat_template
 from .configuration_llava_hr import get_num_image_tokens
+from .image_processing_llava_hr import LlavaHrImageProcessor
+from .image_processing_pil_llava_hr import LlavaHrImageProcessorPil
 
 
 IMAGE_TOKEN = "<image>"
 # Keys of a message's part that may hold its image
 IMAGE_KEYS = ("image", "url", "path", "base64")
-
-# Stage 2 and inference of the released models ("vicuna_v1"). Images come first in their message, each on a line of its
-# own, wherever their parts are: so the models were trained. If a user's message is one string, its tags stay where
-# they are; in all other text a tag is text, and a space keeps it from being tokenized as an image. The space after the
-# start token and `image_suffix`, see [`get_chat_template`], give the token ids of the released code. vLLM recognises
-# contents as lists of parts by the loop over `message['content']`.
-VICUNA_V1_CHAT_TEMPLATE = """\
-{%- set image_suffix = ' ' -%}
-{%- macro text_of(content) -%}
-{%- if content is string -%}
-{{- content | replace('<image>', '< image>') -}}
-{%- else -%}
-{{- (content or []) | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\\n') \
-| replace('<image>', '< image>') -}}
-{%- endif -%}
-{%- endmacro -%}
-{{- bos_token + ' ' if bos_token else '' -}}
-{%- if messages and messages[0]['role'] == 'system' -%}
-{%- set system, turns = text_of(messages[0]['content']), messages[1:] -%}
-{%- else -%}
-{%- set system = "A chat between a curious user and an artificial intelligence assistant. The assistant gives \
-helpful, detailed, and polite answers to the user's questions." -%}
-{%- set turns = messages -%}
-{%- endif -%}
-{{- system + ' ' if system else '' -}}
-{%- for message in turns -%}
-{%- if message['role'] == 'user' -%}
-{{- 'USER: ' -}}
-{%- if message['content'] is string -%}
-{%- for text in (message['content'] + ' ').split('<image>') -%}
-{{- ('' if loop.first else '<image>' + image_suffix if text else '<image>') + text -}}
-{%- endfor -%}
-{%- else -%}
-{%- if message['content'] -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] in ('image', 'image_url') -%}{{- '<image>' + image_suffix + '\\n' -}}
-{%- elif part['type'] != 'text' -%}
-{{- raise_exception("A part's type must be 'text' or 'image', but got '" + part['type'] + "'.") -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- text_of(message['content']) + ' ' -}}
-{%- endif -%}
-{%- elif message['role'] == 'assistant' -%}
-{{- 'ASSISTANT:' -}}{%- generation -%}{{- ' ' + text_of(message['content']) + eos_token -}}{%- endgeneration -%}
-{%- else -%}
-{{- raise_exception("A message's role must be 'user' or 'assistant', or 'system' in the first message, but got '" \
-+ message['role'] + "'.") -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
-"""
-
-# Stage 1 of the released models ("plain"): image and caption, no system text, no roles.
-PLAIN_CHAT_TEMPLATE = """\
-{%- set image_suffix = ' ' -%}
-{{- bos_token if bos_token else '' -}}
-{%- for message in messages -%}
-{%- if message['role'] == 'assistant' -%}
-{%- set content = message['content'] -%}
-{%- set text = content if content is string else (content or []) | map(attribute='text') | join('\\n') -%}
-{%- generation -%}{{- image_suffix + (text | replace('<image>', '< image>')) + '\\n' -}}{%- endgeneration -%}
-{%- else -%}
-{{- '<image>' -}}
-{%- endif -%}
-{%- endfor -%}
-"""
-
-
-def get_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str = VICUNA_V1_CHAT_TEMPLATE) -> str:
-    """
-    A chat template of this file for a tokenizer. The released code tokenizes the text after an image as the start of a
-    text, to which Llama's sentencepiece tokenizer adds a space: the templates' `image_suffix`. Other tokenizers get
-    none.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
-        chat_template (`str`, *optional*): `VICUNA_V1_CHAT_TEMPLATE` or `PLAIN_CHAT_TEMPLATE`.
-    """
-    marks_start = tokenizer.tokenize("a")[0].startswith("▁")
-    return chat_template if marks_start else chat_template.replace("image_suffix = ' '", "image_suffix = ''")
 
 
 class LlavaHrProcessor(ProcessorMixin):
@@ -149,7 +70,7 @@ class LlavaHrProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        image_processor: BaseImageProcessor,
+        image_processor: LlavaHrImageProcessor | LlavaHrImageProcessorPil,
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | dict[str, str] | None = None,
         image_token: str = IMAGE_TOKEN,
@@ -166,12 +87,9 @@ class LlavaHrProcessor(ProcessorMixin):
             chat_template = get_chat_template(tokenizer)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    def __call__(
-        self, images: Any = None, text: Any = None, videos: None = None, audio: None = None, **kwargs: Any
-    ) -> BatchFeature:
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """
-        Like [`ProcessorMixin.__call__`]. A text that begins with the start token, as the chat template's do, gets no
-        second one.
+        Like [`ProcessorMixin.__call__`].
 
         Args:
             images: Images of the texts in their order, flat or a list for each text. See [`LlavaHrImageProcessor`].
@@ -188,15 +106,14 @@ class LlavaHrProcessor(ProcessorMixin):
             ValueError: If images and tags differ in number, an image cannot be used, or truncation would cut one.
         """
         first = text if isinstance(text, str) or not text else text[0]
-        bos_token = self.tokenizer.bos_token
-        has_start = bos_token is not None and isinstance(first, str) and first.startswith(bos_token)
+        has_start = isinstance(first, str) and first.startswith(self.tokenizer.bos_token or "\0")
         if has_start and "add_special_tokens" not in kwargs.get("text_kwargs", {}):
+            # A prompt that `apply_chat_template` rendered in an earlier call must not get a second start token
             kwargs.setdefault("add_special_tokens", False)
-        inputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
-        offsets = inputs.get("offset_mapping")
-        if "text_replacement_offsets" in inputs and isinstance(offsets, torch.Tensor):
+        inputs = super().__call__(images=images, text=text, **kwargs)
+        if "text_replacement_offsets" in inputs and isinstance(inputs["offset_mapping"], torch.Tensor):
             # `apply_chat_template` iterates over it to mask the answers, which is slow over a tensor
-            inputs["offset_mapping"] = offsets.tolist()
+            inputs["offset_mapping"] = inputs["offset_mapping"].tolist()
         return inputs
 
     def apply_chat_template(
@@ -244,35 +161,21 @@ class LlavaHrProcessor(ProcessorMixin):
             ValueError: If there is neither, a text is not Unicode, or the numbers of image tags and images differ.
         """
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
-        if text is None:
-            return
-        samples = [text] if isinstance(text, str) else text
+        samples = [text] if isinstance(text, str) else text or []
         for index, sample in enumerate(samples):
-            try:
-                sample.encode()
-            except UnicodeEncodeError as error:
+            if not is_unicode(sample):
                 raise ValueError(
-                    f"Sample {index} of `text` has half a character (an unpaired surrogate) at position "
-                    f"{error.start}, as cutting a text between two bytes leaves. Take it out: "
-                    'text.encode(errors="replace").decode().'
-                ) from error
-        num_tags = [sample.count(self.image_token) for sample in samples]
-        is_nested = isinstance(images, (list, tuple)) and all(isinstance(sample, (list, tuple)) for sample in images)
-        if not is_nested:
-            num_images = len(make_flat_list_of_images(images)) if images is not None else 0
-            if sum(num_tags) != num_images:
-                raise ValueError(
-                    f"`text` has {sum(num_tags)} {self.image_token} tags, but `images` has {num_images} images. "
-                    f"Give one tag for each image."
+                    f"Sample {index} of `text` has an unpaired surrogate, as cutting a text between two bytes leaves. "
+                    'Remove it: text.encode(errors="replace").decode().'
                 )
-            return
-        if len(images) != len(num_tags):
-            raise ValueError(f"`images` is a list of {len(images)} lists, but `text` has {len(num_tags)} samples.")
-        for index, (tags, sample_images) in enumerate(zip(num_tags, images, strict=True)):
-            if tags != len(sample_images):
+        is_nested = isinstance(images, (list, tuple)) and all(isinstance(sample, (list, tuple)) for sample in images)
+        if samples and is_nested:
+            num_tags = [sample.count(self.image_token) for sample in samples]
+            num_images = [len(sample) for sample in images]
+            if num_tags != num_images:
                 raise ValueError(
-                    f"Sample {index} has {tags} {self.image_token} tags in its text, but {len(sample_images)} "
-                    f"images in `images`. Give one tag for each image."
+                    f"`images` must be a list for each sample of `text`, with one image for each {self.image_token}, "
+                    f"but the texts have {num_tags} of them and the lists {num_images} images."
                 )
 
     @property

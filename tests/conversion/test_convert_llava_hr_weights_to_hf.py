@@ -27,7 +27,7 @@ from transformers import (
 from conversion.convert_llava_hr_weights_to_hf import convert
 from conversion.parts import infer_timm_config
 from modeling_llava_hr import LlavaHrConfig
-from modeling_llava_hr.image_processing_pil_llava_hr import make_low_res_view
+from modeling_llava_hr.image_processing_llava_hr import make_low_res_view
 from modeling_llava_hr.utils import new_file
 
 

@@ -49,7 +49,7 @@ def make_config(**kwargs) -> LlavaHrConfig:
 
 
 def make_model(**kwargs) -> LlavaHrForConditionalGeneration:
-    """Random weights, large enough that pictures and gates matter: adapters start at zero."""
+    """Random weights, large enough that images and gates matter: adapters start at zero."""
     torch.manual_seed(0)
     model = LlavaHrForConditionalGeneration(make_config(**kwargs)).eval()
     generator = torch.Generator().manual_seed(1)
@@ -63,7 +63,7 @@ def make_model(**kwargs) -> LlavaHrForConditionalGeneration:
 
 
 def make_inputs(*images_per_sample: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Left-padded batch with the given number of pictures in each sample, no token of it like another's."""
+    """Left-padded batch with the given number of images in each sample, no token of it like another's."""
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for index, num_images in enumerate(images_per_sample):
@@ -82,7 +82,7 @@ def make_inputs(*images_per_sample: int, seed: int = 0) -> dict[str, torch.Tenso
 
 
 def take_sample(inputs: dict[str, torch.Tensor], images_per_sample: tuple[int, ...], index: int) -> dict:
-    """One sample of a batch of `make_inputs`, without padding and with its own pictures alone."""
+    """One sample of a batch of `make_inputs`, without padding and with its own images alone."""
     keep = inputs["attention_mask"][index].bool()
     sample = {"input_ids": inputs["input_ids"][index : index + 1, keep]}
     sample["attention_mask"] = torch.ones_like(sample["input_ids"])

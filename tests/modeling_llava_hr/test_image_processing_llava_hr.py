@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both image processors: recorded outputs, PIL's own arithmetic, real pictures, odd pictures, and every refusal."""
+"""Both image processors: recorded outputs, PIL's own arithmetic, real images, odd images, and every refusal."""
 
 import base64
 import http.server
@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 from torchvision.transforms.v2 import functional as tvF
 from transformers import AutoImageProcessor
 
-import modeling_llava_hr.image_processing_pil_llava_hr as shared
+import modeling_llava_hr.image_processing_llava_hr as shared
 from modeling_llava_hr import LlavaHrImageProcessor, LlavaHrImageProcessorPil
 
 
 REFERENCE = Path(__file__).parent.parent / "fixtures" / "reference"
 BACKENDS = {"torchvision": LlavaHrImageProcessor, "pil": LlavaHrImageProcessorPil}
 
-# 64 x 64 and 28 x 28 pixels: 2 x 2 features and 2 x 2 patches, so that odd pictures cost nothing
+# 64 x 64 and 28 x 28 pixels: 2 x 2 features and 2 x 2 patches, so that odd images cost nothing
 SMALL = {"size": 64, "low_res_size": 28}
 RAW = {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
 
@@ -81,14 +81,14 @@ def encode(image, format="PNG", **kwargs):
     return buffer.getvalue()
 
 
-def raw_view(processor, picture, **kwargs):
+def raw_view(processor, image, **kwargs):
     """The high-resolution view `(3, H, H)` with values from 0 to 255."""
-    return processor(picture, **RAW, **kwargs)["pixel_values"][0]
+    return processor(image, **RAW, **kwargs)["pixel_values"][0]
 
 
-def center(processor, picture, **kwargs):
+def center(processor, image, **kwargs):
     """The colour in the middle of the high-resolution view."""
-    view = raw_view(processor, picture, **kwargs)
+    view = raw_view(processor, image, **kwargs)
     return view[:, view.shape[1] // 2, view.shape[2] // 2].tolist()
 
 
@@ -138,17 +138,17 @@ def test_recorded_pixels(backend, folder, case, sizes):
 @pytest.mark.parametrize("width, height", [(300, 200), (201, 300), (1100, 900), (900, 1101), (1024, 1024), (1, 1)])
 def test_high_resolution_view_equals_pil(backend, width, height):
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    for picture in (Image.fromarray(noise), draw_document().resize((width, height))):
-        difference = raw_view(BACKENDS[backend](), picture) - released_pixels(picture, 1024)
+    for image in (Image.fromarray(noise), draw_document().resize((width, height))):
+        difference = raw_view(BACKENDS[backend](), image) - released_pixels(image, 1024)
         assert np.abs(difference).max() <= (0 if backend == "pil" else 2)
 
 
 def test_photographs_and_documents(backend):
-    for picture in [*photographs(), draw_document(), draw_document(1700, 600)]:
-        views = BACKENDS[backend](size=1536, low_res_size=672)(picture, return_tensors="pt")
+    for image in [*photographs(), draw_document(), draw_document(1700, 600)]:
+        views = BACKENDS[backend](size=1536, low_res_size=672)(image, return_tensors="pt")
         mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
         std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
-        expected = (torch.from_numpy(released_pixels(picture, 1536).copy()) / 255 - mean) / std
+        expected = (torch.from_numpy(released_pixels(image, 1536).copy()) / 255 - mean) / std
         tolerance = 1e-6 if backend == "pil" else 2 / 255 / 0.2613 + 1e-4
         torch.testing.assert_close(views["pixel_values"][0], expected, atol=tolerance, rtol=0)
         # align_corners: the corners of both views are the same pixels
@@ -165,30 +165,30 @@ def test_low_resolution_view_interpolates_between_aligned_corners(processor):
 
 @pytest.mark.parametrize("width, height", [(300, 200), (200, 301)])
 def test_centre_crop_equals_pil(backend, width, height):
-    picture = draw_document().resize((width, height))
-    scaled = picture.resize((int(64 * width / height), 64) if width > height else (64, int(64 * height / width)), 3)
+    image = draw_document().resize((width, height))
+    scaled = image.resize((int(64 * width / height), 64) if width > height else (64, int(64 * height / width)), 3)
     left, top = (scaled.width - 64) // 2, (scaled.height - 64) // 2
     expected = np.asarray(scaled.crop((left, top, left + 64, top + 64))).transpose(2, 0, 1)
-    view = raw_view(BACKENDS[backend](**SMALL, image_aspect_ratio="crop"), picture)
+    view = raw_view(BACKENDS[backend](**SMALL, image_aspect_ratio="crop"), image)
     assert np.abs(view - expected).max() <= (0 if backend == "pil" else 2)
-    assert not np.array_equal(view, raw_view(BACKENDS[backend](**SMALL), picture))
+    assert not np.array_equal(view, raw_view(BACKENDS[backend](**SMALL), image))
 
 
-def test_a_picture_does_not_depend_on_its_batch(processor):
-    pictures = [gradient(), gradient(30, 9), gradient()[::-1], np.full((64, 64, 3), 7, np.uint8), gradient(30, 9)]
+def test_an_image_does_not_depend_on_its_batch(processor):
+    images = [gradient(), gradient(30, 9), gradient()[::-1], np.full((64, 64, 3), 7, np.uint8), gradient(30, 9)]
     for kwargs in ({}, {"disable_grouping": False}):
-        together = processor(pictures, return_tensors="pt", **kwargs)
-        for index, picture in enumerate(pictures):
-            alone = processor(picture, return_tensors="pt", **kwargs)
+        together = processor(images, return_tensors="pt", **kwargs)
+        for index, image in enumerate(images):
+            alone = processor(image, return_tensors="pt", **kwargs)
             for name in ("pixel_values", "low_res_pixel_values"):
                 torch.testing.assert_close(together[name][index], alone[name][0], atol=1e-6, rtol=0)
 
 
 def test_nested_lists_and_batches_are_flattened_in_order(processor):
-    pictures = [np.full((5, 5, 3), value, np.uint8) for value in (10, 20, 30)]
-    expected = processor(pictures, **RAW)["low_res_pixel_values"]
+    images = [np.full((5, 5, 3), value, np.uint8) for value in (10, 20, 30)]
+    expected = processor(images, **RAW)["low_res_pixel_values"]
     assert expected[:, 0, 0, 0].tolist() == [10, 20, 30]
-    for nested in ([pictures[:1], pictures[1:]], np.stack(pictures), torch.from_numpy(np.stack(pictures))):
+    for nested in ([images[:1], images[1:]], np.stack(images), torch.from_numpy(np.stack(images))):
         assert np.array_equal(processor(nested, **RAW)["low_res_pixel_values"], expected)
 
 
@@ -263,11 +263,11 @@ def test_other_ways_to_pad_and_crop_are_refused(processor):
         processor(gradient(), do_center_crop=True, crop_size=64)
 
 
-def test_without_resizing_a_picture_must_have_the_size(processor):
-    picture = gradient(64, 64)
-    assert np.array_equal(raw_view(processor, picture, do_resize=False), picture.transpose(2, 0, 1))
-    with pytest.raises(ValueError, match=r"Picture 1 of `images` is 20 x 12 pixels.*64 x 64 \(`size`\)"):
-        processor([picture, gradient()], do_resize=False)
+def test_without_resizing_an_image_must_have_the_size(processor):
+    image = gradient(64, 64)
+    assert np.array_equal(raw_view(processor, image, do_resize=False), image.transpose(2, 0, 1))
+    with pytest.raises(ValueError, match=r"Image 1 of `images`: it has 20 x 12 pixels.*64 x 64 \(`size`\)"):
+        processor([image, gradient()], do_resize=False)
 
 
 def _prepare(row, image_processor):
@@ -315,18 +315,20 @@ def test_save_and_load(tmp_path, saved, loaded):
     assert type(after) is BACKENDS[loaded]
     assert after.to_dict() == before.to_dict()
     assert (after.size, after.low_res_size, after.patch_size) == (before.size, 28, 7)
-    assert {path.name for path in tmp_path.glob("*.py")} == {
-        "configuration_llava_hr.py",
-        "image_processing_llava_hr.py",
-        "image_processing_pil_llava_hr.py",
-    }
+    kinds = [
+        "configuration",
+        "image_inputs",
+        "image_processing",
+        *(["image_processing_pil"] if saved == "pil" else []),
+    ]
+    assert {path.name for path in tmp_path.glob("*.py")} == {f"{kind}_llava_hr.py" for kind in kinds}
     file = tmp_path / "preprocessor_config.json"
     file.write_text(file.read_text().replace('"patch_size": 7', '"patch_size": 9'))
     with pytest.raises(ValueError, match="`low_res_size`.*patch size 9, but got 28"):
         AutoImageProcessor.from_pretrained(tmp_path, backend=loaded)
 
 
-# Pictures of PIL
+# Images of PIL
 
 
 @pytest.mark.parametrize(
@@ -364,25 +366,25 @@ def test_modes(processor, mode, color, expected):
 
 
 def test_palettes(processor):
-    picture = Image.new("P", (6, 6), 1)
-    picture.putpalette([0, 0, 0, 10, 20, 30])
-    assert center(processor, picture) == [10, 20, 30]
-    assert center(processor, picture.convert("PA")) == [10, 20, 30]
-    assert center(processor, encode(picture, transparency=0)) == [10, 20, 30]
-    assert center(processor, encode(picture, transparency=1)) == [255] * 3
-    assert center(processor, encode(picture, transparency=bytes([255, 0]))) == [255] * 3
+    image = Image.new("P", (6, 6), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    assert center(processor, image) == [10, 20, 30]
+    assert center(processor, image.convert("PA")) == [10, 20, 30]
+    assert center(processor, encode(image, transparency=0)) == [10, 20, 30]
+    assert center(processor, encode(image, transparency=1)) == [255] * 3
+    assert center(processor, encode(image, transparency=bytes([255, 0]))) == [255] * 3
 
 
 @pytest.mark.parametrize(
-    "picture, transparent",
+    "image, transparent",
     [
         (Image.new("RGB", (6, 6), (1, 2, 3)), (1, 2, 3)),
         (Image.new("L", (6, 6), 9), 9),
         (Image.fromarray(np.full((6, 6), 30000, np.uint16)), 30000),
     ],
 )
-def test_a_colour_that_stands_for_transparency(processor, picture, transparent):
-    assert center(processor, encode(picture, transparency=transparent)) == [255] * 3
+def test_a_colour_that_stands_for_transparency(processor, image, transparent):
+    assert center(processor, encode(image, transparency=transparent)) == [255] * 3
 
 
 def test_16_bit_files_keep_their_range(processor):
@@ -418,16 +420,16 @@ def test_the_first_frame_of_an_animation(processor, tmp_path, format):
     path = tmp_path / "animation"
     path.write_bytes(encode(frames[0], format, save_all=True, append_images=frames[1:]))
     assert center(processor, path) == [255] * 3
-    with Image.open(path) as picture:
-        assert center(processor, picture) == [255] * 3
+    with Image.open(path) as image:
+        assert center(processor, image) == [255] * 3
 
 
 @pytest.mark.parametrize("width, height", [(1, 1), (1, 3000), (3000, 1), (2, 1)])
 @pytest.mark.parametrize("as_array", [True, False])
 def test_extreme_shapes(processor, width, height, as_array):
     pixels = np.full((height, width, 3), 200, np.uint8)
-    picture = pixels if as_array else Image.fromarray(pixels)
-    view = raw_view(processor, picture)
+    image = pixels if as_array else Image.fromarray(pixels)
+    view = raw_view(processor, image)
     assert np.abs(view - released_pixels(Image.fromarray(pixels), 64)).max() <= 2
 
 
@@ -481,7 +483,7 @@ def test_channels(processor, to):
 def test_ambiguous_layouts(processor):
     pixels = np.zeros((3, 9, 3), np.uint8)
     pixels[..., 0] = 255
-    with pytest.raises(ValueError, match=r"Picture 1 of `images`.*\(3, 9, 3\).*`input_data_format"):
+    with pytest.raises(ValueError, match=r"Image 1 of `images`.*\(3, 9, 3\).*`input_data_format"):
         processor([gradient(), pixels])
     last = raw_view(processor, pixels, input_data_format="channels_last")
     assert np.array_equal(last, raw_view(processor, Image.fromarray(pixels)))
@@ -517,12 +519,12 @@ def test_floats_without_rescaling_are_taken_as_scaled(processor):
     ],
 )
 def test_refused_arrays(processor, to, array, named):
-    with pytest.raises(ValueError, match=f"Picture 1 of `images`: it.*{named}"):
+    with pytest.raises(ValueError, match=f"Image 1 of `images`: it.*{named}"):
         processor([gradient(), to(array)])
 
 
 @pytest.mark.parametrize(
-    "picture, named",
+    "image, named",
     [
         (np.full((5, 5, 3), None), "dtype.*object"),
         (np.full((5, 5, 3), "a"), "dtype.*<U1"),
@@ -531,12 +533,12 @@ def test_refused_arrays(processor, to, array, named):
         (Image.new("I", (5, 5), 70000), "from 70000 to 70000"),
     ],
 )
-def test_refused_pictures_in_memory(processor, picture, named):
-    with pytest.raises(ValueError, match=f"Picture 1 of `images`.*{named}"):
-        processor([gradient(), picture])
+def test_refused_images_in_memory(processor, image, named):
+    with pytest.raises(ValueError, match=f"Image 1 of `images`.*{named}"):
+        processor([gradient(), image])
 
 
-def test_without_conversion_pictures_must_be_rgb(processor):
+def test_without_conversion_images_must_be_rgb(processor):
     assert processor(gradient(), do_convert_rgb=False)["low_res_pixel_values"] is not None
     with pytest.raises(ValueError, match="mode is RGBA.*`do_convert_rgb`"):
         processor(Image.new("RGBA", (5, 5)), do_convert_rgb=False)
@@ -568,12 +570,12 @@ def test_sources(processor, tmp_path, server):
     # 16 bits, which transformers' own loading would turn white
     pixels = np.linspace(0, 65535, 20 * 12).reshape(12, 20).astype(np.uint16)
     content = encode(Image.fromarray(pixels))
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(content)
     text = base64.b64encode(content).decode()
     expected = raw_view(processor, Image.fromarray(pixels))
     sources = [path, str(path), content, bytearray(content), text, f"data:image/png;base64,{text}"]
-    for source in [*sources, f"{server}/picture.png"]:
+    for source in [*sources, f"{server}/image.png"]:
         assert np.array_equal(raw_view(processor, source), expected)
     views = processor([[sources[0]], sources[1:3]], **RAW)["pixel_values"]
     assert np.array_equal(views, np.stack([expected] * 3))
@@ -613,9 +615,9 @@ def test_truncated_files_of_every_format(processor, format, cut):
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF"])
 def test_a_truncated_file_that_pil_opened_lazily(processor, format):
     content = encode(draw_document(), format)
-    picture = Image.open(io.BytesIO(content[: len(content) // 2]))
-    with pytest.raises(ValueError, match="Picture 1 of `images`: PIL cannot decode it"):
-        processor([gradient(), picture])
+    image = Image.open(io.BytesIO(content[: len(content) // 2]))
+    with pytest.raises(ValueError, match="Image 1 of `images`: PIL cannot decode it"):
+        processor([gradient(), image])
 
 
 @pytest.mark.parametrize("thing, named", [(3, "int"), (None, "NoneType"), ({"url": "a"}, "dict")])
@@ -631,7 +633,7 @@ def test_refused_dimensions(processor, shape):
             processor([array])
 
 
-def test_no_picture_at_all(processor):
+def test_no_image_at_all(processor):
     with pytest.raises(ValueError, match="`images` is empty"):
         processor([])
 
@@ -650,28 +652,28 @@ def test_the_guard_of_pil_stays_on(processor, monkeypatch):
 
 @pytest.mark.parametrize("as_array", [True, False])
 @pytest.mark.parametrize("aspect_ratio, on_the_way", [("pad", "20000 x 20000"), ("crop", "64 x 1280000")])
-def test_a_picture_whose_square_would_be_a_bomb(processor, as_array, aspect_ratio, on_the_way, monkeypatch):
+def test_an_image_whose_square_would_be_a_bomb(processor, as_array, aspect_ratio, on_the_way, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 20000 // 2 - 1)
-    picture = Image.new("RGB", (1, 20000))
-    with pytest.raises(ValueError, match=rf"Picture 1 of `images` \(1 x 20000 pixels\).*{on_the_way}"):
-        processor([gradient(), np.asarray(picture) if as_array else picture], image_aspect_ratio=aspect_ratio)
+    image = Image.new("RGB", (1, 20000))
+    with pytest.raises(ValueError, match=rf"Image 1 of `images`: with 1 x 20000 pixels.*{on_the_way}"):
+        processor([gradient(), np.asarray(image) if as_array else image], image_aspect_ratio=aspect_ratio)
 
 
 @pytest.mark.parametrize("as_array", [True, False])
 @pytest.mark.parametrize("size", [(20000, 500), (500, 20000)])
-def test_long_pictures_need_no_square_in_memory(processor, as_array, size):
+def test_long_images_need_no_square_in_memory(processor, as_array, size):
     """20000 x 20000 pixels would be over PIL's limit, and 1.2 GB."""
-    picture = Image.new("RGB", size, "red")
-    views = processor(np.asarray(picture) if as_array else picture)
+    image = Image.new("RGB", size, "red")
+    views = processor(np.asarray(image) if as_array else image)
     assert views["pixel_values"][0].shape == (3, 64, 64)
 
 
 @pytest.mark.parametrize("size", [(90, 301), (299, 300)])
-def test_pieces_of_a_tall_picture_make_no_difference(processor, size, monkeypatch):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
-    whole = processor(picture)
+def test_pieces_of_a_tall_image_make_no_difference(processor, size, monkeypatch):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    whole = processor(image)
     monkeypatch.setattr(shared, "MAX_BAND_PIXELS", 10 * 301)
-    in_pieces = processor(picture)
+    in_pieces = processor(image)
     for name in whole:
         np.testing.assert_array_equal(in_pieces[name][0], whole[name][0])
 
@@ -686,12 +688,12 @@ def to_low_res(high_res):
 
 @pytest.mark.parametrize("width, height", SHAPES)
 def test_pil_backend_gives_the_bits_of_the_released_procedure(width, height):
-    picture, longest = noise(width, height), max(width, height)
+    image, longest = noise(width, height), max(width, height)
     square = Image.new("RGB", (longest, longest), (122, 116, 104))  # int(255 * MEAN)
-    square.paste(picture, ((longest - width) // 2, (longest - height) // 2))
+    square.paste(image, ((longest - width) // 2, (longest - height) // 2))
     pixels = np.asarray(square.resize((384, 384), Image.Resampling.BICUBIC)).astype(np.float64) * (1 / 255)
     high_res = (torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) - MEAN) / STD
-    views = LlavaHrImageProcessorPil(**SIZES)([picture, picture], return_tensors="pt")
+    views = LlavaHrImageProcessorPil(**SIZES)([image, image], return_tensors="pt")
     expected = torch.stack([high_res.contiguous()] * 2)
     assert torch.equal(views["pixel_values"], expected)
     assert torch.equal(views["low_res_pixel_values"], to_low_res(expected))
@@ -708,22 +710,22 @@ def test_torchvision_backend_gives_the_bits_of_padding_and_resizing_the_plain_wa
     resized = tvF.resize(square, [384, 384], tvF.InterpolationMode.BICUBIC)
     scale = 1 / (1 / 255)  # in double precision not quite 255
     high_res = ((resized.float() - MEAN * scale) / (STD * scale))[None]
-    for picture in (noise(width, height), pixels):
-        views = LlavaHrImageProcessor(**SIZES)(picture, input_data_format="channels_first", return_tensors="pt")
+    for image in (noise(width, height), pixels):
+        views = LlavaHrImageProcessor(**SIZES)(image, input_data_format="channels_first", return_tensors="pt")
         assert torch.equal(views["pixel_values"], high_res)
         # float32's rounding: torch sums in another order on one thread
         torch.testing.assert_close(views["low_res_pixel_values"], to_low_res(high_res), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_batch_holds_what_each_picture_gives(threads):
+def test_a_batch_holds_what_each_image_gives(threads):
     before, processor = torch.get_num_threads(), LlavaHrImageProcessor(**SIZES)
     torch.set_num_threads(threads)
     try:
-        pictures = [noise(*shape) for shape in SHAPES]
-        together = processor(pictures, return_tensors="pt")
-        for index, picture in enumerate(pictures):
-            alone = processor(picture, return_tensors="pt")
+        images = [noise(*shape) for shape in SHAPES]
+        together = processor(images, return_tensors="pt")
+        for index, image in enumerate(images):
+            alone = processor(image, return_tensors="pt")
             for name in ("pixel_values", "low_res_pixel_values"):
                 assert torch.equal(together[name][index], alone[name][0])
                 assert together[name].is_contiguous()

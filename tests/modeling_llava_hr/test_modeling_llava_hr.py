@@ -26,7 +26,7 @@ def linear(module, x):
 
 
 def mapping(module, x):
-    """`(h, w, channels)` of one picture; independent of the module's layout tricks."""
+    """`(h, w, channels)` of one image; independent of the module's layout tricks."""
     if hasattr(module, "depthwise"):
         padded = F.pad(x, (0, 0, 3, 3, 3, 3))
         h, w, _ = x.shape
@@ -168,18 +168,16 @@ def test_outputs_carry_gates_and_high_res_features(mini):
     with torch.no_grad():
         outputs = model(**inputs)
         features = model.get_image_features(inputs["pixel_values"])
-    assert outputs.high_res_features.shape == (3, 48, 4, 4)
-    assert [gate.shape for gate in outputs.mr_adapter_gates] == [(3, 1)] * 3
-    assert outputs.image_hidden_states.shape == (3, mini.num_tokens, 64)
-    torch.testing.assert_close(features.pooler_output, outputs.image_hidden_states)
-    # the whole of it, under the name that transformers' models have for it
+    assert outputs.image_outputs.high_res_features.shape == (3, 48, 4, 4)
+    assert [gate.shape for gate in outputs.image_outputs.mr_adapter_gates] == [(3, 1)] * 3
+    assert features.last_hidden_state.shape == (3, mini.num_tokens, 64)
+    torch.testing.assert_close(features.pooler_output, outputs.image_outputs.pooler_output)
     assert outputs.image_outputs.hidden_states is None
     recorded = model(**inputs, output_hidden_states=True).image_outputs.hidden_states
     assert [state.shape for state in recorded] == [(3, mini.num_tokens, 64)] * 5
-    assert features.last_hidden_state.shape == (3, mini.num_tokens, 64)
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     text["input_ids"] = text["input_ids"].clamp(max=99)
-    assert model(**text).high_res_features is None
+    assert model(**text).image_outputs is None
 
 
 def test_both_views_matter(mini):
@@ -213,7 +211,7 @@ def test_sizes_are_independent_at_run_time(mini, low, high, tokens):
         ((1, 3, 56, 56), (1, 3, 160, 160), "5 x 5.*4 x 4"),
         ((1, 3, 50, 50), (1, 3, 128, 128), "`low_res_size`.*multiple of the patch size 14"),
         ((1, 3, 56, 56), (1, 3, 130, 130), "`size` .*multiple of `high_res_stride` .32"),
-        ((1, 3, 56, 56), (2, 3, 128, 128), "same images"),
+        ((1, 3, 56, 56), (2, 3, 128, 128), "one view of each image"),
         ((3, 56, 56), (3, 128, 128), "shape"),
         ((1, 3, 56, 70), (1, 3, 128, 128), "shape"),
     ],
@@ -246,11 +244,10 @@ def test_the_model_makes_the_low_resolution_view(mini, dtype, side, low_res_size
     torch.testing.assert_close(features, given, atol=1e-4, rtol=1e-4)
 
 
-def test_a_prompt_for_another_side_says_what_to_pass(mini):
+def test_a_prompt_for_another_side_is_rejected(mini):
     model, inputs = mini.model(), mini.inputs(1)
     inputs["pixel_values"] = torch.randn(1, 3, 256, 256)
-    named = "16 image tokens.*1 image makes 64.*256 pixels.*view of 112 pixels.*for one of 56.*`low_res_size=56`"
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match="tokens: 16, features: 64 .of 1 images.*`low_res_pixel_values`"):
         model(**inputs)
     assert model(**inputs, low_res_pixel_values=torch.randn(1, 3, 56, 56)).logits.isfinite().all()
 
@@ -279,7 +276,7 @@ def test_contradicting_inputs_are_named(mini):
     features = model.get_image_features(inputs["pixel_values"])
     with pytest.raises(ValueError, match="both `pixel_values` and `mm_encoder_outputs`"):
         model(**inputs, mm_encoder_outputs={"image": features})
-    with pytest.raises(ValueError, match="16 image tokens.*2 images make 32"):
+    with pytest.raises(ValueError, match="tokens: 16, features: 32"):
         model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"].repeat(2, 1, 1, 1))
     with pytest.raises(ValueError, match="Exactly one"):
         model()
@@ -438,7 +435,7 @@ def test_the_blocks_that_stay_whole_are_those_of_the_model(mini, options, blocks
 
 
 def test_batch_norms_keep_their_statistics_in_training(mini):
-    """A batch of text alone brings one picture whose map has one position: no statistics to train with."""
+    """A batch of text alone brings one image whose map has one position: no statistics to train with."""
     model = mini.model(high_res_vision_config=RESNET).train()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
     assert buffers
@@ -455,7 +452,7 @@ def test_cnns_of_other_families_see(mini):
     config = TimmWrapperConfig(architecture="resnet18", do_pooling=False, model_args={"channels": [8, 16, 24, 32]})
     model = mini.model(high_res_vision_config=config)
     with torch.no_grad():
-        assert model(**mini.inputs(1)).high_res_features.shape == (1, 32, 4, 4)
+        assert model(**mini.inputs(1)).image_outputs.high_res_features.shape == (1, 32, 4, 4)
 
 
 @pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
@@ -527,7 +524,7 @@ def test_loss_ignores_masked_labels(mini):
     torch.testing.assert_close(outputs.loss, expected)
 
 
-def test_many_pictures_go_through_the_high_resolution_tower_in_chunks(mini, monkeypatch):
+def test_many_images_go_through_the_high_resolution_tower_in_chunks(mini, monkeypatch):
     """Bounded memory, the same features, and one pass where the tower is trained."""
     model, inputs = mini.model(), mini.inputs(2, 3)
     pixel_values = inputs["pixel_values"]

@@ -46,7 +46,7 @@ def load_images(stage, case):
 
 
 def to_messages(case, images):
-    """The recorded turns as messages: pictures as parts of their own, the text without its tags."""
+    """The recorded turns as messages: images as parts of their own, the text without its tags."""
     if "caption" in case:
         content = [{"type": "image", "image": images[0]}]
         return [{"role": "user", "content": content}, {"role": "assistant", "content": case["caption"]}]
@@ -66,7 +66,7 @@ def tokenize(processor, messages, **kwargs):
 
 
 def collapse(processor, ids, num_tokens, *others):
-    """Ids as the released code has them before expansion, -200 for a picture; and the same places of other lists."""
+    """Ids as the released code has them before expansion, -200 for an image; and the same places of other lists."""
     kept, position = [], 0
     while position < len(ids):
         kept.append(position)
@@ -213,7 +213,7 @@ def test_unknown_roles_are_named(processor, role):
 @pytest.mark.parametrize(
     "pieces", [["Compare ", " and ", "."], ["", "", " What?"], ["Look:", "\nWhat is  this", ""], ["", "4711", "\n\n"]]
 )
-def test_text_between_pictures_is_tokenized_as_the_start_of_a_text(request, kind, pieces):
+def test_text_between_images_is_tokenized_as_the_start_of_a_text(request, kind, pieces):
     """Independent: the released code tokenizes each piece by itself, with sentencepiece, and joins them."""
     processor = AutoProcessor.from_pretrained(request.getfixturevalue(kind))
     sentencepiece = SentencePieceProcessor(str(REFERENCE / "stage2-1024" / "checkpoint" / "tokenizer.model"))
@@ -256,8 +256,8 @@ def test_other_tokenizers_get_no_extra_space(processor):
 
 def test_a_tokenizer_without_the_image_token_is_refused(processor):
     tokenizer = make_bpe_tokenizer()
-    with pytest.raises(ValueError, match=r"`tokenizer` does not have the image token '<picture>'"):
-        LlavaHrProcessor(processor.image_processor, tokenizer, image_token="<picture>")
+    with pytest.raises(ValueError, match=r"`tokenizer` does not have the image token '<photo>'"):
+        LlavaHrProcessor(processor.image_processor, tokenizer, image_token="<photo>")
 
 
 @pytest.mark.parametrize(
@@ -321,14 +321,14 @@ def test_count_mismatches_are_named(processor):
         processor(images=[image], text="<image>\n<image>\nHi")
     with pytest.raises(ValueError, match="no images|1 <image> tags, but `images` has 0 images"):
         processor(text="<image>\nHi")
-    # as many tags as pictures in all, but not in each sample
-    with pytest.raises(ValueError, match="Sample 0 has 2 <image> tags in its text, but 1 images"):
+    # as many tags as images in all, but not in each sample
+    with pytest.raises(ValueError, match=r"texts have \[2, 0\] of them and the lists \[1, 1\] images"):
         processor(images=[[image], [image]], text=["<image>\n<image>\nHi", "Hi"])
-    with pytest.raises(ValueError, match="1 lists, but `text` has 2"):
+    with pytest.raises(ValueError, match=r"texts have \[1, 1\] of them and the lists \[2\] images"):
         processor(images=[[image, image]], text=["<image>\nHi", "<image>\nHi"])
 
 
-def test_truncation_that_would_cut_a_picture_is_an_error(processor):
+def test_truncation_that_would_cut_an_image_is_an_error(processor):
     image = Image.new("RGB", (8, 8))
     with pytest.raises(ValueError, match="truncation"):
         processor(images=image, text="<image>\nHi", truncation=True, max_length=100)

@@ -80,7 +80,7 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def compute(model, inputs: BatchFeature) -> tuple[torch.Tensor, torch.Tensor]:
     """Image features and logits."""
     outputs = model(**inputs.to(model.device, model.dtype))
-    return outputs.image_hidden_states, outputs.logits
+    return outputs.image_outputs.pooler_output, outputs.logits
 
 
 # --- half precision ---
@@ -132,7 +132,8 @@ def test_pictures_of_one_color_give_finite_numbers(converted, dtype, backend):
         inputs = ask(processor, *([picture] for picture in pictures), **sizes).to(dtype)
         with torch.no_grad():
             outputs = model(**inputs)
-        numbers = [outputs.logits, outputs.image_hidden_states, outputs.high_res_features, *outputs.mr_adapter_gates]
+        images = outputs.image_outputs
+        numbers = [outputs.logits, images.pooler_output, images.high_res_features, *images.mr_adapter_gates]
         assert all(tensor.isfinite().all() for tensor in numbers)
 
 

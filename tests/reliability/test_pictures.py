@@ -49,7 +49,7 @@ MAX_SECONDS = 30  # for one picture, on a busy machine; the slowest usually need
 MAX_GROWTH = {"short": 32, "long": 10}
 M_ARENA_MAX = -8  # of glibc's malloc.h
 # What is wrong with the second of two pictures, or with a list in its place
-NAMES_SECOND = r"`images\[1\]|Picture [1-9]\d* of `images`|`images` is nested"
+NAMES_SECOND = r"`images\[1\]|Image [1-9]\d* of `images`|`images` is nested"
 RUN_SIZE = 500  # inputs that Hypothesis draws in one run
 # So that bombs are cheap: Pillow warns of pictures with more pixels than this, and refuses twice as many
 MAX_PIXELS = 10**6
@@ -265,7 +265,7 @@ def test_pipeline(num_examples, processor, tmp_path, capsys):
     pipe = pipeline("image-text-to-text", model=TINY_MODEL, processor=processor)
     tally = Tally(
         "through the pipeline",
-        r"`images\[0\]|Picture \d+ of `images`|`images` is nested|Sample 0 has 1 <image>|Found 1 <image>",
+        r"`images\[0\]|Image \d+ of `images`|`images` is nested|Sample 0 has 1 <image>|Found 1 <image>",
         num_examples,
     )
 
@@ -359,7 +359,7 @@ def test_postscript_is_not_run(monkeypatch, content):
     """Pillow hands it to Ghostscript where that is installed."""
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("it was run"))
     for picture in (make_files()[content], Image.open(io.BytesIO(make_files()[content]))):
-        with pytest.raises(ValueError, match="`images.1.`.*PostScript|Picture 1 of `images`.*PostScript"):
+        with pytest.raises(ValueError, match="`images.1.`.*PostScript|Image 1 of `images`.*PostScript"):
             LlavaHrImageProcessor(**SMALL)([GOOD, picture])
 
 
@@ -375,7 +375,7 @@ def test_a_broken_picture_is_refused_again():
     content = encode(draw(width=400, height=300), "GIF")
     picture = Image.open(io.BytesIO(content[: len(content) // 2]))
     for _ in range(2):
-        with pytest.raises(ValueError, match="Picture 1 of `images`"):
+        with pytest.raises(ValueError, match="Image 1 of `images`"):
             LlavaHrImageProcessor(**SMALL)([GOOD, picture])
 
 

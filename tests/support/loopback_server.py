@@ -17,6 +17,7 @@ from PIL import Image
 
 
 ROOT = Path(__file__).parent.parent.parent
+TINY_MODEL = ROOT / "examples" / "tiny-llava-hr"
 PATIENCE = 300  # seconds for start and end on a busy machine
 
 
@@ -48,7 +49,7 @@ def run_server(model: Path, folder: Path) -> Iterator[tuple[str, psutil.Process]
     command = [
         sys.executable,
         "-m",
-        "modeling_llava_hr.serving",
+        "modeling_llava_hr.integrations.serve",
         os.path.relpath(model, ROOT),
         "--port",
         "0",

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def flatten_questions(dataset: "Dataset") -> "Dataset":
     """
-    Gives each question of a picture a row of its own.
+    Gives each question of an image a row of its own.
 
     Args:
         dataset (`Dataset`): Has `image`, `questions` and `answers`, of the latter as many as of the former.
@@ -30,7 +30,7 @@ def flatten_questions(dataset: "Dataset") -> "Dataset":
         return {name: [row[index] for row in flat] for index, name in enumerate(features)}
 
     features = Features({"image": Image(), "question": Value("string"), "answer": Value("string")})
-    # pictures are passed on as files, not decoded and encoded again
+    # images are passed on as files, not decoded and encoded again
     dataset = dataset.cast_column("image", Image(decode=False))
     return dataset.map(
         flatten, batched=True, batch_size=100, remove_columns=dataset.column_names, features=features, desc="questions"
@@ -38,6 +38,6 @@ def flatten_questions(dataset: "Dataset") -> "Dataset":
 
 
 def get_middle_frame(doc: dict) -> list["Image.Image"]:
-    """The picture of a question about a picture, or the middle one of a video's frames."""
+    """The image of a question about an image, or the middle one of a video's frames."""
     images = doc["image"]
     return [images[len(images) // 2].convert("RGB")]

@@ -20,11 +20,11 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BatchFeature,
-    BitsAndBytesConfig,
     GenerationConfig,
 )
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
+from modeling_llava_hr.utils import get_4bit_config
 
 
 if find_spec("lmms_eval") is None:
@@ -40,14 +40,14 @@ from loguru import logger  # noqa: E402
 
 # As in the evaluation of the released code, where a task does not say
 MAX_NEW_TOKENS = 128
-# What tasks say to other models: greedy or not is said by `do_sample` and `temperature`, pictures are always padded
+# What tasks say to other models: greedy or not is said by `do_sample` and `temperature`, images are always padded
 OTHER_MODELS_OPTIONS = ("image_aspect_ratio",)
 
 Messages = list[dict[str, Any]]
 
 
 class Question(NamedTuple):
-    """A request of lmms-eval whose pictures are read when its turn comes: `get_messages` reads them from a row."""
+    """A request of lmms-eval whose images are read when its turn comes: `get_messages` reads them from a row."""
 
     context: str
     generation_kwargs: dict[str, Any]
@@ -59,7 +59,7 @@ class Question(NamedTuple):
 
 class LlavaHrEvaluation(lmms):
     r"""
-    LLaVA-HR for tasks that give text and pictures apart ("simple"), with likelihoods of answers. These are the options
+    LLaVA-HR for tasks that give text and images apart ("simple"), with likelihoods of answers. These are the options
     of `--model_args`; `--device` and `--batch_size` of the command line are the arguments of that name.
 
     Args:
@@ -106,7 +106,7 @@ class LlavaHrEvaluation(lmms):
         self.sizes = {"size": size, "low_res_size": low_res_size}
         self.sizes = {name: value for name, value in self.sizes.items() if value is not None}
         self.accelerator = Accelerator()
-        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if load_in_4bit else None
+        quantization = get_4bit_config() if load_in_4bit else None
         self.model = AutoModelForImageTextToText.from_pretrained(
             pretrained,
             revision=revision,
@@ -128,7 +128,7 @@ class LlavaHrEvaluation(lmms):
 
         Args:
             requests (`list[Instance]`): Each with question, answer (or a function of the row), function of the row
-                that gives the pictures, number of the row, task, split.
+                that gives the images, number of the row, task, split.
 
         Returns:
             `list[tuple[float, bool]]`: For each the sum of `-log p` over the answer's tokens, and whether greedy
@@ -156,7 +156,7 @@ class LlavaHrEvaluation(lmms):
 
         Args:
             requests (`list[Instance]`): Each with question, generation options, function of the row that gives the
-                pictures, number of the row, task, split. Of the options, all of `GenerationConfig` and `until` (the
+                images, number of the row, task, split. Of the options, all of `GenerationConfig` and `until` (the
                 answer ends before these strings) are heeded.
 
         Returns:
@@ -184,7 +184,7 @@ class LlavaHrEvaluation(lmms):
 
         Args:
             requests (`list[Instance]`): As in [`~LlavaHrEvaluation.generate_until`], with the task's function
-                `doc_to_text` after that of the pictures.
+                `doc_to_text` after that of the images.
 
         Returns:
             `list[list[str]]`: Answers of all rounds for each request.
@@ -219,14 +219,14 @@ class LlavaHrEvaluation(lmms):
         return self._check([{"role": "user", "content": [*images, {"type": "text", "text": context}]}])
 
     def _check(self, messages: Messages) -> Messages:
-        """Refuses anything but pictures and text, and takes image tags out of it: pictures come first in a message."""
+        """Refuses anything but images and text, and takes image tags out of it: images come first in a message."""
         for message in messages:
             for part in message["content"]:
                 if part["type"] == "text":
                     if self.processor.image_token in part["text"]:
                         part["text"] = part["text"].replace(self.processor.image_token, "").strip()
                 elif part["type"] != "image" or not isinstance(part["image"], Image.Image):
-                    raise ValueError(f"LLaVA-HR takes pictures (PIL) and text, but a task gives {part}.")
+                    raise ValueError(f"LLaVA-HR takes images (PIL) and text, but a task gives {part}.")
         return messages
 
     def _encode(self, chats: list[Messages], **kwargs: Any) -> BatchFeature:

@@ -27,7 +27,7 @@ from lmms_eval.api.task import ConfigurableTask  # noqa: E402
 from lmms_eval.tasks import TaskManager  # noqa: E402
 from lmms_eval.utils import load_yaml_config  # noqa: E402
 
-from modeling_llava_hr.evaluation import (  # noqa: E402
+from modeling_llava_hr.integrations.lmms_eval import (  # noqa: E402
     LlavaHrChatEvaluation,
     LlavaHrEvaluation,
     get_generation_options,
@@ -216,7 +216,7 @@ def test_answers_end_before_the_given_strings(evaluations):
     assert answer == whole.split(end)[0].strip() != whole
 
 
-def test_image_tags_in_a_question_stand_for_its_pictures(evaluations):
+def test_image_tags_in_a_question_stand_for_its_images(evaluations):
     evaluation, _ = evaluations
     text = f"{DOCS[0]['text']} <image>"
     arguments = (text, dict(OPTIONS), lambda row: row["images"], 0, "task", "test")
@@ -224,7 +224,7 @@ def test_image_tags_in_a_question_stand_for_its_pictures(evaluations):
     assert answer == answer_alone(evaluation, DOCS[0])
 
 
-def test_what_is_no_picture_is_refused(evaluations):
+def test_what_is_no_image_is_refused(evaluations):
     evaluation, _ = evaluations
     arguments = ("What?", dict(OPTIONS), lambda row: ["video.mp4"], 0, "task", "test")
     with pytest.raises(ValueError, match="video.mp4"):
@@ -343,14 +343,14 @@ def test_command_gives_the_accuracy_of_the_tiny_models_evaluation(tmp_path):
 
 def test_without_lmms_eval_the_extra_is_named(monkeypatch):
     """And what fails within an installed lmms-eval is named itself."""
-    monkeypatch.delitem(sys.modules, "modeling_llava_hr.evaluation")
+    monkeypatch.delitem(sys.modules, "modeling_llava_hr.integrations.lmms_eval")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "lmms_eval", None)
         with pytest.raises(ImportError, match=r"lmms-eval: pip install \"\.\[evaluation\]\""):
-            importlib.import_module("modeling_llava_hr.evaluation")
+            importlib.import_module("modeling_llava_hr.integrations.lmms_eval")
     monkeypatch.setitem(sys.modules, "lmms_eval.protocol", None)
     with pytest.raises(ImportError, match="lmms_eval.protocol"):
-        importlib.import_module("modeling_llava_hr.evaluation")
+        importlib.import_module("modeling_llava_hr.integrations.lmms_eval")
 
 
 def test_lmms_eval_finds_the_installed_package(tmp_path):

@@ -1,0 +1,101 @@
+# Copyright 2026 The LLaVA-HR for transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Prompt forms of the released models, as Jinja templates."""
+
+from transformers import PreTrainedTokenizerBase
+
+
+# Stage 2 and inference of the released models ("vicuna_v1"). Images come first in their message, each on a line of its
+# own, wherever their parts are: so the models were trained. If a user's message is one string, its tags stay where
+# they are; in all other text a tag is text, and a space keeps it from being tokenized as an image. The space after the
+# start token and `image_suffix`, see [`get_chat_template`], give the token ids of the released code. vLLM recognises
+# contents as lists of parts by the loop over `message['content']`.
+VICUNA_V1_CHAT_TEMPLATE = """\
+{%- set image_suffix = ' ' -%}
+{%- macro text_of(content) -%}
+{%- if content is string -%}
+{{- content | replace('<image>', '< image>') -}}
+{%- else -%}
+{{- (content or []) | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\\n') \
+| replace('<image>', '< image>') -}}
+{%- endif -%}
+{%- endmacro -%}
+{{- bos_token + ' ' if bos_token else '' -}}
+{%- if messages and messages[0]['role'] == 'system' -%}
+{%- set system, turns = text_of(messages[0]['content']), messages[1:] -%}
+{%- else -%}
+{%- set system = "A chat between a curious user and an artificial intelligence assistant. The assistant gives \
+helpful, detailed, and polite answers to the user's questions." -%}
+{%- set turns = messages -%}
+{%- endif -%}
+{{- system + ' ' if system else '' -}}
+{%- for message in turns -%}
+{%- if message['role'] == 'user' -%}
+{{- 'USER: ' -}}
+{%- if message['content'] is string -%}
+{%- for text in (message['content'] + ' ').split('<image>') -%}
+{{- ('' if loop.first else '<image>' + image_suffix if text else '<image>') + text -}}
+{%- endfor -%}
+{%- else -%}
+{%- if message['content'] -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] in ('image', 'image_url') -%}{{- '<image>' + image_suffix + '\\n' -}}
+{%- elif part['type'] != 'text' -%}
+{{- raise_exception("A part's type must be 'text' or 'image', but got '" + part['type'] + "'.") -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- text_of(message['content']) + ' ' -}}
+{%- endif -%}
+{%- elif message['role'] == 'assistant' -%}
+{{- 'ASSISTANT:' -}}{%- generation -%}{{- ' ' + text_of(message['content']) + eos_token -}}{%- endgeneration -%}
+{%- else -%}
+{{- raise_exception("A message's role must be 'user' or 'assistant', or 'system' in the first message, but got '" \
++ message['role'] + "'.") -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
+"""
+
+# Stage 1 of the released models ("plain"): image and caption, no system text, no roles.
+PLAIN_CHAT_TEMPLATE = """\
+{%- set image_suffix = ' ' -%}
+{{- bos_token if bos_token else '' -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{%- set content = message['content'] -%}
+{%- set text = content if content is string else (content or []) | map(attribute='text') | join('\\n') -%}
+{%- generation -%}{{- image_suffix + (text | replace('<image>', '< image>')) + '\\n' -}}{%- endgeneration -%}
+{%- else -%}
+{{- '<image>' -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
+def get_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str = VICUNA_V1_CHAT_TEMPLATE) -> str:
+    """
+    A chat template of this file for a tokenizer. The released code tokenizes the text after an image as the start of a
+    text, to which Llama's sentencepiece tokenizer adds a space: the templates' `image_suffix`. Other tokenizers get
+    none.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
+        chat_template (`str`, *optional*): `VICUNA_V1_CHAT_TEMPLATE` or `PLAIN_CHAT_TEMPLATE`.
+    """
+    marks_start = tokenizer.tokenize("a")[0].startswith("▁")
+    return chat_template if marks_start else chat_template.replace("image_suffix = ' '", "image_suffix = ''")
+
+
+__all__ = ["PLAIN_CHAT_TEMPLATE", "VICUNA_V1_CHAT_TEMPLATE", "get_chat_template"]
