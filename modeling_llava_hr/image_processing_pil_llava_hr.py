@@ -22,7 +22,13 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling, SizeDict
 
 from .image_inputs_llava_hr import array_to_rgb, pil_to_rgb
-from .image_processing_llava_hr import LlavaHrImageProcessorMixin, get_bands, padding_color, shortest_edge_size
+from .image_processing_llava_hr import (
+    LlavaHrImageProcessorKwargs,
+    LlavaHrImageProcessorMixin,
+    get_bands,
+    padding_color,
+    shortest_edge_size,
+)
 
 
 class LlavaHrImageProcessorPil(LlavaHrImageProcessorMixin, PilBackend):
@@ -30,6 +36,8 @@ class LlavaHrImageProcessorPil(LlavaHrImageProcessorMixin, PilBackend):
     Makes the two views with PIL, for 8-bit images without transparency bit for bit as the released code does. See
     [`LlavaHrImageProcessor`] for arguments and results.
     """
+
+    valid_kwargs = LlavaHrImageProcessorKwargs
 
     def process_image(
         self,

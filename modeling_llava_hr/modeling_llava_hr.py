@@ -280,14 +280,7 @@ class LlavaHrPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # What every quantizer of transformers leaves alone: the vision side is small beside the language model, and its
-    # gates and convolutions lose most. Names match from the start, so the bare model's are here as well.
-    _keep_in_fp32_modules = [
-        "vision_tower",
-        "multi_modal_projector",
-        "model.vision_tower",
-        "model.multi_modal_projector",
-    ]
+    _is_quantized = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -300,8 +293,18 @@ class LlavaHrPreTrainedModel(PreTrainedModel):
             identity = torch.eye(module.out_features, dtype=module.weight.dtype, device=module.weight.device)
             init.copy_(module.weight, torch.cat([identity, identity], dim=1))
 
-    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
-        return {}  # `_keep_in_fp32_modules` is for quantizers only; float16 suits the vision side
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a quantizer of transformers, which sets this first, made layers of this model its own."""
+        return self._is_quantized
+
+    # All quantizers leave `_keep_in_fp32_modules` alone. The vision side is small beside the language model, and its
+    # gates and convolutions lose most. Only a quantized model lists it, as the list has another effect on float16.
+    @is_quantized.setter
+    def is_quantized(self, is_quantized: bool) -> None:
+        self._is_quantized = is_quantized
+        for name in ("vision_tower", "multi_modal_projector"):  # names match from the start
+            self._keep_in_fp32_modules |= {name, f"model.{name}"}
 
     # There is no hook for it, and the damage would be silent
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
@@ -607,6 +610,8 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
             All images of the batch in the order of their image tokens. Without them the vision model does not run.
         low_res_pixel_values (`torch.Tensor` of shape `(images, 3, L, L)`, *optional*):
             Low-resolution views, see [`LlavaHrModel.get_image_features`].
+        cache (`Cache`, *optional*): Keys and values of earlier tokens.
+        past_key_values (`Cache`, *optional*): The name of `cache` before transformers 5.24.
         mm_encoder_outputs (`dict`, *optional*):
             `{"image": outputs of get_image_features}`, in place of `pixel_values`.
 
@@ -704,6 +709,8 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, LlavaHrGenerationM
             All images of the batch in the order of their image tokens.
         low_res_pixel_values (`torch.Tensor` of shape `(images, 3, L, L)`, *optional*):
             Low-resolution views, see [`LlavaHrModel.get_image_features`].
+        cache (`Cache`, *optional*): Keys and values of earlier tokens.
+        past_key_values (`Cache`, *optional*): The name of `cache` before transformers 5.24.
         mm_encoder_outputs (`dict`, *optional*):
             `{"image": outputs of get_image_features}`, in place of `pixel_values`.
 

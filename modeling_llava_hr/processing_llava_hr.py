@@ -111,7 +111,7 @@ class LlavaHrProcessor(ProcessorMixin):
             # A prompt that `apply_chat_template` rendered in an earlier call must not get a second start token
             kwargs.setdefault("add_special_tokens", False)
         inputs = super().__call__(images=images, text=text, **kwargs)
-        if "text_replacement_offsets" in inputs and isinstance(inputs["offset_mapping"], torch.Tensor):
+        if "text_replacement_offsets" in inputs and isinstance(inputs.get("offset_mapping"), torch.Tensor):
             # `apply_chat_template` iterates over it to mask the answers, which is slow over a tensor
             inputs["offset_mapping"] = inputs["offset_mapping"].tolist()
         return inputs

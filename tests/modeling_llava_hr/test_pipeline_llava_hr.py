@@ -11,7 +11,7 @@ import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto class
 
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-IMAGES = [{"type": "image", "path": str(EXAMPLES / "images" / f"{name}.jpg")} for name in ("street", "receipt")]
+IMAGES = [{"type": "image", "path": str(EXAMPLES / "pictures" / f"{name}.jpg")} for name in ("street", "receipt")]
 
 
 def chat(text, *images):
