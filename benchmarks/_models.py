@@ -27,7 +27,6 @@ from transformers import (
 )
 
 from modeling_llava_hr import LlavaHrConfig
-from modeling_llava_hr.modeling_llava_hr import MODULES_TO_NOT_QUANTIZE
 
 
 @dataclass(frozen=True)
@@ -305,7 +304,7 @@ def make_4bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=MODULES_TO_NOT_QUANTIZE,
+        llm_int8_skip_modules=["lm_head", "model.vision_tower", "model.multi_modal_projector"],
     )
 
 
