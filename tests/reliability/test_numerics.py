@@ -77,10 +77,10 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def compute(model, inputs: BatchFeature) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image features and logits."""
+def compute(model, inputs: BatchFeature) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Image features, if there are images, and logits."""
     outputs = model(**inputs.to(model.device, model.dtype))
-    return outputs.image_outputs.pooler_output, outputs.logits
+    return outputs.image_outputs and outputs.image_outputs.pooler_output, outputs.logits
 
 
 # --- half precision ---
