@@ -10,7 +10,13 @@ from transformers import (
     AutoProcessor,
 )
 
-from .configuration_llava_hr import LlavaHrConfig, LlavaHrVisionConfig, get_low_res_size, get_num_image_tokens
+from .configuration_llava_hr import (
+    LlavaHrConfig,
+    LlavaHrVisionConfig,
+    get_low_res_size,
+    get_num_image_tokens,
+    get_unpadded_cells,
+)
 from .image_processing_llava_hr import LlavaHrImageProcessor
 from .image_processing_pil_llava_hr import LlavaHrImageProcessorPil
 from .modeling_llava_hr import LlavaHrForConditionalGeneration, LlavaHrModel, LlavaHrVisionModel
@@ -41,4 +47,5 @@ __all__ = [
     "LlavaHrVisionModel",
     "get_low_res_size",
     "get_num_image_tokens",
+    "get_unpadded_cells",
 ]

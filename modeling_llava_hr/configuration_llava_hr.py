@@ -134,6 +134,27 @@ def get_num_image_tokens(low_res_size: int, patch_size: int) -> int:
     return (low_res_size // patch_size) ** 2
 
 
+def get_unpadded_cells(height: int, width: int, grid: int) -> tuple[slice, slice]:
+    """
+    The one rule for the tokens that `unpad` keeps: those of all grid cells that show a part of the image, which is in
+    the middle of the padded square.
+
+    Args:
+        height, width (`int`): Size of the image in pixels, before it is padded.
+        grid (`int`): Side of the ViT's grid in patches.
+
+    Returns:
+        `tuple[slice, slice]`: Rows and columns of the grid, at least one of each.
+    """
+    side = max(height, width)
+    starts = [(side - length) // 2 for length in (height, width)]
+    rows, columns = (
+        slice(start * grid // side, -(-(start + length) * grid // side))
+        for start, length in zip(starts, (height, width), strict=True)
+    )
+    return rows, columns
+
+
 def get_mr_adapter_layers(num_hidden_layers: int) -> list[int]:
     """
     Positions of the MR-Adapters: before the last three of four stages of the ViT (section 5.2).
@@ -448,4 +469,10 @@ def _config_from_dict(name: str, values: dict, default_model_type: str) -> PreTr
         raise ValueError(f"`{name}` is not that of a {model_type}: {' '.join(str(error).split())}") from error
 
 
-__all__ = ["LlavaHrConfig", "LlavaHrVisionConfig", "get_low_res_size", "get_num_image_tokens"]
+__all__ = [
+    "LlavaHrConfig",
+    "LlavaHrVisionConfig",
+    "get_low_res_size",
+    "get_num_image_tokens",
+    "get_unpadded_cells",
+]

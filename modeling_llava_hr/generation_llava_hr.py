@@ -68,7 +68,7 @@ class LlavaHrGenerationMixin(GenerationMixin):
         """
         inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
         self.check_prompt_length(inputs.shape[1])
-        images = {key: model_kwargs.pop(key, None) for key in ("pixel_values", "low_res_pixel_values")}
+        images = {key: model_kwargs.pop(key, None) for key in ("pixel_values", "low_res_pixel_values", "image_sizes")}
         images = {key: pixels for key, pixels in images.items() if pixels is not None}
         # A copy: transformers changes the features in place, but the caller may want to use them again
         encoded = model_kwargs.pop("mm_encoder_outputs", None) or {}

@@ -57,6 +57,8 @@ class LlavaHrImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[ca
         `"pad"`: the whole image, padded to a square. `"crop"`: shortest edge to `size`, then its center.
     return_low_res (`bool`, *optional*, defaults to `True`):
         Whether to return `low_res_pixel_values` as well, the view that the model otherwise computes itself.
+    unpad (`bool`, *optional*, defaults to `False`):
+        Whether to return `image_sizes`, with which the model drops the tokens of the padding.
     """
 
     low_res_size: int | dict[str, int] | None
@@ -65,13 +67,14 @@ class LlavaHrImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[ca
     high_res_stride: int
     image_aspect_ratio: str
     return_low_res: bool
+    unpad: bool
 
 
 class LlavaHrImageProcessorMixin:
     """What both backends share: arguments, their validation, and the way from any image to the two views."""
 
     valid_kwargs = LlavaHrImageProcessorKwargs
-    model_input_names = ["pixel_values", "low_res_pixel_values"]
+    model_input_names = ["pixel_values", "low_res_pixel_values", "image_sizes"]
     _auto_class = "AutoImageProcessor"
 
     size = {"height": 1024, "width": 1024}
@@ -81,6 +84,7 @@ class LlavaHrImageProcessorMixin:
     high_res_stride = 32
     image_aspect_ratio = "pad"
     return_low_res = True
+    unpad = False
     resample = PILImageResampling.BICUBIC
     image_mean = OPENAI_CLIP_MEAN
     image_std = OPENAI_CLIP_STD
@@ -126,6 +130,8 @@ class LlavaHrImageProcessorMixin:
         super()._validate_preprocess_kwargs(**kwargs)
         if image_aspect_ratio not in ("pad", "crop"):
             raise ValueError(f'`image_aspect_ratio` must be "pad" or "crop", but got {image_aspect_ratio!r}.')
+        if kwargs["unpad"] and image_aspect_ratio != "pad":
+            raise ValueError('`unpad` drops padding, which only `image_aspect_ratio="pad"` adds. Leave it off.')
         self.get_low_res_size(**kwargs)
         for name in ("do_pad", "do_center_crop"):
             if kwargs[name]:
@@ -148,7 +154,7 @@ class LlavaHrImageProcessorMixin:
                 )
             if all(scaled):  # `process_image` makes 8-bit values of them
                 kwargs.update(do_rescale=True, rescale_factor=1 / 255)
-        processed = []
+        processed, sizes = [], []
         for index, image in enumerate(images):
             try:
                 image = self.process_image(image, **kwargs)
@@ -157,10 +163,13 @@ class LlavaHrImageProcessorMixin:
             except ValueError as error:
                 raise ValueError(f"Image {index} of `images`: {error}") from error
             processed.append(image)
+            sizes.append([height, width])
         pixel_values = self._preprocess(processed, **kwargs)
         data = {"pixel_values": pixel_values}
         if kwargs["return_low_res"]:
             data["low_res_pixel_values"] = make_low_res_view(pixel_values, self.get_low_res_size(**kwargs))
+        if kwargs["unpad"]:
+            data["image_sizes"] = torch.tensor(sizes)
         return BatchFeature(data=data, tensor_type=kwargs["return_tensors"])
 
 
@@ -194,6 +203,9 @@ class LlavaHrImageProcessor(LlavaHrImageProcessorMixin, TorchvisionBackend):
             `"pad"`: the whole image, padded to a square. `"crop"`: shortest edge to `size`, then its center.
         return_low_res (`bool`, *optional*, defaults to `True`):
             Whether to return `low_res_pixel_values`.
+        unpad (`bool`, *optional*, defaults to `False`):
+            Whether to return `image_sizes`, with which the model drops the tokens of the padding: an image then costs
+            what it shows. The towers see the padded square as before. Only with `image_aspect_ratio="pad"`.
         resample (`PILImageResampling`, *optional*, defaults to `BICUBIC`):
             Filter for resizing the image to `size`.
         do_resize (`bool`, *optional*, defaults to `True`):
@@ -203,7 +215,7 @@ class LlavaHrImageProcessor(LlavaHrImageProcessorMixin, TorchvisionBackend):
 
     Returns:
         `BatchFeature` with `pixel_values` of shape `(images, 3, H, H)` and `low_res_pixel_values` of shape
-        `(images, 3, L, L)`, both float32.
+        `(images, 3, L, L)`, both float32; with `unpad` also `image_sizes` `(images, 2)`, height and width in pixels.
 
     Raises:
         ValueError: If the sides do not fit each other, at construction and at each call, or if something in `images`

@@ -18,6 +18,7 @@ Shape legend: `images` in the batch, `d` ViT width, `g` side of the ViT grid (pa
 side of the high-resolution feature map, `D` language-model width.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,13 @@ from transformers.utils import TransformersKwargs, auto_docstring, torch_compila
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_llava_hr import LlavaHrConfig, LlavaHrVisionConfig, get_low_res_size, get_num_image_tokens
+from .configuration_llava_hr import (
+    LlavaHrConfig,
+    LlavaHrVisionConfig,
+    get_low_res_size,
+    get_num_image_tokens,
+    get_unpadded_cells,
+)
 from .generation_llava_hr import CACHE_NAME, LlavaHrGenerationMixin, deprecate_old_name
 from .image_processing_llava_hr import make_low_res_view
 
@@ -536,6 +543,7 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         low_res_pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaHrVisionModelOutput:
         """
@@ -548,15 +556,29 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
             low_res_pixel_values (`torch.Tensor` of shape `(images, 3, L, L)`, *optional*):
                 Low-resolution views. By default the model computes them from `pixel_values`, with the side
                 `config.low_res_size` or, if that is `None`, by the released rule.
+            image_sizes (`torch.LongTensor` of shape `(images, 2)`, *optional*):
+                Heights and widths of the images in pixels, from a processor with `unpad`: the features of cells that
+                lie entirely in the padding are dropped.
 
         Returns:
-            [`LlavaHrVisionModelOutput`] with `pooler_output` of shape `(images, g * g, D)`.
+            [`LlavaHrVisionModelOutput`] with `pooler_output` of shape `(images, g * g, D)`, or with `image_sizes` a
+            list with one tensor of shape `(kept cells, D)` for each image.
 
         Raises:
-            ValueError: If the views do not belong together.
+            ValueError: If the views or the sizes do not belong together.
         """
         outputs = self.vision_tower(pixel_values, low_res_pixel_values, return_dict=True, **kwargs)
         outputs.pooler_output = self.multi_modal_projector(outputs.last_hidden_state)
+        if image_sizes is not None:
+            if image_sizes.shape != (len(pixel_values), 2):
+                raise ValueError(
+                    f"`image_sizes` must have the shape ({len(pixel_values)}, 2), the height and width of each image, "
+                    f"but got {tuple(image_sizes.shape)}. Use the processor's."
+                )
+            grid = math.isqrt(outputs.pooler_output.shape[1])
+            maps = outputs.pooler_output.unflatten(1, (grid, grid))  # (images, g, g, D)
+            cells = [get_unpadded_cells(height, width, grid) for height, width in image_sizes.tolist()]
+            outputs.pooler_output = [image[kept].flatten(0, 1) for image, kept in zip(maps, cells, strict=True)]
         return outputs
 
     def get_placeholder_mask(
@@ -597,6 +619,7 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
         low_res_pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
@@ -610,6 +633,8 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
             All images of the batch in the order of their image tokens. Without them the vision model does not run.
         low_res_pixel_values (`torch.Tensor` of shape `(images, 3, L, L)`, *optional*):
             Low-resolution views, see [`LlavaHrModel.get_image_features`].
+        image_sizes (`torch.LongTensor` of shape `(images, 2)`, *optional*):
+            Heights and widths in pixels with which padding is dropped, see [`LlavaHrModel.get_image_features`].
         cache (`Cache`, *optional*): Keys and values of earlier tokens.
         past_key_values (`Cache`, *optional*): The name of `cache` before transformers 5.24.
         mm_encoder_outputs (`dict`, *optional*):
@@ -631,7 +656,8 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
             recorded = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
-            image_outputs = self.get_image_features(pixel_values, low_res_pixel_values, return_dict=True, **recorded)
+            views = (pixel_values, low_res_pixel_values, image_sizes)
+            image_outputs = self.get_image_features(*views, return_dict=True, **recorded)
         if image_outputs is not None:
             image_features = image_outputs.pooler_output
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features).to(inputs_embeds.device)
@@ -681,10 +707,11 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, LlavaHrGenerationM
         self,
         pixel_values: torch.Tensor,
         low_res_pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaHrVisionModelOutput:
         """See [`LlavaHrModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, low_res_pixel_values, **kwargs)
+        return self.model.get_image_features(pixel_values, low_res_pixel_values, image_sizes, **kwargs)
 
     @can_return_tuple
     @auto_docstring
@@ -694,6 +721,7 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, LlavaHrGenerationM
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
         low_res_pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
@@ -709,6 +737,8 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, LlavaHrGenerationM
             All images of the batch in the order of their image tokens.
         low_res_pixel_values (`torch.Tensor` of shape `(images, 3, L, L)`, *optional*):
             Low-resolution views, see [`LlavaHrModel.get_image_features`].
+        image_sizes (`torch.LongTensor` of shape `(images, 2)`, *optional*):
+            Heights and widths in pixels with which padding is dropped, see [`LlavaHrModel.get_image_features`].
         cache (`Cache`, *optional*): Keys and values of earlier tokens.
         past_key_values (`Cache`, *optional*): The name of `cache` before transformers 5.24.
         mm_encoder_outputs (`dict`, *optional*):
@@ -721,6 +751,7 @@ class LlavaHrForConditionalGeneration(LlavaHrPreTrainedModel, LlavaHrGenerationM
             input_ids=input_ids,
             pixel_values=pixel_values,
             low_res_pixel_values=low_res_pixel_values,
+            image_sizes=image_sizes,
             attention_mask=attention_mask,
             position_ids=position_ids,
             **{CACHE_NAME: past_key_values if cache is None else cache},

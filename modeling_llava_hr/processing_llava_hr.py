@@ -24,7 +24,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .chat_templates_llava_hr import PLAIN_CHAT_TEMPLATE, VICUNA_V1_CHAT_TEMPLATE, get_chat_template
-from .configuration_llava_hr import get_num_image_tokens
+from .configuration_llava_hr import get_num_image_tokens, get_unpadded_cells
 from .image_processing_llava_hr import LlavaHrImageProcessor
 from .image_processing_pil_llava_hr import LlavaHrImageProcessorPil
 
@@ -100,7 +100,8 @@ class LlavaHrProcessor(ProcessorMixin):
         Returns:
             `BatchFeature` with `input_ids` and `attention_mask`, `(batch_size, sequence_length)` each, and with images
             `pixel_values` `(images, 3, H, H)`. Where this call's low-resolution side differs from the one that the
-            model computes (the saved one or the released rule), also `low_res_pixel_values` `(images, 3, L, L)`.
+            model computes (the saved one or the released rule), also `low_res_pixel_values` `(images, 3, L, L)`; with
+            `unpad` also `image_sizes` `(images, 2)`.
 
         Raises:
             ValueError: If images and tags differ in number, an image cannot be used, or truncation would cut one.
@@ -181,7 +182,8 @@ class LlavaHrProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """What the processor returns by default: without the view that the model makes itself."""
-        return [name for name in super().model_input_names if name != "low_res_pixel_values"]
+        omitted = {"low_res_pixel_values", *(() if self.image_processor.unpad else ("image_sizes",))}
+        return [name for name in super().model_input_names if name not in omitted]
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         low_res_size = self.image_processor.get_low_res_size(**kwargs)
@@ -191,7 +193,12 @@ class LlavaHrProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The text that replaces the tag of image `image_idx`: one image token for each of its features."""
         patch_size = kwargs.get("patch_size", self.image_processor.patch_size)
-        return self.image_token * get_num_image_tokens(self.image_processor.get_low_res_size(**kwargs), patch_size)
+        low_res_size = self.image_processor.get_low_res_size(**kwargs)
+        if "image_sizes" not in image_inputs:
+            return self.image_token * get_num_image_tokens(low_res_size, patch_size)
+        height, width = map(int, image_inputs["image_sizes"][image_idx])
+        rows, columns = get_unpadded_cells(height, width, low_res_size // patch_size)
+        return self.image_token * ((rows.stop - rows.start) * (columns.stop - columns.start))
 
     def _get_num_multimodal_tokens(
         self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any
@@ -200,18 +207,19 @@ class LlavaHrProcessor(ProcessorMixin):
         Number of image tokens of images that are not available yet; vLLM plans its memory with it.
 
         Args:
-            image_sizes (`list[tuple[int, int]]`, *optional*): Heights and widths of the images in pixels. Only their
-                number matters: each image becomes one square.
-            kwargs: Arguments of the image processor: `size`, `low_res_size`.
+            image_sizes (`list[tuple[int, int]]`, *optional*): Heights and widths of the images in pixels. Without
+                `unpad` only their number matters.
+            kwargs: Arguments of the image processor: `size`, `low_res_size`, `unpad`.
 
         Returns:
             `MultiModalData` with `num_image_tokens` and `num_image_patches` (1 each) for each image.
         """
         if image_sizes is None:
             return MultiModalData()
-        num_tokens = self.replace_image_token({}, 0, **kwargs).count(self.image_token)
+        image_inputs = {"image_sizes": image_sizes} if kwargs.get("unpad", self.image_processor.unpad) else {}
+        texts = [self.replace_image_token(image_inputs, index, **kwargs) for index in range(len(image_sizes))]
         return MultiModalData(
-            num_image_tokens=[num_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+            num_image_tokens=[text.count(self.image_token) for text in texts], num_image_patches=[1] * len(texts)
         )
 
 

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unpad`: tokens of the padding are dropped, and those that remain are the same as without it."""
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+from modeling_llava_hr import LlavaHrImageProcessor, LlavaHrImageProcessorPil, get_unpadded_cells
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+STREET = Image.open(EXAMPLES / "pictures" / "street.jpg")
+WIDE, TALL, SQUARE = STREET.crop((0, 60, 256, 204)), STREET.crop((80, 0, 165, 256)), STREET
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForImageTextToText.from_pretrained(EXAMPLES / "tiny-llava-hr", dtype=torch.float32)
+
+
+@pytest.fixture
+def processor():
+    processor = AutoProcessor.from_pretrained(EXAMPLES / "tiny-llava-hr")
+    processor.image_processor.unpad = True
+    return processor
+
+
+def chat(*images, text="What does the green sign say?"):
+    parts = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def encode(processor, *chats, **kwargs):
+    return processor.apply_chat_template(
+        list(chats),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left", **kwargs},
+    )
+
+
+sides = st.integers(1, 3000)
+
+
+@settings(max_examples=300, deadline=None)
+@given(height=sides, width=sides, grid=st.integers(1, 64))
+def test_kept_cells_are_those_that_overlap_the_image(height, width, grid):
+    """Independent: cell by cell, whether its stretch of the square and that of the image have an inside in common."""
+    side = max(height, width)
+    for length, kept in zip((height, width), get_unpadded_cells(height, width, grid), strict=True):
+        start = (side - length) // 2  # in pixels; in units of pixels / grid, everything is an integer
+        overlaps = [
+            min((cell + 1) * side, (start + length) * grid) > max(cell * side, start * grid) for cell in range(grid)
+        ]
+        assert overlaps == [kept.start <= cell < kept.stop for cell in range(grid)] and any(overlaps)
+
+
+def test_shapes_of_the_paper_keep_what_they_show():
+    """Of 32 x 32 cells at 1024 pixels: 18 rows of a 16:9 photo, 12 columns of a 1:3 receipt, one row of a line."""
+    for size, expected in (
+        ((900, 1600), (7, 25, 0, 32)),
+        ((3000, 1000), (0, 32, 10, 22)),
+        ((1, 3000), (15, 16, 0, 32)),
+        ((2, 3000), (15, 17, 0, 32)),
+    ):
+        rows, columns = get_unpadded_cells(*size, 32)
+        assert (rows.start, rows.stop, columns.start, columns.stop) == expected
+
+
+@pytest.mark.parametrize("backend", [LlavaHrImageProcessor, LlavaHrImageProcessorPil])
+def test_the_image_processor_returns_sizes_and_the_same_views(backend):
+    exif, turned = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = 6  # 90 degrees
+    Image.new("RGB", (40, 30), "teal").save(turned, "JPEG", exif=exif)
+    images = [WIDE, turned.getvalue()]
+    padded, unpadded = (backend(size=64, low_res_size=28, unpad=unpad)(images) for unpad in (False, True))
+    assert "image_sizes" not in padded
+    assert torch.equal(unpadded["pixel_values"], padded["pixel_values"])
+    assert unpadded["image_sizes"].tolist() == [[144, 256], [40, 30]]
+    with pytest.raises(ValueError, match="`unpad` drops padding.*image_aspect_ratio"):
+        backend(unpad=True, image_aspect_ratio="crop")
+
+
+def test_visible_tokens_are_what_they_were(model, processor):
+    inputs = encode(processor, chat(WIDE, TALL, SQUARE))
+    with torch.no_grad():
+        features = model.get_image_features(inputs["pixel_values"], image_sizes=inputs["image_sizes"]).pooler_output
+        padded = model.get_image_features(inputs["pixel_values"]).pooler_output
+    grid = round(padded.shape[1] ** 0.5)
+    for image, part, whole in zip((WIDE, TALL, SQUARE), features, padded, strict=True):
+        rows, columns = get_unpadded_cells(image.height, image.width, grid)
+        assert torch.equal(part, whole.view(grid, grid, -1)[rows, columns].flatten(0, 1))
+    assert [len(part) for part in features[:2]] < [grid * grid] * 2 and len(features[2]) == grid * grid
+    num_tokens = (inputs["input_ids"] == model.config.image_token_id).sum()
+    assert num_tokens == sum(map(len, features))
+    counts = processor._get_num_multimodal_tokens([(image.height, image.width) for image in (WIDE, TALL, SQUARE)])
+    assert counts.num_image_tokens == [len(part) for part in features] and counts.num_image_patches == [1, 1, 1]
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 2}, {"use_cache": False}, {"prefill_chunk_size": 16}])
+def test_batches_of_mixed_shapes_give_the_single_answers(model, processor, kwargs):
+    chats = [chat(WIDE), chat(TALL, SQUARE), chat(text="Hello?"), chat(SQUARE, WIDE)]
+    options = {"max_new_tokens": 6, "do_sample": False, **kwargs}
+    inputs = encode(processor, *chats)
+    answers = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+    for one, answer in zip(chats, answers, strict=True):
+        single = encode(processor, one)
+        expected = model.generate(**single, **options)[0, single["input_ids"].shape[1] :]
+        assert answer[: len(expected)].tolist() == expected.tolist()
+
+
+def test_an_encoded_image_serves_many_questions(model, processor):
+    inputs = encode(processor, chat(WIDE, TALL))
+    expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    views = [inputs.pop(name) for name in ("pixel_values", "image_sizes")]
+    encoded = model.get_image_features(views[0], image_sizes=views[1])
+    for _ in range(2):
+        tokens = model.generate(**inputs, mm_encoder_outputs={"image": encoded}, max_new_tokens=6, do_sample=False)
+        assert torch.equal(tokens, expected)
+
+
+def test_it_is_saved_and_can_be_set_per_call(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    padded = encode(loaded, chat(WIDE), unpad=False)
+    unpadded = encode(loaded, chat(WIDE))
+    assert "image_sizes" not in padded and unpadded["image_sizes"].tolist() == [[WIDE.height, WIDE.width]]
+    assert unpadded["input_ids"].shape[1] < padded["input_ids"].shape[1]
+    assert "image_sizes" in loaded.model_input_names
+
+
+def test_the_pipeline_batches_it(model, processor):
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    chats = [chat(WIDE), chat(TALL), chat(WIDE, SQUARE)]
+    options = {"max_new_tokens": 6, "return_full_text": False}
+    expected = [pipe([one], **options)[0][0]["generated_text"] for one in chats]
+    answers = [answer[0]["generated_text"] for answer in pipe(chats, batch_size=2, **options)]
+    assert answers == expected
+
+
+def test_sizes_that_do_not_fit_are_named(model, processor):
+    inputs = encode(processor, chat(WIDE, TALL))
+    with pytest.raises(ValueError, match=r"`image_sizes` must have the shape \(2, 2\).*got \(1, 2\)"):
+        model.get_image_features(inputs["pixel_values"], image_sizes=inputs["image_sizes"][:1])
+    del inputs["image_sizes"]
+    with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+        model.generate(**inputs, max_new_tokens=1)
