@@ -29,7 +29,7 @@ CHATS = {
     "square": [("What does the red sign say?", "square")],
     "wide": [("What does the sign say?", "wide")],
     "tall": [("What is there?", "tall")],
-    "two pictures": [("What is different?", "square", "tall")],
+    "two images": [("What is different?", "square", "tall")],
     "text only": [("What is a sign?",)],
     "two turns": [("What does the sign say?", "wide"), ("Are you sure?",)],
 }
@@ -80,30 +80,31 @@ for name, outputs in (
 
 def make_chats(folder: Path) -> list[list[dict]]:
     for name, (width, height) in SHAPES.items():
-        picture = Image.new("RGB", (width, height), "skyblue")
-        draw = ImageDraw.Draw(picture)
+        image = Image.new("RGB", (width, height), "skyblue")
+        draw = ImageDraw.Draw(image)
         draw.rectangle((10, 10, 60, 30), fill="firebrick")
         draw.text((14, 14), str(width + height), fill="white")
-        picture.save(folder / f"{name}.png")
+        image.save(folder / f"{name}.png")
     chats = []
     for turns in CHATS.values():
         chat = []
         for question, *names in turns:
             if chat:
                 chat.append({"role": "assistant", "content": [{"type": "text", "text": "4711"}]})
-            pictures = [{"type": "image", "path": str(folder / f"{name}.png")} for name in names]
-            chat.append({"role": "user", "content": [*pictures, {"type": "text", "text": question}]})
+            images = [{"type": "image", "path": str(folder / f"{name}.png")} for name in names]
+            chat.append({"role": "user", "content": [*images, {"type": "text", "text": question}]})
         chats.append(chat)
     return chats
 
 
-@pytest.fixture(scope="module", params=["random", "trained"])
+@pytest.fixture(scope="module", params=["random", "trained", "unpad"])
 def model_folder(request, tmp_path_factory):
-    """A recorded checkpoint of the released code with Vicuna's kind of tokenizer, and the trained tiny model."""
+    """A recorded checkpoint of the released code with Vicuna's kind of tokenizer, and the trained tiny model twice."""
     folder = tmp_path_factory.mktemp(request.param) / "model"
-    if request.param == "trained":  # saved again, since it is kept without its code
+    if request.param != "random":  # saved again, since it is kept without its code
         AutoModelForImageTextToText.from_pretrained(TRAINED).save_pretrained(folder)
         AutoProcessor.from_pretrained(TRAINED).save_pretrained(folder)
+        edit(folder / "processor_config.json", "image_processor", unpad=request.param == "unpad")
         return folder
     convert(str(ROOT / "tests" / "fixtures" / "reference" / "stage2-1024" / "checkpoint"), str(folder))
     # vLLM's attention on the CPU has no heads of 16 channels; small views take less time
