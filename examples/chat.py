@@ -49,8 +49,8 @@ def main() -> None:
         inputs = processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(model.device)
-        pixel_values = inputs.pop("pixel_values")
-        encoded = encoded or {"image": model.get_image_features(pixel_values)}
+        views = {name: inputs.pop(name) for name in {"pixel_values", "image_sizes"} & inputs.keys()}
+        encoded = encoded or {"image": model.get_image_features(**views)}
 
         print("Model: ", end="", flush=True)
         output = model.generate(

@@ -42,8 +42,8 @@ def main() -> bool:
         inputs = processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(model.device)
-        pixel_values = inputs.pop("pixel_values")
-        encoded = encoded or {"image": model.get_image_features(pixel_values)}
+        views = {name: inputs.pop(name) for name in {"pixel_values", "image_sizes"} & inputs.keys()}
+        encoded = encoded or {"image": model.get_image_features(**views)}
         output = model.generate(**inputs, mm_encoder_outputs=encoded, max_new_tokens=50, do_sample=False)
         answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         is_valid = re.fullmatch(field["pattern"], answer) is not None
