@@ -7,42 +7,53 @@ Training batches from files: LLaVA-HR's collator against TRL's with transformers
 
 At 256 px with the sizes of the tiny model, at 1024 px with those of 7B, and LLaVA-1.5 at 1022 px. LLaVA-HR masks all
 but the answers; "transformers' masks" is LLaVA-HR without its processor's shortcut for that, and LLaVA is measured as
-it is, without masks. The results also say how much shared memory prefetched batches need, and how many samples per
-second keep an H100 busy.
+it is, without masks. Also: both views of a 12-megapixel image against LLaVA's one, the shared memory of prefetched
+batches, and the samples per second that keep an H100 busy.
 """
 
 import dataclasses
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor, LlavaImageProcessor, LlavaProcessor
+from transformers.hf_argparser import HfArg
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from modeling_llava_hr import LlavaHrImageProcessor, LlavaHrProcessor
 from training.tiny.fineprint import count_cores
 from training.trainer import LlavaHrDataCollator
 
-from ._common import BenchmarkArguments, Timing, compare, make_target, ratio, run_benchmark, synchronize
+from .measure import (
+    BenchmarkArguments,
+    compare,
+    get_phase,
+    make_target,
+    ratio,
+    run_benchmark,
+    spread,
+    time_phase,
+)
 from .plan import GPUS, SAMPLES, calibrate, get_stage_flops
-from .preprocessing import draw_picture, encode
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-llava-hr"
-WORKERS = (0, 1, 2, 4, 16)
 # Of the image processor: the tiny model's at 256 px, 7B's at 1024 px
 SIZES = {256: {"size": 256, "low_res_size": 56, "patch_size": 7}, 1024: {"size": 1024}}
+# LLaVA-1.5 as it is used: the whole image, padded to a square
 LLAVA_SIDE = 1022
-# What a training on one GPU with many cores would set: samples per step, workers, and torch's default of batches that
-# each worker has ready
+LLAVA_SIZES = {"size": {"shortest_edge": LLAVA_SIDE}, "crop_size": LLAVA_SIDE, "do_pad": True}
+# A training on one GPU with many cores: samples per step, workers, batches per worker that are ready (torch's default)
 SHARED_MEMORY_CASE = {"batch_size": 64, "workers": 12, "prefetch_factor": 2}
 TURNS = [
     ("What is shown?", "A street with three signs and a blue circle at the top left."),
@@ -51,24 +62,20 @@ TURNS = [
     ("What does the green sign say?", "0815"),
     ("Is anything else written on the signs?", "No, those are all the texts that can be read here."),
 ]
+# By name and number of workers, seconds per sample
+Rates = dict[str, dict[int, list[float]]]
 
 
 @dataclass
 class LoaderArguments(BenchmarkArguments):
-    """
-    Options of this benchmark beside those of every one.
+    """Options of this benchmark."""
 
-    Args:
-        repeats (`int`): Rounds that count.
-        batch_size (`int`): Samples per batch.
-        num_batches (`int`): Batches per round and worker.
-        workers (`list[int]`): Numbers of worker processes; those above the number of cores are skipped.
-    """
-
-    repeats: int = field(default=3, metadata={"help": "rounds that count"})
-    batch_size: int = field(default=8, metadata={"help": "samples per batch"})
-    num_batches: int = field(default=4, metadata={"help": "batches per round and worker"})
-    workers: list[int] = field(default_factory=lambda: list(WORKERS), metadata={"help": "worker processes"})
+    repeats: int = HfArg(default=3, help="rounds that count")
+    batch_size: int = HfArg(default=8, help="samples per batch")
+    num_batches: int = HfArg(default=4, help="batches per round and worker")
+    workers: list[int] = HfArg(
+        default_factory=lambda: [0, 1, 2, 4, 16], help="numbers of worker processes; those above the cores are skipped"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -94,33 +101,35 @@ class TransformersMasks(LlavaHrProcessor):
 def make_collators(side: int) -> dict[str, DataCollatorForVisionLanguageModeling]:
     """What is compared at a side of the image, by name."""
     processor = AutoProcessor.from_pretrained(TINY)
-    tokenizer, template = processor.tokenizer, processor.chat_template
-    image_processor = LlavaHrImageProcessor(**SIZES[side])
-    parts = {"image_processor": image_processor, "tokenizer": tokenizer, "chat_template": template}
-    collators = {"llava-hr": LlavaHrDataCollator(LlavaHrProcessor(**parts), assistant_only_loss=True)}
+    parts = {"tokenizer": processor.tokenizer, "chat_template": processor.chat_template}
+    ours = {"image_processor": LlavaHrImageProcessor(**SIZES[side]), **parts}
+    collators = {"llava-hr": LlavaHrDataCollator(LlavaHrProcessor(**ours), assistant_only_loss=True)}
     if side == 256:
-        masks = LlavaHrDataCollator(TransformersMasks(**parts), assistant_only_loss=True)
+        masks = LlavaHrDataCollator(TransformersMasks(**ours), assistant_only_loss=True)
         collators["llava-hr, transformers' masks"] = masks
     else:
         collators["llava-hr, bfloat16"] = dataclasses.replace(collators["llava-hr"], pixel_dtype=torch.bfloat16)
-        # as LLaVA-1.5 is used: the whole image, padded to a square
-        sizes = {"size": {"shortest_edge": LLAVA_SIDE}, "crop_size": LLAVA_SIDE, "do_pad": True}
         llava = LlavaProcessor(
-            LlavaImageProcessor(**sizes),
-            tokenizer,
+            LlavaImageProcessor(**LLAVA_SIZES),
+            **parts,
             patch_size=14,
             vision_feature_select_strategy="default",
-            chat_template=template,
             num_additional_image_tokens=1,
         )
         collators["llava"] = DataCollatorForVisionLanguageModeling(llava)
     return collators
 
 
+def draw_image(width: int, height: int) -> Image.Image:
+    """An image of random blobs about 8 pixels wide, the same at each call."""
+    blobs = np.random.default_rng(0).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(blobs).resize((width, height), Image.Resampling.BICUBIC)
+
+
 def make_samples(folder: Path, side: int, number: int) -> list[dict[str, Any]]:
     """Chats about a JPEG file a quarter wider than the image side, as TRL's collator takes them."""
     file = folder / f"{side}.jpg"
-    file.write_bytes(encode(draw_picture(side * 5 // 4, side * 15 // 16)))
+    draw_image(side * 5 // 4, side * 15 // 16).save(file, quality=90)
     messages = []
     for question, answer in TURNS:
         images = [] if messages else [{"type": "image"}]
@@ -130,26 +139,21 @@ def make_samples(folder: Path, side: int, number: int) -> list[dict[str, Any]]:
 
 
 def load(loader: DataLoader, device: str) -> None:
-    """Takes all batches to the device."""
+    """Copies all batches to the device."""
     for batch in loader:
         for tensor in batch.values():
             tensor.to(device, non_blocking=True)
-    synchronize()
 
 
-def measure(side: int, folder: Path, arguments: LoaderArguments) -> dict[str, dict[int, Timing]]:
-    """
-    Loads samples in each way and with each number of workers.
-
-    Returns:
-        `dict[str, dict[int, Timing]]`: For each name, by the number of workers, seconds per sample.
-    """
+def measure(side: int, folder: Path, arguments: LoaderArguments) -> Rates:
+    """Seconds per sample of each collator at a side of the image, for each number of workers."""
     collators = make_collators(side)
-    timings: dict[str, dict[int, Timing]] = {name: {} for name in collators}
+    rates: Rates = {name: {} for name in collators}
     for workers in arguments.workers:
         samples = make_samples(folder, side, arguments.batch_size * arguments.num_batches * max(workers, 1))
-        loaders = {
-            name: DataLoader(
+        functions = {}
+        for name, collator in collators.items():
+            loader = DataLoader(
                 samples,
                 arguments.batch_size,
                 collate_fn=collator,
@@ -157,12 +161,21 @@ def measure(side: int, folder: Path, arguments: LoaderArguments) -> dict[str, di
                 pin_memory=arguments.on_gpu,
                 persistent_workers=workers > 0,
             )
-            for name, collator in collators.items()
-        }
-        functions = {name: partial(load, loader, arguments.device) for name, loader in loaders.items()}
-        for name, timing in compare(functions, arguments, f"{side} px, {workers} workers").items():
-            timings[name][workers] = Timing([seconds / len(samples) for seconds in timing.seconds])
-    return timings
+            functions[name] = partial(time_phase, partial(load, loader, arguments.device))
+        *_, timings = compare(functions, arguments, f"{side} px, {workers} workers")
+        for name, seconds in get_phase(timings).items():
+            rates[name][workers] = [value / len(samples) for value in seconds]
+    return rates
+
+
+def measure_views(arguments: LoaderArguments) -> dict[str, list[float]]:
+    """Seconds that both views of an image of 4000 x 3000 pixels take, and LLaVA's one view, from memory."""
+    image = draw_image(4000, 3000)
+    processors = {"llava-hr": LlavaHrImageProcessor(**SIZES[1024]), "llava": LlavaImageProcessor(**LLAVA_SIZES)}
+    options = {"return_tensors": "pt", "device": arguments.device}
+    views = {name: partial(time_phase, partial(each, image, **options)) for name, each in processors.items()}
+    *_, timings = compare(views, arguments, "views")
+    return get_phase(timings)
 
 
 def count_bytes(side: int, folder: Path) -> dict[str, float]:
@@ -186,23 +199,22 @@ def get_needs(bytes_per_sample: float) -> dict[str, float]:
 
 
 def find_targets(
-    timings: dict[int, dict[str, dict[int, Timing]]], needs: dict[str, float], arguments: LoaderArguments
-) -> list[dict]:
-    """What the project wants, beside what came out; see [`make_target`]."""
-    first, most, (small, large) = min(arguments.workers), max(arguments.workers), timings.values()
-    busy = Timing([1 / needs["h100_samples_per_second"]] * arguments.repeats)
-    ratios = {
-        f"samples/s at 256 px over those with transformers' masks, {first} workers": (
-            ratio(small["llava-hr, transformers' masks"][first], small["llava-hr"][first]),
-            3,
-        )
-    }
+    rates: dict[int, Rates], views: dict[str, list[float]], needs: dict[str, float], arguments: LoaderArguments
+) -> list[dict[str, Any]]:
+    """The project's targets and the results; see [`make_target`]."""
+    first, most, (small, large) = min(arguments.workers), max(arguments.workers), rates.values()
+    busy = [1 / needs["h100_samples_per_second"]] * arguments.repeats
+    masks = ratio(small["llava-hr, transformers' masks"][first], small["llava-hr"][first])
+    named = [(f"samples/s at 256 px over those with transformers' masks, {first} workers", masks, 3)]
     for workers in arguments.workers:
         name = f"samples/s at 1024 px over LLaVA's at {LLAVA_SIDE} px, {workers} workers"
-        ratios[name] = (ratio(large["llava"][workers], large["llava-hr"][workers]), 1)
-    name = f"samples/s at 1024 px over what keeps an H100 busy in stage 2 of 7B, {most} workers"
-    ratios[name] = (ratio(busy, large["llava-hr"][most]), 1)
-    return [make_target(name, measured, target, True, True) for name, (measured, target) in ratios.items()]
+        named.append((name, ratio(large["llava"][workers], large["llava-hr"][workers]), 1))
+    name = f"samples/s at 1024 px over the rate that keeps an H100 busy in stage 2 of 7B, {most} workers"
+    named.append((name, ratio(busy, large["llava-hr"][most]), 1))
+    named.append(
+        ("LLaVA's time for its view over ours for both, 4000 x 3000", ratio(views["llava"], views["llava-hr"]), 1.3)
+    )
+    return [make_target(name, measured, target, True) for name, measured, target in named]
 
 
 def draw(figure: "Figure", results: dict[str, Any], arguments: LoaderArguments) -> None:
@@ -215,50 +227,31 @@ def draw(figure: "Figure", results: dict[str, Any], arguments: LoaderArguments) 
         axes.legend(fontsize="small")
 
 
-def describe(results: dict[str, Any], arguments: LoaderArguments) -> str:
-    """Megabytes and rates of everything, and what a training needs."""
-    lines = []
-    for side, entries in results["sides"].items():
-        for name, entry in entries.items():
-            rates = ", ".join(f"{rate:.1f} ({workers})" for workers, rate in entry["samples_per_second"].items())
-            megabytes = entry["bytes_per_sample"] / 1e6
-            lines.append(f"{side} px, {name}: {megabytes:.2f} MB per sample; samples/s (workers): {rates}")
-    needs = results["needs"]
-    lines.append(
-        "{batch_size} samples of 1024 px, {workers} workers, {prefetch_factor} batches each: ".format(**needs)
-        + f"{needs['shared_memory_bytes'] / 1e9:.1f} GB of shared memory"
-    )
-    lines.append(
-        f"An H100 in stage 2 of 7B: {needs['flops_per_sample'] / 1e12:.0f} TFLOP per sample, at "
-        f"{needs['utilization']:.0%} of its rate {needs['h100_samples_per_second']:.1f} samples/s"
-    )
-    return "\n".join(lines)
-
-
 def run(arguments: LoaderArguments) -> Iterator[dict[str, Any]]:
     """Measures one side after the other; yields the results after each."""
     torch.set_num_threads(1)  # as in a worker
-    timings: dict[int, dict[str, dict[int, Timing]]] = {}
+    rates: dict[int, Rates] = {}
     results: dict[str, Any] = {"sides": {}}
     with tempfile.TemporaryDirectory() as folder:
         for side in SIZES:
-            num_bytes, timings[side] = count_bytes(side, Path(folder)), measure(side, Path(folder), arguments)
+            num_bytes, rates[side] = count_bytes(side, Path(folder)), measure(side, Path(folder), arguments)
             results["sides"][str(side)] = {
                 name: {
                     "bytes_per_sample": num_bytes[name],
-                    "seconds_per_sample": {str(workers): timing.to_dict() for workers, timing in entry.items()},
-                    "samples_per_second": {str(workers): 1 / timing.median for workers, timing in entry.items()},
+                    "samples_per_second": {str(n): 1 / spread(seconds)["median"] for n, seconds in entry.items()},
                 }
-                for name, entry in timings[side].items()
+                for name, entry in rates[side].items()
             }
             yield results
+    views = measure_views(arguments)
+    results["views"] = {name: spread(seconds) for name, seconds in views.items()}
     results["needs"] = get_needs(results["sides"]["1024"]["llava-hr"]["bytes_per_sample"])
-    results["targets"] = find_targets(timings, results["needs"], arguments)
+    results["targets"] = find_targets(rates, views, results["needs"], arguments)
     yield results
 
 
 def main() -> None:
-    run_benchmark("loader", LoaderArguments, run, draw, describe)
+    run_benchmark("loader", LoaderArguments, run, draw)
 
 
 if __name__ == "__main__":

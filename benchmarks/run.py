@@ -10,7 +10,7 @@ one that fails or is skipped is recorded, and the next one runs. `DIR` has the r
 whenever a figure is measured, the steps (`steps.json`) and their output (`log.txt`). Plots are drawn later, such as
 by `python3 -m benchmarks.inference --preset full --from DIR`.
 
-Without bitsandbytes, 4-bit decoding is left out and training is that of LoRA; a step that needs another missing
+Without bitsandbytes, 4-bit decoding is omitted and the training steps use LoRA; a step that needs another missing
 package is skipped.
 """
 
@@ -20,13 +20,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-from ._common import OutputArguments, get_machine, is_installed, parse_arguments, write_record
+from transformers.hf_argparser import HfArg
+
+from modeling_llava_hr.utils import run_command
+
+from .measure import OutputArguments, get_machine, is_installed, parse_arguments, write_record
 
 
 PACKAGES = (
@@ -42,27 +45,20 @@ PACKAGES = (
 )
 # Files, since others would not even be collected where packages are missing
 GPU_TESTS = ("tests/modeling_llava_hr/test_modeling_llava_hr.py", "tests/reliability/test_numerics.py")
-STOPS = (signal.SIGINT, signal.SIGTERM)
 # A step that takes longer than its estimate gets up to this many times as long, if the budget allows
 PATIENCE = 2
 
 
 @dataclass
 class RunArguments(OutputArguments):
-    """
-    Options of the run.
+    """Options of the run."""
 
-    Args:
-        preset (`str`): `"cpu"` or `"full"`, see [`benchmarks._common.BenchmarkArguments`].
-        minutes (`float`): Budget for all steps.
-        steps (`list[str]`, *optional*): Names of the steps to run; all of the preset by default.
-        parts (`str`): Language model and towers of the tiny model, trained beforehand by [`training.tiny.train`].
-    """
-
-    preset: str = field(default="cpu", metadata={"help": "cpu or full"})
-    minutes: float = field(default=12.0, metadata={"help": "budget for all steps"})
-    steps: list[str] | None = field(default=None, metadata={"help": "names of the steps to run"})
-    parts: str = field(default="training/parts", metadata={"help": "parts of the tiny model, trained beforehand"})
+    preset: str = HfArg(default="cpu", help="cpu or full, see the benchmarks")
+    minutes: float = HfArg(default=12.0, help="budget for all steps")
+    steps: list[str] | None = HfArg(default=None, help="names of the steps to run; all by default")
+    parts: str = HfArg(
+        default="training/parts", help="language model and towers of the tiny model, trained beforehand"
+    )
 
     def __post_init__(self):
         if self.preset not in ("cpu", "full"):
@@ -73,33 +69,16 @@ class RunArguments(OutputArguments):
 
 @dataclass
 class Step:
-    """
-    A command and its result.
-
-    Args:
-        name (`str`): Its name in the table.
-        command (`list[str]`): Module and options, run by this Python.
-        estimate (`float`): Seconds that it should take.
-        needs (`tuple[str, ...]`): Packages without which it is skipped.
-        status (`str`): `"pending"`, `"running"`, `"done"`, `"failed"`, `"timeout"`, `"skipped"` or `"stopped"`.
-        reason (`str`): Why it was skipped.
-        exit_status (`int`, *optional*): That of the command; negative for a signal.
-        seconds (`float`, *optional*): How long it took.
-    """
+    """A command and its result."""
 
     name: str
-    command: list[str]
-    estimate: float
-    needs: tuple[str, ...] = ()
-    status: str = "pending"
-    reason: str = ""
-    exit_status: int | None = None
+    command: list[str]  # module and options, run by this Python
+    estimate: float  # seconds
+    needs: tuple[str, ...] = ()  # packages without which it is skipped
+    status: str = "pending"  # "pending", "running", "done", "failed", "timeout", "skipped" or "stopped"
+    reason: str = ""  # why it was skipped
+    exit_status: int | None = None  # that of the command; negative for a signal
     seconds: float | None = None
-
-
-def get_missing() -> set[str]:
-    """Those of `PACKAGES` that are not installed."""
-    return {package for package in PACKAGES if not is_installed(package)}
 
 
 def get_steps(arguments: RunArguments, missing: set[str]) -> list[Step]:
@@ -108,22 +87,20 @@ def get_steps(arguments: RunArguments, missing: set[str]) -> list[Step]:
 
     Args:
         arguments ([`RunArguments`]): Options of the run.
-        missing (`set[str]`): Packages to do without.
+        missing (`set[str]`): Packages that are not installed.
     """
-    preset, parts = arguments.preset, arguments.parts
 
     def benchmark(name: str, estimate: float, *options: str, step: str | None = None, needs: tuple = ()) -> Step:
-        preset_options = [] if name == "plan" else ["--preset", preset]
-        command = [f"benchmarks.{name}", *preset_options, "--output", arguments.output, "--no_plot", *options]
+        preset = [] if name == "plan" else ["--preset", arguments.preset]
+        command = [f"benchmarks.{name}", *preset, "--output", arguments.output, "--no_plot", *options]
         return Step(step or name, command, estimate, needs)
 
-    if preset == "cpu":
+    if arguments.preset == "cpu":
         quick = ("--repeats", "1", "--warmup", "0")
         return [
             benchmark("inference", 60, *quick, "--batch_sizes", "1", "--new_tokens", "10"),
             benchmark("roofline", 60, "--repeats", "1"),
             benchmark("training", 60, *quick, "--stages", "finetune"),
-            benchmark("preprocessing", 60, *quick),
             benchmark("loader", 90, needs=("trl",)),
             benchmark("plan", 45),
         ]
@@ -131,6 +108,7 @@ def get_steps(arguments: RunArguments, missing: set[str]) -> list[Step]:
     method = ("--method", "full_8bit" if four_bit else "lora")
     search = ("--max_batch_size", "64", "--contenders", "llava-hr-1536", "llava-1.5-1022", "--label", "largest")
     variants = ("eager", "4bit") if four_bit else ("eager",)
+    tiny = ["training.tiny.train", "--preset", "gpu", "--output", ".cache/tiny", "--parts", arguments.parts]
     return [
         benchmark("inference", 80, "--repeats", "2", "--variants", *variants),
         benchmark("roofline", 95, "--repeats", "3"),
@@ -139,33 +117,8 @@ def get_steps(arguments: RunArguments, missing: set[str]) -> list[Step]:
         benchmark("training", 50, *method, *search, step="largest batch"),
         benchmark("inference", 60, "--batch_sizes", "8", "--variants", "none", "--label", "batch-8", step="batch 8"),
         benchmark("loader", 60, needs=("trl",)),
-        Step(
-            "tiny model",
-            [
-                "training.tiny.train",
-                "--preset",
-                "gpu",
-                "--output",
-                ".cache/tiny",
-                "--parts",
-                parts,
-            ],
-            300,
-            ("trl", "datasets", "matplotlib"),  # FinePrint's fonts are matplotlib's
-        ),
+        Step("tiny model", tiny, 300, ("trl", "datasets", "matplotlib")),  # FinePrint's fonts are matplotlib's
     ]
-
-
-def unblock_stops() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM ends the program as an exception does, so that the running step is stopped and recorded."""
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    yield
-    signal.signal(signal.SIGTERM, previous)
 
 
 def run_step(step: Step, timeout: float, log: TextIO) -> None:
@@ -178,26 +131,21 @@ def run_step(step: Step, timeout: float, log: TextIO) -> None:
         log (`TextIO`): Where its output goes.
     """
     start, step.status = time.monotonic(), "stopped"
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # none may come between the start and the `try`
     process = subprocess.Popen(
         [sys.executable, "-m", *step.command],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=unblock_stops,
         env={**os.environ, "TQDM_MININTERVAL": "10"},  # one line of the log per update of a progress bar
     )
     try:
-        unblock_stops()
         step.status = "failed" if process.wait(timeout) else "done"
     except subprocess.TimeoutExpired:
         step.status = "timeout"
     finally:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # what is left of the group
-        except ProcessLookupError:
-            pass
         step.exit_status, step.seconds = process.wait(), round(time.monotonic() - start, 1)
 
 
@@ -217,7 +165,7 @@ def run_steps(steps: list[Step], arguments: RunArguments, missing: set[str]) -> 
 
     end = time.monotonic() + 60 * arguments.minutes
     save()
-    with terminable(), open(Path(arguments.output) / "log.txt", "a", encoding="utf-8") as log:
+    with open(Path(arguments.output) / "log.txt", "a", encoding="utf-8") as log:
         for step in steps:
             rest = end - time.monotonic()
             if absent := missing.intersection(step.needs):
@@ -239,14 +187,15 @@ def run_steps(steps: list[Step], arguments: RunArguments, missing: set[str]) -> 
 
 def main() -> None:
     arguments = parse_arguments(RunArguments)
-    missing = get_missing()
+    missing = {package for package in PACKAGES if not is_installed(package)}
     print(json.dumps(get_machine()["versions"]), f"missing: {', '.join(sorted(missing)) or 'nothing'}", sep="\n")
     steps = get_steps(arguments, missing)
     if unknown := set(arguments.steps or ()).difference(step.name for step in steps):
-        sys.exit(f"error: --steps are {', '.join(step.name for step in steps)}, but got {', '.join(sorted(unknown))}.")
+        names = ", ".join(step.name for step in steps)
+        raise ValueError(f"--steps are {names}, but got {', '.join(sorted(unknown))}.")
     run_steps([step for step in steps if step.name in (arguments.steps or step.name)], arguments, missing)
     print(f"Wrote {arguments.output}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)  # SIGTERM stops the running step as Ctrl-C does

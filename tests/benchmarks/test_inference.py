@@ -5,15 +5,14 @@ import pytest
 import torch
 
 from benchmarks import inference
-from benchmarks._common import Timing, is_installed
-from benchmarks._models import (
-    compile_towers,
-    get_weight_bytes,
-    make_contender,
-    make_llava,
-    make_llava_hr,
-)
 from benchmarks.inference import InferenceArguments
+from benchmarks.measure import is_installed
+from benchmarks.models import CONTENDERS, compile_towers, get_weight_bytes, make_contenders
+
+
+@pytest.fixture
+def contenders(tiny):
+    return make_contenders(tiny, CONTENDERS, "cpu", torch.float32)
 
 
 def test_a_run_compares_all_resolutions_and_draws(run_benchmark, capsys):
@@ -24,17 +23,14 @@ def test_a_run_compares_all_resolutions_and_draws(run_benchmark, capsys):
     assert tokens == {
         **{"llava-hr-384": 9, "llava-hr-768": 9, "llava-hr-1024": 16, "llava-hr-1536": 36},
         **{"llava-1.5-336": 9, "llava-1.5-448": 16, "llava-1.5-672": 36, "llava-1.5-1022": 81},
-        **{"deepseek-vl-hybrid-1024": 16, "fastvlm-1024": 256},
     }
     for batch_size, entries in results["resolutions"].items():
         assert entries.keys() == tokens.keys()
-        for entry in list(entries.values())[:8]:
+        for entry in entries.values():
             first, ten, gap = (entry["seconds"][n]["median"] for n in ("first_token", "ten_tokens", "next_token"))
             assert 0 < first < ten and 0 < gap < ten
             assert entry["tokens_per_second"] == pytest.approx(int(batch_size) * 10 / ten)
             assert entry["decoded_tokens_per_second"] == pytest.approx(int(batch_size) / gap)
-            # at least the picture itself
-            assert entry["peak_bytes"] > 4 * 3 * max(entry["sides"].values()) ** 2 * int(batch_size)
     assert len(results["variants"]) == 2 + 2 * len(variants)
     assert f"llava-1.5-1022, {variants[-1]}" in results["variants"]
     assert [target["met"] for target in results["targets"][:3]] == [None] * 3  # they are about 7B on a GPU
@@ -42,28 +38,26 @@ def test_a_run_compares_all_resolutions_and_draws(run_benchmark, capsys):
     assert "(target: at least 6)" in capsys.readouterr().out
 
 
-def test_an_answers_next_token_is_the_median_gap(tiny, monkeypatch):
-    """Tokens that take long, such as those during which CUDA graphs are recorded, do not count."""
+def test_an_answers_next_token_is_the_median_gap(contenders, monkeypatch):
+    """Slow tokens, such as those during which CUDA graphs are recorded, do not count."""
     moments = [1.0, 9.0, 9.5, 10.0, 10.5, 11.0, 11.5, 12.0, 12.5, 13.0]
     monkeypatch.setattr(inference, "answer", lambda *_: moments)
-    contender = make_contender(tiny, "llava-hr-1024", "cpu", torch.float32)
-    phases = inference.measure(contender, contender.make_inputs(1, 5), InferenceArguments())
+    contender = contenders["llava-hr-1024"]
+    phases = inference.measure(contender, contender.make_inputs(1), 10)
     assert phases.pop("towers") > 0 and phases == {"first_token": 1, "ten_tokens": 13, "next_token": 0.5}
 
 
-def test_real_shapes_on_a_cpu_share_one_language_model(tiny, run_benchmark, monkeypatch):
+def test_real_shapes_on_a_cpu(tiny, run_benchmark, monkeypatch):
     monkeypatch.setitem(inference.SHAPES, "7b-cpu", tiny)
     results = run_benchmark(inference, "--preset", "7b-cpu")
     assert list(results["resolutions"]["1"]) == ["llava-hr-384", "llava-hr-1024", "llava-1.5-1022"]
     assert all(target["measured"] for target in results["targets"])
-    contenders = inference.make_contenders(tiny, InferenceArguments(preset="7b-cpu"))
-    assert len({id(contender.model.model.language_model) for contender in contenders.values()}) == 1
-    assert contenders["llava-1.5-1022"].model.dtype == torch.bfloat16
+    assert InferenceArguments(preset="7b-cpu").torch_dtype == torch.bfloat16
 
 
 def test_targets_compare_round_by_round():
     def phases(towers, first, ten):
-        return {"towers": Timing(towers), "first_token": Timing(first), "ten_tokens": Timing(ten)}
+        return {"towers": towers, "first_token": first, "ten_tokens": ten}
 
     timings = {
         "llava-hr-384": phases([1, 1], [8, 2], [10, 5]),
@@ -80,7 +74,7 @@ def test_targets_compare_round_by_round():
         assert [target["measured"] is not None for target in targets] == [True] * measured + [False] * (4 - measured)
 
 
-def test_a_run_goes_on_where_memory_does_not_suffice(run_benchmark, exhaust, capsys):
+def test_a_run_continues_after_running_out_of_memory(run_benchmark, exhaust, capsys):
     exhaust(inference, "answer", lambda contender, *_: 1024 in contender.sides.values())
     options = ("--repeats", "1", "--warmup", "0", "--new_tokens", "10", "--batch_sizes", "1", "--variants")
     results = run_benchmark(inference, *options, "eager")
@@ -94,33 +88,29 @@ def test_a_run_goes_on_where_memory_does_not_suffice(run_benchmark, exhaust, cap
     assert capsys.readouterr().out.count(": not measured (target: ") == 4
 
 
-def test_peaks_on_a_gpu_are_those_of_what_memory_suffices_for(tiny, exhaust, no_gpu_statistics):
-    contenders = make_llava_hr(tiny, "cpu", torch.float32)
+def test_peaks_on_a_gpu(contenders, exhaust, no_gpu_statistics):
     arguments = InferenceArguments(repeats=1, new_tokens=10)
     arguments.device = "cuda"
     exhaust(inference, "answer", lambda contender, *_: 1536 in contender.sides.values())
-    contest = {name: (contender, "sdpa") for name, contender in contenders.items()}
-    *_, (entries, timings) = inference.run_contest(contest, 1, arguments, {})
+    contest = {name: (contenders[name], "sdpa") for name in CONTENDERS[:4]}
+    *_, (entries, timings) = inference.run_contest(contest, 1, arguments)
     assert entries["llava-hr-1536"]["out_of_memory"] and timings["llava-hr-1536"] is None
     weights = get_weight_bytes(contenders["llava-hr-384"].model)
-    assert [entry["peak_bytes"] for entry in list(entries.values())[:3]] == [weights + 100] * 3
+    assert [entry.get("peak_bytes") for entry in entries.values()] == [weights + 100] * 3 + [None]
 
 
-def test_the_language_model_is_in_memory_once(tiny):
-    hr = make_llava_hr(tiny, "cpu", torch.float32)
-    llava = make_llava(tiny, "cpu", torch.float32, source=hr["llava-hr-384"].model)
-    models = [contender.model for contender in (*hr.values(), *llava.values())]
-    assert (
-        len({id(model.lm_head) for model in models}) == len({id(model.model.language_model) for model in models}) == 1
-    )
+def test_the_language_model_is_in_memory_once(contenders):
+    models = [contender.model for contender in contenders.values()]
+    assert len({id(model.lm_head) for model in models}) == 1
+    assert len({id(model.model.language_model) for model in models}) == 1
     # position embeddings of each side: a class token and the patches
     sizes = [model.model.vision_tower.embeddings.position_embedding.num_embeddings for model in models[4:]]
     assert sizes == [10, 17, 37, 82]
 
 
-def test_attention_is_switched(tiny):
-    contender = make_contender(tiny, "llava-hr-1024", "cpu", torch.float32)
-    inputs = contender.make_inputs(1, 5)
+def test_attention_is_switched(contenders):
+    contender = contenders["llava-hr-1024"]
+    inputs = contender.make_inputs(1)
     for variant, expected in (("eager", "eager"), ("sdpa", "sdpa"), ("static", "sdpa")):
         assert len(inference.answer(contender, inputs, 3, variant)) == 3
         model = contender.model.model
@@ -128,25 +118,22 @@ def test_attention_is_switched(tiny):
         assert model.vision_tower.config._attn_implementation == expected
 
 
-def test_four_bit_language_model_is_as_users_get_it(tiny):
+def test_four_bit_language_model_is_as_users_get_it(contenders):
     pytest.importorskip("bitsandbytes", reason="the GPU image may lack it")
-    contenders = inference.make_contenders(tiny, InferenceArguments())
     quantized = inference.quantize(contenders, InferenceArguments())
     hr, llava = quantized.values()
-    assert (
-        llava.model.model.language_model is hr.model.model.language_model and llava.model.lm_head is hr.model.lm_head
-    )
+    assert llava.model.model.language_model is hr.model.model.language_model
+    assert llava.model.lm_head is hr.model.lm_head
     assert llava.model.model.vision_tower is not contenders["llava-1.5-1022"].model.model.vision_tower
     weight = hr.model.model.language_model.layers[0].mlp.up_proj.weight
-    assert weight.quant_type == "nf4" and not weight.quant_state.nested  # as `BitsAndBytesConfig` has it by default
-    # of 4 bytes, half a byte is left, and for each 64 weights a scale of 4 bytes; tables of 16 values, descriptions
+    assert weight.quant_type == "nf4" and weight.quant_state.nested  # `get_4bit_config`
+    # of 4 bytes, half a byte is left, and for each 64 weights a scale of 1 byte; tables and descriptions
     weights = 4 * 64 * 64 + 3 * 64 * 128
     saved = get_weight_bytes(contenders["llava-hr-1024"].model) - get_weight_bytes(hr.model)
-    assert (
-        4 * weights - weights / 2 - weights / 64 * 4 - 7 * 200 < saved < 4 * weights - weights / 2 - weights / 64 * 4
-    )
+    expected = 4 * weights - weights / 2 - weights / 64
+    assert expected - 7 * 1400 < saved < expected
     for name, contender in quantized.items():
-        inputs = contender.make_inputs(1, 5)
+        inputs = contender.make_inputs(1)
         with torch.no_grad():
             expected = contenders[name].model(**inputs).logits
             logits = contender.model(**inputs).logits
@@ -155,8 +142,8 @@ def test_four_bit_language_model_is_as_users_get_it(tiny):
         assert torch.cosine_similarity(logits.flatten(), expected.flatten(), dim=0) > 0.9
 
 
-def test_compiled_towers_give_the_same_features(tiny):
-    contender = make_contender(tiny, "llava-hr-1024", "cpu", torch.float32)
+def test_compiled_towers_give_the_same_features(contenders):
+    contender = contenders["llava-hr-1024"]
     compiled = compile_towers(contender)
     assert compiled.model.model.language_model is contender.model.model.language_model
     pixels = contender.make_pixels(2)

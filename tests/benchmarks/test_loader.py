@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from benchmarks import loader
-from benchmarks._common import Timing
 from benchmarks.loader import LoaderArguments
 
 
@@ -26,15 +25,14 @@ def test_run(run_benchmark):
             values = 3 * 1022**2 if name == "llava" else VIEW_VALUES[side]
             text_bytes = entry["bytes_per_sample"] - (2 if name.endswith("bfloat16") else 4) * values
             assert 3 * 8 * 200 < text_bytes < 3 * 8 * 6000  # ids, mask and labels of an image and its chat
-            for workers, rate in entry["samples_per_second"].items():
-                assert rate * entry["seconds_per_sample"][workers]["median"] == pytest.approx(1)
-            assert entry["samples_per_second"].keys() == {"0", "1"}
+            assert entry["samples_per_second"].keys() == {"0", "1"} and min(entry["samples_per_second"].values()) > 0
+    assert results["views"].keys() == {"llava-hr", "llava"}
     needs = results["needs"]
     per_sample = results["sides"]["1024"]["llava-hr"]["bytes_per_sample"]
     assert needs["shared_memory_bytes"] == pytest.approx(64 * 12 * 2 * per_sample)
     assert 75e12 < needs["flops_per_sample"] < 85e12  # about 80 TFLOP
     assert needs["h100_samples_per_second"] == pytest.approx(989e12 * needs["utilization"] / needs["flops_per_sample"])
-    assert len(results["targets"]) == 4
+    assert len(results["targets"]) == 5
 
 
 def test_both_ways_of_masking_give_the_same_batches(tmp_path):
@@ -49,11 +47,12 @@ def test_both_ways_of_masking_give_the_same_batches(tmp_path):
 
 def test_targets_compare_rates():
     arguments = LoaderArguments(workers=[0, 1], repeats=2)
-    ours, slow, llava = ({n: Timing([seconds] * 2) for n in (0, 1)} for seconds in (2.0, 8.0, 1.0))
+    ours, slow, llava = ({n: [seconds] * 2 for n in (0, 1)} for seconds in (2.0, 8.0, 1.0))
     small, large = {"llava-hr": ours, "llava-hr, transformers' masks": slow}, {"llava-hr": ours, "llava": llava}
-    targets = loader.find_targets({256: small, 1024: large}, {"h100_samples_per_second": 0.25}, arguments)
-    assert [target["measured"]["median"] for target in targets] == [4, 0.5, 0.5, 2]
-    assert [target["met"] for target in targets] == [True, False, False, True]
+    views, needs = {"llava-hr": [1.0, 2.0], "llava": [2.0, 4.0]}, {"h100_samples_per_second": 0.25}
+    targets = loader.find_targets({256: small, 1024: large}, views, needs, arguments)
+    assert [target["measured"]["median"] for target in targets] == [4, 0.5, 0.5, 2, 2]
+    assert [target["met"] for target in targets] == [True, False, False, True, True]
 
 
 def test_no_more_workers_than_cores():

@@ -7,7 +7,6 @@ import re
 import pytest
 
 from benchmarks import plan
-from benchmarks._common import is_installed
 from benchmarks.plan import GPUS, PAPER_LLAVA, PlanArguments
 
 
@@ -18,7 +17,7 @@ def result():
 
 def test_counted_flops_are_those_of_the_formulas():
     contender = plan.get_contenders("7b")["llava-hr-1024"]
-    vision, text = plan.count_flops(contender, text_tokens=100)
+    vision, text = plan.count_sample_flops(contender, text_tokens=100)
     # Llama: two FLOPs a weight and token, and scores and weighted sums of all pairs of tokens in each layer
     tokens, width, layers, vocab = 1024 + 100, 4096, 32, 32064
     weights = layers * (4 * width**2 + 3 * width * 11008) + vocab * width
@@ -39,7 +38,9 @@ def test_calibration_explains_the_training_times_of_llava():
     assert 0.2 < utilization < 0.7 and overhead > 0
     for side, hours in PAPER_LLAVA.items():
         flops = plan.get_training_flops("7b", f"llava-1.5-{side}")
-        assert plan.to_hours(flops, 8, GPUS["a800"], utilization, overhead) == pytest.approx(hours, rel=0.05)
+        assert plan.to_hours(
+            flops, sum(plan.SAMPLES.values()), 8, GPUS["a800"], utilization, overhead
+        ) == pytest.approx(hours, rel=0.05)
 
 
 def test_the_papers_training_time_is_predicted(result):
@@ -64,7 +65,6 @@ def test_command(tmp_path, monkeypatch, capsys):
     plan.main()
     assert re.search(r"on 4 a800:\n  stage 1 [\d.]+ h, stage 2 [\d.]+ h", capsys.readouterr().out)
     assert json.loads((tmp_path / "plan.json").read_text())["results"]["hours"]["total"] > 0
-    assert not is_installed("matplotlib") or (tmp_path / "plan.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import _common, run
+from benchmarks import measure, run
 from benchmarks.run import RunArguments, Step
 
 
@@ -84,7 +84,7 @@ def test_a_stop_leaves_the_table_and_no_process(tmp_path):
     code = (
         "from benchmarks.run import *\n"
         "steps = [Step('plan', ['this'], 1), Step('long', ['step_without_end'], 300), Step('never', ['this'], 1)]\n"
-        f"run_steps(steps, RunArguments(output={str(tmp_path)!r}, minutes=6), set())"
+        f"run_command(run_steps, steps, RunArguments(output={str(tmp_path)!r}, minutes=6), set())"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment)
@@ -118,9 +118,9 @@ def test_every_step_is_a_command_with_a_record_of_its_own(preset, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     records, parsed = [], []
 
-    def parse(name, cls, *_):
+    def parse(name, cls, *_, **__):
         parsed.append(name)
-        records.append(_common.parse_arguments(cls).get_name(name))
+        records.append(measure.parse_arguments(cls).get_name(name))
 
     pytest.importorskip("benchmarks.loader")  # which needs TRL
     for step in run.get_steps(RunArguments(preset=preset), set()):
@@ -147,7 +147,7 @@ def test_a_short_run(tmp_path):
 
 def test_unknown_steps_are_named(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run", "--steps", "plan", "everything"])
-    with pytest.raises(SystemExit, match="--steps are inference, .*, plan, but got everything"):
+    with pytest.raises(ValueError, match="--steps are inference, .*, plan, but got everything"):
         run.main()
 
 

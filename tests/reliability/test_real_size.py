@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from benchmarks._models import SHAPES, make_llava_hr
+from benchmarks.models import SHAPES, make_contenders
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -69,7 +69,7 @@ def get_available_bytes() -> int:
 
 def get_original_shapes() -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors by their names in an original checkpoint."""
-    model = make_llava_hr(SHAPES["full"], "meta", torch.bfloat16)["llava-hr-1024"].model
+    model = make_contenders(SHAPES["full"], ["llava-hr-1024"], "meta", torch.bfloat16)["llava-hr-1024"].model
     shapes = dict(UNUSED)
     for name, tensor in model.state_dict().items():
         shape = tuple(tensor.shape)
