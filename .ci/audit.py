@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Looks up known vulnerabilities of the installed packages with pip-audit, and says which could not be looked up:
+Looks up known vulnerabilities of the installed packages with pip-audit, and lists those that it
+could not look up:
 
-    python .ci/audit.py                   # fails as well if the service knows none of them, or is not there
-    python .ci/audit.py --if-reachable    # says so, and fails for vulnerabilities alone
+    python .ci/audit.py                   # also fails if the service cannot be reached or knows no package
+    python .ci/audit.py --if-reachable    # fails for vulnerabilities alone
 
-pip-audit by itself reports "no known vulnerabilities" of packages that it could not look up.
+pip-audit by itself reports "no known vulnerabilities" for packages that it could not look up.
 """
 
 import argparse
@@ -21,7 +22,7 @@ UNREACHABLE = (
 
 
 def audit() -> tuple[list[dict], str]:
-    """pip-audit's entries, one for each installed package, and what it wrote besides."""
+    """pip-audit's entries, one for each installed package, and its stderr."""
     command = [sys.executable, "-m", "pip_audit", "--local", "--skip-editable", "--progress-spinner=off"]
     result = subprocess.run([*command, "--format=json"], capture_output=True, text=True)
     dependencies = json.loads(result.stdout)["dependencies"] if result.stdout else []
@@ -30,11 +31,11 @@ def audit() -> tuple[list[dict], str]:
 
 def report(dependencies: list[dict], message: str) -> tuple[str, bool | None]:
     """
-    What to print about an audit, and how it went.
+    The report of an audit and its result.
 
     Args:
         dependencies (`list[dict]`): With `name`, and either `version` and `vulns` or `skip_reason`.
-        message (`str`): What pip-audit wrote besides, if there are none.
+        message (`str`): pip-audit's stderr, used if there are none.
 
     Returns:
         `tuple[str, bool | None]`: The text, and whether there is no known vulnerability; `None` if nothing is known.
@@ -45,7 +46,7 @@ def report(dependencies: list[dict], message: str) -> tuple[str, bool | None]:
         reason = unknown if dependencies else message.splitlines()[-1] if message else "pip-audit says nothing"
         return UNREACHABLE.format(reason=reason), None
     lines = [
-        f"{entry['name']} {entry['version']}: {flaw['id']}, mended in {', '.join(flaw['fix_versions']) or 'none'}"
+        f"{entry['name']} {entry['version']}: {flaw['id']}, fixed in {', '.join(flaw['fix_versions']) or 'none'}"
         for entry in known
         for flaw in entry["vulns"]
     ]

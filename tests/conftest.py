@@ -14,9 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Fixtures of test modules in several folders
+# Modules for several folders; those listed have fixtures
 sys.path.append(str(Path(__file__).parent / "support"))
-pytest_plugins = ["converted_checkpoints", "loopback_hub"]
+pytest_plugins = ["loopback_hub", "forked_commands", "converted_checkpoints"]
 
 
 @pytest.fixture(autouse=True)

@@ -60,12 +60,12 @@ class LlavaHrImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
     def test_call_numpy_4_channels(self):
         """The suite wants four channels kept, but both towers take three: they are refused unless converted."""
         self.image_processor_tester.num_channels = 4
-        pictures = self.image_processor_tester.prepare_image_inputs(numpify=True)
+        images = self.image_processor_tester.prepare_image_inputs(numpify=True)
         for image_processing_class in self.image_processing_classes.values():
             image_processor = image_processing_class(**self.image_processor_dict)
             with self.assertRaisesRegex(ValueError, "4 channels.*do_convert_rgb"):
-                image_processor(pictures, do_convert_rgb=False, return_tensors="pt")
-            self.assertEqual(image_processor(pictures, return_tensors="pt").pixel_values.shape[1], 3)
+                image_processor(images, do_convert_rgb=False, return_tensors="pt")
+            self.assertEqual(image_processor(images, return_tensors="pt").pixel_values.shape[1], 3)
 
     @unittest.skip("torchvision is a dependency of this package, so that neither backend has to do without it")
     def test_pil_can_run_without_torchvision(self):

@@ -2,11 +2,9 @@
 """
 transformers' common model and configuration tests on LLaVA-HR.
 
-Of the suites that transformers' own models inherit, some are not here. `GenerationTesterMixin` and
-`PipelineTesterMixin` lie, or need files that lie, in folders that the source release leaves out. `TrainingTesterMixin`
-takes each model for a text-only one: it reads `config.vocab_size` and generates from a lone token;
-`test_training_overfit` below is its counterpart with pictures. The mixins for tensor and expert parallelism and for
-FSDP are written for text-only models as well.
+Some suites of transformers' own models are missing. `GenerationTesterMixin` and `PipelineTesterMixin`, or files that
+they need, are not in the source release. `TrainingTesterMixin` and the mixins for tensor and expert parallelism and
+for FSDP are for text-only models; `test_training_overfit` below is the counterpart with images.
 """
 
 import unittest
@@ -36,9 +34,9 @@ def listed_by_transformers():
 
 
 class LlavaHrModelTester:
-    """Tiny model with both pathways and an MR-Adapter, and matching inputs: one picture in each text."""
+    """Tiny model with both pathways and an MR-Adapter, and matching inputs: one image in each text."""
 
-    # `test_eager_matches_sdpa_inference` takes 7 samples and would fill up with texts that have no picture
+    # `test_eager_matches_sdpa_inference` takes 7 samples and would add texts that have no image
     batch_size = 7
     is_training = True
     image_token_id = 4
@@ -124,7 +122,7 @@ class LlavaHrModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCas
         self.config_tester.run_common_tests()
 
     def test_training_overfit(self):
-        """The same question on two pictures has two answers: that can only be learned from the pictures."""
+        """The same question on two images has two answers: that can only be learned from the images."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         inputs = {name: values[:2].to(torch_device) for name, values in inputs.items()}
         inputs["input_ids"][1] = inputs["input_ids"][0]

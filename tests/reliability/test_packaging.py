@@ -23,9 +23,9 @@ def requirements(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", LISTS)
 def test_every_dependency_has_one_bound(name):
-    """The Makefile makes `name==version` of `name>=version`; what has another form would escape `make test-oldest`."""
+    """The Makefile turns `name>=version` into `name==version`; another form would escape `make test-oldest`."""
     for requirement in requirements(name):
-        # the form without a lower bound is for what a dependency should have excluded itself
+        # without a lower bound: a version that a dependency should have excluded itself
         assert re.fullmatch(r"[A-Za-z0-9_-]+(>=\d+\.\d+\.\d+|<\d+)", requirement), requirement
 
 
@@ -47,7 +47,7 @@ def test_version_is_semantic_and_in_the_changelog():
     number = SETUP["metadata"]["version"]
     assert re.fullmatch(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?", number)
     headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
-    # until it is released, what changed stands under "Unreleased"
+    # changes are under "Unreleased" until the release
     assert headings[0] in ("Unreleased", number)
 
 
@@ -69,7 +69,7 @@ UNKNOWN = {"name": "torch", "skip_reason": "Dependency not found on PyPI"}
     [
         ([FINE], "", True, "1 packages looked up, no known vulnerabilities"),
         ([FINE, UNKNOWN], "", True, "not looked up: torch"),
-        ([FINE, FLAWED], "", False, "pillow 11.3.0: PYSEC-1, mended in 11.3.1"),
+        ([FINE, FLAWED], "", False, "pillow 11.3.0: PYSEC-1, fixed in 11.3.1"),
         ([FLAWED, UNKNOWN], "", False, "1 packages looked up, 1 known vulnerabilities"),
         ([UNKNOWN], "", None, "NOT AUDITED.*knows none of 1"),
         ([], "Traceback\nConnectionError: no way", None, "NOT AUDITED.*ConnectionError: no way"),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Bad text: whatever is written, a picture's place is where a picture was given, and nowhere else; what cannot be used is
-a ValueError that says where it is, before anything large is computed.
+Bad text: whatever is written, an image's tokens are where an image was given, and nowhere else; unusable text is a
+ValueError that names its place, before anything large is computed.
 """
 
 import inspect
@@ -12,43 +12,30 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
+from converted_checkpoints import TINY_MODEL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from packaging.version import Version
 from PIL import Image
 from space_page import import_engine
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin, pipeline
 
-from conversion.convert_llava_hr_weights_to_hf import convert
 from modeling_llava_hr import LlavaHrImageProcessor
 from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE
 from training.check_data import CheckOptions, check_data
 from training.data import DataConfig, load_table, to_messages
 
 
-ROOT = Path(__file__).parent.parent.parent
-TINY_MODEL = str(ROOT / "examples" / "tiny-llava-hr")
-REFERENCE = ROOT / "tests" / "fixtures" / "reference"
 MODELS = ("tiny", "stage1-384", "stage2-1024")
-ASSISTANT_MASKS = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.18"),
-    reason="transformers before 5.18 does not move assistant masks when image tokens are expanded",
-)
-
-PICTURE = Image.new("RGB", (9, 9), "red")
+IMAGE = Image.new("RGB", (9, 9), "red")
 FORMS = [pytest.param(100, id="short"), pytest.param(3000, id="long", marks=pytest.mark.slow)]
 MAX_SECONDS = 20  # on a busy machine
 
 
 @pytest.fixture(scope="module")
-def processors(tmp_path_factory):
+def processors(converted):
     """The tiny model's and those of two converted checkpoints, with views of the fewest pixels that give 4 tokens."""
-    processors = {"tiny": AutoProcessor.from_pretrained(TINY_MODEL)}
-    for stage in MODELS[1:]:
-        folder = tmp_path_factory.mktemp(stage) / "converted"
-        convert(str(REFERENCE / stage / "checkpoint"), str(folder))
-        processors[stage] = AutoProcessor.from_pretrained(folder)
+    processors = {name: AutoProcessor.from_pretrained(folder) for name, folder in converted.items()}
+    processors["tiny"] = AutoProcessor.from_pretrained(TINY_MODEL)
     for processor in processors.values():
         processor.image_processor = LlavaHrImageProcessor(size=64, low_res_size=28)
     return processors
@@ -67,8 +54,8 @@ def tokenize(processor, messages, **kwargs):
     return processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **kwargs)
 
 
-def picture(**source) -> dict:
-    return {"type": "image", **(source or {"image": PICTURE})}
+def image(**source) -> dict:
+    return {"type": "image", **(source or {"image": IMAGE})}
 
 
 def text(value) -> dict:
@@ -84,9 +71,9 @@ def get_runs(ids: torch.Tensor, image_token_id: int) -> list[int]:
     return [len(run) for run in re.findall("1+", "".join("01"[token == image_token_id] for token in ids.tolist()))]
 
 
-# Whatever is written
+# --- any text ---
 
-# What has a meaning to a tokenizer, a template, a decoder or a terminal, and their pieces
+# Special to a tokenizer, a template, a decoder or a terminal, and pieces of that
 PIECES = [
     *("<image>", "<ima", "ge>", "<", ">", "< image>", "<<image>image>", "<IMAGE>", "＜image＞", "<image/>"),
     *("&lt;image&gt;", "<s>", "</s>", "<unk>", "<pad>", "USER: ", "ASSISTANT:", "{{ messages }}", "{% for %}"),
@@ -102,8 +89,8 @@ def texts(*more: str) -> st.SearchStrategy[str]:
 
 
 def conversations(written: st.SearchStrategy[str]) -> st.SearchStrategy[list[dict]]:
-    """Turns of user and assistant of any text, pictures anywhere in the user's, optionally after a system text."""
-    part = st.one_of(written.map(text), st.builds(picture))
+    """Turns of user and assistant with any text, images anywhere in the user's, optionally after a system text."""
+    part = st.one_of(written.map(text), st.builds(image))
     question = st.lists(part, max_size=4).map(lambda parts: user(*parts))
     answer = st.one_of(written, written.map(lambda value: [text(value)]))
     turns = st.lists(st.tuples(question, answer), max_size=3)
@@ -118,7 +105,7 @@ def conversations(written: st.SearchStrategy[str]) -> st.SearchStrategy[list[dic
     return st.builds(build, system, turns, question)
 
 
-def count_pictures(messages: list[dict]) -> int:
+def count_images(messages: list[dict]) -> int:
     return sum(part["type"] == "image" for m in messages if m["role"] == "user" for part in m["content"])
 
 
@@ -139,35 +126,35 @@ def fuzz(num_examples: int, strategy: st.SearchStrategy, try_one) -> None:
 
 @pytest.mark.parametrize("num_examples", FORMS)
 @pytest.mark.parametrize("name", MODELS)
-def test_image_tokens_are_those_of_the_pictures(processors, name, num_examples, capsys):
-    """Whatever is written in parts of text: each picture has its tokens, and nothing else has any."""
+def test_image_tokens_are_those_of_the_images(processors, name, num_examples, capsys):
+    """Whatever the text: each image has its tokens, and nothing else has any."""
     processor, count = processors[name], [0, 0]
 
     def try_one(messages):
         inputs = tokenize(processor, messages)
-        num_pictures = count_pictures(messages)
+        num_images = count_images(messages)
         runs = get_runs(inputs["input_ids"][0], processor.image_token_id)
-        assert sum(runs) == num_pictures * NUM_TOKENS and all(run % NUM_TOKENS == 0 for run in runs)
-        assert ("pixel_values" in inputs) == (num_pictures > 0)
-        if num_pictures:
-            assert len(inputs["pixel_values"]) == num_pictures
+        assert sum(runs) == num_images * NUM_TOKENS and all(run % NUM_TOKENS == 0 for run in runs)
+        assert ("pixel_values" in inputs) == (num_images > 0)
+        if num_images:
+            assert len(inputs["pixel_values"]) == num_images
         count[0] += 1
-        count[1] += "<image>" in str([part for m in messages for part in m["content"] if part != picture()])
+        count[1] += "<image>" in str([part for m in messages for part in m["content"] if part != image()])
 
     fuzz(num_examples, conversations(texts()), try_one)
     with capsys.disabled():
-        print(f"\n{name}: {count[0]:,} conversations, {count[1]:,} with typed image tags: none became a picture")
+        print(f"\n{name}: {count[0]:,} conversations, {count[1]:,} with typed image tags: none became an image")
     assert count[1] > count[0] / 10
 
 
 @pytest.mark.parametrize("num_examples", FORMS)
-def test_anything_for_a_conversation_is_a_result_or_names_its_place(processors, num_examples, capsys):
+def test_anything_for_a_conversation_is_a_result_or_a_clear_error(processors, num_examples, capsys):
     processor, count = processors["tiny"], {"results": 0, "errors": 0}
     scalar = st.sampled_from([None, 5, True, 0.5, "", "<image>", "user", b"a", object(), float("nan")])
     written = texts(*SURROGATES)
     part = st.one_of(
-        *(written.map(text), st.builds(picture), scalar.map(text), scalar, written.map(lambda name: {"type": name})),
-        *(scalar.map(lambda value: picture(image=value)), st.just(picture(image=PICTURE, url="a.png")), st.just({})),
+        *(written.map(text), st.builds(image), scalar.map(text), scalar, written.map(lambda name: {"type": name})),
+        *(scalar.map(lambda value: image(image=value)), st.just(image(image=IMAGE, url="a.png")), st.just({})),
     )
     message = st.one_of(
         scalar,
@@ -184,7 +171,7 @@ def test_anything_for_a_conversation_is_a_result_or_names_its_place(processors, 
         try:
             inputs = tokenize(processor, conversation)
         except ValueError as error:
-            assert re.search(r"`conversation|`text`|`images|Picture \d|in the text|tags", str(error)), error
+            assert re.search(r"`conversation|`text`|`images|Image \d|in the text|tags", str(error)), error
             count["errors"] += 1
         else:
             runs = get_runs(inputs["input_ids"][0], processor.image_token_id)
@@ -198,7 +185,7 @@ def test_anything_for_a_conversation_is_a_result_or_names_its_place(processors, 
     assert min(count.values()) > 0
 
 
-# Image tags
+# --- image tags ---
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -217,44 +204,43 @@ def test_a_tag_in_text_is_text(processors, name):
         assert "<image>" not in prompt
 
 
-def test_a_picture_stays_where_it_was_given(processors):
-    """One picture and one typed tag: the numbers would fit if the picture's part were lost."""
+def test_an_image_stays_where_it_was_given(processors):
+    """One image and one typed tag: the counts would match if the image's part were lost."""
     processor = processors["tiny"]
-    messages = [user(picture(), text("See <image>?")), {"role": "assistant", "content": "<image>"}, user(text("So?"))]
+    messages = [user(image(), text("See <image>?")), {"role": "assistant", "content": "<image>"}, user(text("So?"))]
     ids = tokenize(processor, messages)["input_ids"][0].tolist()
-    plain = [user(picture(), text("See < image>?")), {"role": "assistant", "content": "< image>"}, user(text("So?"))]
+    plain = [user(image(), text("See < image>?")), {"role": "assistant", "content": "< image>"}, user(text("So?"))]
     assert ids == tokenize(processor, plain)["input_ids"][0].tolist()
 
 
-def test_tags_in_a_string_need_their_pictures(processors):
+def test_tags_in_a_string_need_their_images(processors):
     processor = processors["tiny"]
     with pytest.raises(ValueError, match="1 <image> (token|tag)"):
         tokenize(processor, [{"role": "user", "content": "What is an <image>?"}])
-    with pytest.raises(ValueError, match="2 <image> (token|tag).*1 (image|picture)"):
-        tokenize(processor, [user(picture()), {"role": "user", "content": "What is an <image>?"}])
+    with pytest.raises(ValueError, match="2 <image> (token|tag).*1 image"):
+        tokenize(processor, [user(image()), {"role": "user", "content": "What is an <image>?"}])
 
 
-def test_a_part_has_one_picture(processors):
-    """With two, a tag elsewhere would have one to stand for."""
-    messages = [user(picture(image=PICTURE, path="a.png")), {"role": "user", "content": "<image>"}]
+def test_a_part_has_one_image(processors):
+    """A second one could be taken for a tag elsewhere."""
+    messages = [user(image(image=IMAGE, path="a.png")), {"role": "user", "content": "<image>"}]
     with pytest.raises(ValueError, match=r"Part 0 of `conversation\[0\]` must have one image, but has image, path"):
         tokenize(processors["tiny"], messages)
 
 
 def test_thousands_of_tags(processors):
     processor, start = processors["stage2-1024"], time.perf_counter()
-    ids = tokenize(processor, [user(picture(), text("<image>" * 20_000))])["input_ids"][0]
+    ids = tokenize(processor, [user(image(), text("<image>" * 20_000))])["input_ids"][0]
     assert get_runs(ids, processor.image_token_id) == [NUM_TOKENS]
-    with pytest.raises(ValueError, match="20000 <image> (token|tag).*1 (image|picture)"):
-        processor(images=PICTURE, text="<image>" * 20_000)
+    with pytest.raises(ValueError, match="20000 <image> (token|tag).*1 image"):
+        processor(images=IMAGE, text="<image>" * 20_000)
     assert time.perf_counter() - start < MAX_SECONDS
 
 
-@ASSISTANT_MASKS
 @pytest.mark.parametrize("name", MODELS)
 def test_an_answer_with_a_tag_is_learned_as_text(processors, name):
     processor = processors[name]
-    messages = [user(picture(), text("Where?")), {"role": "assistant", "content": "In <image> tags."}]
+    messages = [user(image(), text("Where?")), {"role": "assistant", "content": "In <image> tags."}]
     for template in (None, PLAIN_CHAT_TEMPLATE):
         options = {"chat_template": template, "add_generation_prompt": False, "return_assistant_tokens_mask": True}
         inputs = tokenize(processor, messages, **options)
@@ -264,7 +250,7 @@ def test_an_answer_with_a_tag_is_learned_as_text(processors, name):
 
 
 def test_a_started_answer_with_a_tag_is_refused(processors):
-    """transformers looks for it letter by letter in the prompt."""
+    """transformers looks for its text in the prompt."""
     messages = [user(text("Where?")), {"role": "assistant", "content": "In an <image>"}]
     with pytest.raises(ValueError, match="Final message to continue: In an <image>"):
         processors["tiny"].apply_chat_template(messages, continue_final_message=True)
@@ -274,36 +260,36 @@ def test_a_started_answer_with_a_tag_is_refused(processors):
     "sanitize_control_tokens" not in inspect.signature(ProcessorMixin.apply_chat_template).parameters,
     reason="a newer transformers has it",
 )
-def test_transformers_own_way_to_keep_control_tokens_out(processors):
-    """Opted for by the caller; it takes `</s>` for text as well."""
+def test_transformers_own_sanitizing(processors):
+    """An option of the caller that takes `</s>` for text as well."""
     processor = processors["tiny"]
-    inputs = tokenize(processor, [user(picture(), text("</s> <image>"))], sanitize_control_tokens=True)
+    inputs = tokenize(processor, [user(image(), text("</s> <image>"))], sanitize_control_tokens=True)
     assert get_runs(inputs["input_ids"][0], processor.image_token_id) == [NUM_TOKENS]
     assert processor.tokenizer.eos_token_id not in inputs["input_ids"][0]
 
 
-def test_image_tokens_without_pictures_are_not_generated_from(processors, model):
-    """Who calls the tokenizer alone gets around the processor's check."""
+def test_image_tokens_without_images_are_refused(processors, model):
+    """The tokenizer alone does not check them."""
     ids = processors["tiny"].tokenizer("What is an <image>?", return_tensors="pt")["input_ids"]
     assert (ids == model.config.image_token_id).sum() == 1
     with pytest.raises(ValueError, match="1 image tokens, but there are no images"):
         model.generate(ids, max_new_tokens=1)
 
 
-# Half characters
+# --- unpaired surrogates ---
 
 
 @pytest.mark.parametrize("half", SURROGATES)
-def test_half_characters_are_named(processors, half):
+def test_unpaired_surrogates_are_named(processors, half):
     for processor in processors.values():
         with pytest.raises(ValueError, match="Sample 1 of `text` has half a character .* at position 4"):
             processor(text=["Good", f"Bad {half}"], padding=True)
         with pytest.raises(ValueError, match="half a character"):
-            tokenize(processor, [user(picture(), text(half))])
+            tokenize(processor, [user(image(), text(half))])
     assert tokenize(processors["tiny"], [user(text(f"{half}".encode(errors="replace").decode()))])
 
 
-def test_half_characters_in_pipeline_and_space():
+def test_unpaired_surrogates_in_pipeline_and_space():
     pipe = pipeline("image-text-to-text", model=TINY_MODEL)
     with pytest.raises(ValueError, match="half a character"):
         pipe([user(text("\ud83d"))], max_new_tokens=1)
@@ -312,12 +298,12 @@ def test_half_characters_in_pipeline_and_space():
         list(engine.answer([user(text("\ud83d"))], min(engine.sides)))
 
 
-# Nothing, and too much
+# --- nothing, and too much ---
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_empty_turns(processors, name, model):
-    for content in ("", [], [text("")], [picture()], [picture(), text("")], None):
+    for content in ("", [], [text("")], [image()], [image(), text("")], None):
         messages = [{"role": "user", "content": content}]
         inputs = tokenize(processors[name], messages)
         assert inputs["input_ids"].shape[1] > 1
@@ -329,14 +315,14 @@ def test_empty_turns(processors, name, model):
             tokenize(processors[name], nothing)
 
 
-def test_prompts_beyond_the_context_are_refused_before_a_picture_is_encoded(model):
+def test_prompts_beyond_the_context_are_refused_before_an_image_is_encoded(model):
     calls, longest = [], model.config.context_length
     hook = model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
     processor = AutoProcessor.from_pretrained(TINY_MODEL)
     sentence = rf"The prompt has \d+ tokens, but with an answer at most {longest} "
     try:
-        pictures = [picture()] * (longest // 64)
-        messages = [user(*pictures, text("What?"))]
+        images = [image()] * (longest // 64)
+        messages = [user(*images, text("What?"))]
         sizes = {"processor_kwargs": {"size": 64, "low_res_size": 56}}
         inputs = tokenize(processor, messages, **sizes)
         for options in ({}, {"num_beams": 3}, {"use_cache": False}, {"cache_implementation": "static"}):
@@ -357,11 +343,11 @@ def test_prompts_beyond_the_context_are_refused_before_a_picture_is_encoded(mode
     assert model.generate(ids[:, 1:], max_new_tokens=1).shape == (1, longest)
 
 
-# Training data
+# --- training data ---
 
 
 def check(rows: str | bytes, folder: Path, capsys) -> str:
-    """What `training.check_data` prints of a file with these rows."""
+    """The output of `training.check_data` for a file with these rows."""
     (folder / "data.json").write_bytes(rows if isinstance(rows, bytes) else rows.encode())
     check_data(CheckOptions(str(folder / "data.json")))
     streams = capsys.readouterr()
@@ -371,7 +357,7 @@ def check(rows: str | bytes, folder: Path, capsys) -> str:
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    PICTURE.save(tmp_path / "a.png")
+    IMAGE.save(tmp_path / "a.png")
     return tmp_path
 
 
@@ -413,14 +399,14 @@ def test_an_id_of_half_a_character_breaks_nothing(folder, capsys):
         (b'[{"id": "1"', "neither a JSON array nor JSON lines"),
     ],
 )
-def test_files_that_are_no_data_are_named(folder, capsys, content, problem):
+def test_files_that_are_not_data_are_named(folder, capsys, content, problem):
     with pytest.raises(ValueError, match=rf"data\.json.*({problem})"):
         check(content, folder, capsys)
 
 
 @pytest.mark.parametrize("num_examples", FORMS)
 def test_rows_without_problems_can_be_learned(processors, folder, num_examples, capsys):
-    """Whatever stands in a row: either the check finds a problem, or the processor takes what becomes of the row."""
+    """Either the check finds a problem in a row, or the processor takes its messages."""
     processor, written = processors["stage2-1024"], texts(*SURROGATES, "<image>")
     sample = st.builds(row, st.one_of(written, written.map(lambda value: f"<image>\n{value}")), written)
     rows = []
@@ -432,7 +418,7 @@ def test_rows_without_problems_can_be_learned(processors, folder, num_examples, 
         if not converted["problems"]:
             messages = to_messages(converted["messages"])
             for part in (part for message in messages for part in message["content"] if part["type"] == "image"):
-                part["image"] = PICTURE
+                part["image"] = IMAGE
             ids = tokenize(processor, messages, add_generation_prompt=False)["input_ids"][0]
             assert get_runs(ids, processor.image_token_id) == [NUM_TOKENS]
     with capsys.disabled():

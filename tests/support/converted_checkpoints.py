@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 
-REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference"
+ROOT = Path(__file__).parents[2]
+REFERENCE = ROOT / "tests" / "fixtures" / "reference"
+TINY_MODEL = ROOT / "examples" / "tiny-llava-hr"
 STAGES = ("stage1-384", "stage2-1024")
 FORMS = ("bin_shards", "bin", "safetensors_shards", "safetensors")
 
@@ -22,15 +24,39 @@ def read_original(stage: str) -> dict[str, torch.Tensor]:
     return {name: tensor for file in files for name, tensor in torch.load(file, weights_only=True).items()}
 
 
-@pytest.fixture(scope="session")
-def converted(tmp_path_factory) -> dict[str, Path]:
-    """Folders by stage. Read-only: a test that changes one copies it first."""
+def convert_recorded(stage: str, folder: Path, legacy: bool = False) -> Path:
+    """Converts a recorded checkpoint with another kind of tokenizer; returns the converted folder."""
     from conversion.convert_llava_hr_weights_to_hf import convert
 
-    folders = {stage: tmp_path_factory.mktemp("converted") / stage for stage in STAGES}
-    for stage, folder in folders.items():
-        convert(str(REFERENCE / stage / "checkpoint"), str(folder))
-    return folders
+    pytest.importorskip("sentencepiece", reason="the GPU image may lack it")
+    checkpoint = shutil.copytree(REFERENCE / stage / "checkpoint", folder / "checkpoint")
+    _update(checkpoint / "tokenizer_config.json", {"legacy": legacy})
+    convert(str(checkpoint), str(folder / "converted"))
+    return folder / "converted"
+
+
+@pytest.fixture(scope="session")
+def converted_stage1(tmp_path_factory) -> Path:
+    """Stage 1 at 384 px, without adapters. Read-only, as the others: a test that changes it copies it first."""
+    return convert_recorded("stage1-384", tmp_path_factory.mktemp("stage1"))
+
+
+@pytest.fixture(scope="session")
+def converted_stage2(tmp_path_factory) -> Path:
+    """Stage 2 at 1024 px: the whole model."""
+    return convert_recorded("stage2-1024", tmp_path_factory.mktemp("stage2"))
+
+
+@pytest.fixture(scope="session")
+def converted_stage2_legacy(tmp_path_factory) -> Path:
+    """Stage 2 with a tokenizer of the kind `legacy`."""
+    return convert_recorded("stage2-1024", tmp_path_factory.mktemp("legacy"), legacy=True)
+
+
+@pytest.fixture(scope="session")
+def converted(converted_stage1, converted_stage2) -> dict[str, Path]:
+    """Both by the name of the recording."""
+    return dict(zip(STAGES, (converted_stage1, converted_stage2), strict=True))
 
 
 @pytest.fixture

@@ -1,22 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands of this project as processes that begin at once, so that tests can afford many of them, and kill them."""
+"""
+The one harness that runs commands of this project as processes, kills them and fills their disk. Each command is
+forked from a process that has imported everything, so that tests can afford many of them. Fixtures:
+
+    commands      runs a command: `commands.run(MODULE, *arguments)`, `run(code=...)`, `run(..., kill_after=SECONDS)`
+    disk          a small disk that only commands see: `disk.leave(num_bytes)` fills it, `disk.free()` empties it
+    read_only     a folder that is a read-only disk to the commands
+
+`assert_one_message(ended, *parts)` checks that a command ended with one line that names the error, and
+`kills.survive` kills a command at random moments and completes it. A further command needs its module in `MODULES`.
+"""
 
 import contextlib
+import functools
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+from loopback_hub import Hub
 
-ROOT = Path(__file__).parent.parent.parent
 
-# Imports what takes long, then forks for each command. What runs in the child is what `python -m MODULE` runs.
+ROOT = Path(__file__).parents[2]
+CONVERT = "conversion.convert_llava_hr_weights_to_hf"
+MODULES = (
+    *(CONVERT, "examples.caption_folder", "examples.publish", "training.evaluate", "training.train"),
+    *("timm", "sentencepiece", "google.protobuf.descriptor_pb2", "transformers.tokenization_utils_sentencepiece"),
+)
+
+# Imports what takes long, then forks for each command. The child runs the same as `python -m MODULE`.
 SERVER = """
 import importlib, json, os, runpy, sys, traceback
 
@@ -36,8 +56,6 @@ else:
 with open(request["log"], "ab", 0) as log, open(os.devnull) as nothing:
     for target, source in ((0, nothing), (1, log), (2, log)):
         os.dup2(source.fileno(), target)
-if request["user"]:
-    os.setresuid(*[request["user"]] * 3)
 sys.argv = ["", *request["arguments"]]
 status = 0
 try:
@@ -60,7 +78,7 @@ os._exit(status)
 
 
 class Ended(NamedTuple):
-    """How a command ended: its exit status (negative: the signal), what it said, how many seconds it took."""
+    """How a command ended: its exit status (negative: the signal), its output, and how many seconds it took."""
 
     status: int
     output: str
@@ -73,8 +91,8 @@ class Commands:
 
     Args:
         folder (`Path`): For logs and temporary files.
-        modules: What is imported beforehand, and so stays as it is for all commands.
-        wrapper: Command line in which Python is started.
+        modules: Modules that are imported beforehand, and so are the same for all commands.
+        wrapper: Command line that starts Python.
         environment: Added to this process's.
     """
 
@@ -107,7 +125,6 @@ class Commands:
         *arguments: str | Path,
         code: str = "",
         kill_after: float = 0,
-        user: int = 0,
         timeout: float = 300,
     ) -> Ended:
         """
@@ -117,13 +134,12 @@ class Commands:
             module (`str`, *optional*): Module.
             arguments: Its arguments.
             code (`str`): A script instead of a module.
-            kill_after (`float`): Seconds until SIGKILL, unless it ends before; 0 for none.
-            user (`int`): Number of the user who runs it; 0 for this one.
-            timeout (`float`): Seconds after which it hangs, which is an error.
+            kill_after (`float`): Seconds until SIGKILL, unless the command ends before; 0 for none.
+            timeout (`float`): Seconds after which the test fails: the command hangs.
         """
         self.log.write_bytes(b"")
         request = {"module": module, "arguments": [*map(str, arguments)], "code": code, "log": str(self.log)}
-        self.server.stdin.write(json.dumps({**request, "user": user}).encode() + b"\n")
+        self.server.stdin.write(json.dumps(request).encode() + b"\n")
         child, start = int(self._read(timeout)), time.monotonic()
         if not self._has_answer(kill_after or timeout):
             with contextlib.suppress(ProcessLookupError):  # ended just now
@@ -140,3 +156,89 @@ class Commands:
         line = self.server.stdout.readline()
         assert line, "the process that forks has ended"
         return line.decode().strip()
+
+
+# A small disk and a read-only one, which only the commands see. Whoever is not root becomes it for them alone.
+UNSHARE = ("unshare", "--mount") if os.name == "posix" and os.geteuid() == 0 else ("unshare", "-r", "--mount")
+MOUNT = 'mount -t tmpfs -o size=16m none "$0" && mount -t tmpfs -o ro none "$1" && shift && exec "$@"'
+
+
+@functools.cache
+def can_mount() -> bool:
+    try:
+        command = [*UNSHARE, "mount", "-t", "tmpfs", "none", "/mnt"]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+class Disk:
+    """
+    A disk of 16 MB.
+
+    Attributes:
+        path (`Path`): Where commands find it.
+        seen (`Path`): Where the test finds its files.
+    """
+
+    def __init__(self, path: Path, seen: Path):
+        self.path, self.seen, self.filler = path, seen, seen / "filler"
+
+    def leave(self, num_bytes: int = 0) -> None:
+        """Fills the disk but for `num_bytes`."""
+        status = os.statvfs(self.seen)
+        with self.filler.open("ab") as file:
+            file.write(bytes(status.f_bfree * status.f_bsize))
+        os.truncate(self.filler, self.filler.stat().st_size - num_bytes)
+
+    def free(self) -> None:
+        self.filler.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="session")
+def mounted(tmp_path_factory) -> tuple[Path, Path]:
+    """Folders in whose place the commands see the small disk and the read-only one."""
+    return tmp_path_factory.mktemp("small-disk"), tmp_path_factory.mktemp("read-only")
+
+
+@pytest.fixture(scope="session")
+def all_commands(hub_server, mounted, tmp_path_factory) -> Iterator[Commands]:
+    folder = tmp_path_factory.mktemp("commands")
+    environment = {**hub_server.environment, "HF_TOKEN": hub_server.token, "HF_HOME": str(folder / "home")}
+    environment["HF_DATASETS_CACHE"] = str(folder / "tables")
+    wrapper = (*UNSHARE, "sh", "-c", MOUNT, *map(str, mounted)) if can_mount() else ()
+    with Commands(folder / "run", *MODULES, wrapper=wrapper, **environment) as commands:
+        yield commands
+
+
+@pytest.fixture
+def commands(all_commands, hub: Hub) -> Commands:
+    """Runs commands, which know the loopback Hub alone."""
+    return all_commands
+
+
+@pytest.fixture
+def disk(commands, mounted) -> Disk:
+    """The small disk, empty."""
+    if not can_mount():
+        pytest.skip("mounting needs Linux with user namespaces, or root")
+    disk = Disk(mounted[0], Path(f"/proc/{commands.server.pid}/root{mounted[0]}"))
+    for path in disk.seen.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return disk
+
+
+@pytest.fixture
+def read_only(disk, mounted) -> Path:
+    """A folder that is a read-only disk to the commands."""
+    return mounted[1]
+
+
+def assert_one_message(ended: Ended, *parts: str) -> None:
+    """Ended with status 1 and one line that begins with `error:` and contains `parts`."""
+    assert ended.status == 1, ended.output
+    assert "Traceback" not in ended.output, ended.output[-4000:]
+    errors = [line for line in ended.output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, ended.output
+    for part in parts:
+        assert part in errors[0]

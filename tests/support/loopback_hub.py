@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stand-in for the Hub, which tests cannot reach: the fixture `hub`.
+"""
+The one loopback Hub: the fixture `hub`, a server on this machine that speaks as much of the Hub's protocol as
+`huggingface_hub` needs here. Small files are part of the commit, large ones, where a test asks for it, go through LFS;
+Xet is not covered.
 
-A server on this machine that speaks as much of the Hub's protocol as `huggingface_hub` needs here. Small files go
-through the commit itself, large ones, where a test wants it, through LFS; Xet is not covered.
+    hub.add("someone/model", folder)    # a repository
+    hub.run(CODE, folder=tmp_path)      # a script that knows this Hub alone
+    commands.run(...)                   # so do the commands of `forked_commands`
 """
 
 import base64
@@ -28,11 +32,11 @@ KNOWN = {"license": ("apache-2.0", "llama2", "other"), "pipeline_tag": ("image-t
 
 class Hub(ThreadingHTTPServer):
     """
-    Repositories of models in memory. A commit is kept as a whole, by its hash; `main` is the newest one.
+    Repositories of models in memory. A commit is all of its files, by its hash; `main` is the newest one.
 
     Attributes that tests set:
-        breaks (`str`, *optional*): Name of a route whose requests lose their connection in the middle.
-        cuts (`int`): So many downloads, the next ones, lose their connection in the middle of the file.
+        breaks (`str`, *optional*): Name of a route whose requests lose their connection half-way.
+        cuts (`int`): The next `cuts` downloads lose their connection half-way through the file.
         large (`bool`): Whether safetensors go to the large-file storage, as on the real Hub, or into the commit.
     """
 
@@ -42,6 +46,10 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.url = f"http://127.0.0.1:{self.server_port}"
+        self.environment = {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        self.reset()
+
+    def reset(self) -> None:
         self.commits: dict[str, dict[str, dict[str, bytes]]] = {}  # repository, hash, path
         self.private: set[str] = set()
         self.large_files: dict[str, bytes] = {}  # by their SHA-256
@@ -50,6 +58,11 @@ class Hub(ThreadingHTTPServer):
         self.breaks: str | None = None
         self.cuts = 0
         self.large = False
+
+    def add(self, repo_id: str, folder: Path) -> None:
+        """Makes a repository of the files in a folder."""
+        files = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+        self.commits[repo_id] = {"0" * 40: files}
 
     def read(self, repo_id: str, revision: str = "main") -> tuple[str, dict[str, bytes]]:
         """Hash and files of a revision."""
@@ -71,9 +84,8 @@ class Hub(ThreadingHTTPServer):
             [sys.executable, "-c", code, *map(str, arguments)],
             cwd=folder,
             env={
-                "HF_ENDPOINT": self.url,
+                **self.environment,
                 "HF_HOME": str(folder / "home"),
-                "HF_HUB_DISABLE_XET": "1",
                 "OMP_NUM_THREADS": "1",
                 "PATH": "/usr/bin:/bin",
                 **environment,
@@ -87,7 +99,7 @@ class Hub(ThreadingHTTPServer):
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    """A method for each route. Named groups of a route are its arguments; a revision is replaced by what it holds."""
+    """A method for each route. Named groups of a route are its arguments; a revision is replaced by its files."""
 
     server: Hub
     repository = r"(?P<repo_id>[^/]+/[^/]+)"
@@ -235,11 +247,16 @@ class HubHandler(BaseHTTPRequestHandler):
             self.answer({}, 404, {"X-Error-Code": "EntryNotFound", **headers})
 
 
-def run_hub() -> Iterator[Hub]:
+@pytest.fixture(scope="session")
+def hub_server() -> Iterator[Hub]:
     with Hub() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
 
 
-hub = pytest.fixture(run_hub)
+@pytest.fixture
+def hub(hub_server) -> Hub:
+    """The loopback Hub, empty."""
+    hub_server.reset()
+    return hub_server

@@ -21,10 +21,10 @@ TINY_MODEL = ROOT / "examples" / "tiny-llava-hr"
 PATIENCE = 300  # seconds for start and end on a busy machine
 
 
-def encode(picture: Image.Image) -> str:
-    """A picture as a data URL."""
+def encode(image: Image.Image) -> str:
+    """A image as a data URL."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return to_data_url(buffer.getvalue())
 
 

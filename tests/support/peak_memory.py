@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory a few lines of a test need at most, whatever the process has had before."""
+"""Peak memory of a block of a test, whatever the process has used before."""
 
 import contextlib
 import sys
@@ -13,13 +13,12 @@ PROCESS = Path("/proc/self")
 @contextlib.contextmanager
 def peak_growth_below(megabytes: int) -> Iterator[None]:
     """
-    Fails if the peak of this process's resident memory within the block lies higher above the beginning. Only Linux
-    tells; elsewhere nothing is checked.
+    Fails if this process's peak resident memory within the block grows by more. Checks nothing but on Linux.
     """
     if sys.platform != "linux":
         yield
         return
-    (PROCESS / "clear_refs").write_text("5")  # the peak so far is what there is now
+    (PROCESS / "clear_refs").write_text("5")  # resets the peak
     before = _read_peak()
     yield
     growth = (_read_peak() - before) / 1024

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Pictures as the world sends them: of every kind, damaged, mislabelled, hostile. All are made here; none is a file in
-the repository.
+Images of every kind, damaged, mislabelled, hostile, as Hypothesis strategies. All are made here; none is a file in the
+repository.
 """
 
 import base64
@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageDraw, PngImagePlugin
 
 
-# Small, so that ten thousand are soon tried; odd, so that nothing fits by chance
+# Small, so that ten thousand take minutes; odd, so that nothing fits by chance
 WIDTH, HEIGHT = 37, 26
 ORIENTATION = 0x0112
 MODES = "1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr LAB HSV I I;16 I;16B I;16L I;16N F".split()
@@ -32,7 +32,7 @@ SUFFIXES = (".png", ".jpg", ".gif", ".webp", ".tif", ".txt", "", ".png.exe")
 
 @dataclass(frozen=True)
 class Odd:
-    """Something that is to be taken for a picture, and in words what it is."""
+    """An input that is given as an image, and a label for messages."""
 
     label: str
     thing: Any
@@ -45,23 +45,23 @@ def draw(mode: str = "RGB", width: int = WIDTH, height: int = HEIGHT) -> Image.I
     """A gradient with a mark in one corner, in a mode of PIL."""
     y, x = np.mgrid[:height, :width]
     colors = np.stack([x * 255 // max(width - 1, 1), y * 255 // max(height - 1, 1), (x + y) % 256], axis=-1)
-    picture = Image.fromarray(colors.astype(np.uint8))
-    ImageDraw.Draw(picture).rectangle((2, 2, 8, 5), fill="red")
+    image = Image.fromarray(colors.astype(np.uint8))
+    ImageDraw.Draw(image).rectangle((2, 2, 8, 5), fill="red")
     if mode == "I;16":
-        return Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+        return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
     if mode in ("LAB", "La", "RGBa", "PA"):
         via = {"LAB": "RGB", "La": "LA", "RGBa": "RGBA", "PA": "P"}[mode]
-        picture = picture.convert(via)
+        image = image.convert(via)
         if mode == "LAB":
             profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-            return ImageCms.profileToProfile(picture, *profiles, outputMode="LAB")
-    return picture.convert(mode)
+            return ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
+    return image.convert(mode)
 
 
-def encode(picture: Image.Image, format: str, **options) -> bytes:
-    """The content of a file with the picture."""
+def encode(image: Image.Image, format: str, **options) -> bytes:
+    """The content of a file with the image."""
     buffer = io.BytesIO()
-    picture.save(buffer, format, **options)
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
@@ -77,7 +77,7 @@ def _png_chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def _png(width: int, height: int, *chunks: bytes) -> bytes:
-    """A PNG of 8-bit grey that claims a size; its pixels are what `chunks` bring."""
+    """A PNG of 8-bit grey whose header claims a size, and `chunks`."""
     header = _png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + _png_chunk(b"IEND", b"")
 
@@ -85,13 +85,13 @@ def _png(width: int, height: int, *chunks: bytes) -> bytes:
 def _zip() -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("picture.png", encode(draw(), "PNG"))
+        archive.writestr("image.png", encode(draw(), "PNG"))
     return buffer.getvalue()
 
 
 @cache
 def make_files() -> dict[str, bytes]:
-    """Contents of picture files of every kind that Pillow writes, and of files that only claim to be pictures."""
+    """Image files of every kind that Pillow writes, and files that only claim to be images, by name."""
     Image.init()
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     frames = [draw().rotate(angle) for angle in (90, 180)]
@@ -103,7 +103,7 @@ def make_files() -> dict[str, bytes]:
     def add(format: str, mode: str = "RGB", note: str = "", **options) -> None:
         files[" ".join(filter(None, (format, mode, note)))] = encode(draw(mode), format, **options)
 
-    add("ICNS", "RGBA")  # enlarges pictures to 1024 pixels: one is enough
+    add("ICNS", "RGBA")  # enlarges images to 1024 pixels: one is enough
     for format, mode in itertools.product(sorted(set(Image.SAVE) - {"ICNS"}), MODES):
         try:
             add(format, mode)
@@ -121,14 +121,14 @@ def make_files() -> dict[str, bytes]:
         add(format, note="broken ICC", icc_profile=b"\0" * 128)
     add("JPEG", note="broken EXIF", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     add("JPEG", note="progressive", progressive=True, quality=30)
-    add("MPO", note="two pictures", save_all=True, append_images=frames)
+    add("MPO", note="two images", save_all=True, append_images=frames)
     add("PNG", "P", "transparent", transparency=bytes(range(256)))
     add("PNG", "RGB", "transparent", transparency=(1, 2, 3))
     add("PNG", note="comment", pnginfo=comment)
     add("GIF", "P", "transparent", transparency=3)
     for name, size in {"thin": (1, 20_000), "flat": (20_000, 1), "thin 3": (3, 900), "one pixel": (1, 1)}.items():
         files[f"PNG {name}"] = encode(Image.new("L", size, 90), "PNG")
-    # Bombs: what a few bytes claim, and what they unfold to
+    # Decompression bombs
     rows = zlib.compress(b"\0" * 10**6)
     files |= {
         "PNG bomb by its header": _png(100_000, 100_000, _png_chunk(b"IDAT", rows)),
@@ -141,11 +141,11 @@ def make_files() -> dict[str, bytes]:
         "PNG bomb": encode(Image.new("1", (1600, 1600)), "PNG"),
         "PNG nearly a bomb": encode(Image.new("1", (1200, 1200)), "PNG"),
     }
-    # No pictures at all
+    # Not images
     files |= {
         "empty": b"",
         "zero bytes": b"\0" * 500,
-        "text": b"This is not a picture.\n" * 9,
+        "text": b"This is not a image.\n" * 9,
         "HTML": b"<!doctype html><img src=x onerror=alert(1)>",
         "SVG": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>',
         "PostScript that never ends": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{ } loop\n",
@@ -279,7 +279,7 @@ def _to_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
 
 @st.composite
 def odd_arrays(draw_value) -> Odd:
-    """An array or tensor of any dtype, shape, layout and values, most of them no picture's."""
+    """An array or tensor of any dtype, shape, layout and values; most of them are not images."""
     shape, fill = draw_value(st.sampled_from(SHAPES)), draw_value(st.sampled_from(FILLS))
     values = _fill(shape, fill, draw_value(st.integers(0, 2**20)))
     if draw_value(st.booleans()):
@@ -316,8 +316,8 @@ def odd_arrays(draw_value) -> Odd:
 
 
 @st.composite
-def odd_images(draw_value) -> Odd:
-    """A picture of PIL in memory, of any mode and size, with whatever a file may have left beside its pixels."""
+def odd_pil_images(draw_value) -> Odd:
+    """A PIL image in memory, of any mode and size, with odd metadata."""
     mode = draw_value(st.sampled_from(MODES))
     size = draw_value(st.sampled_from([(WIDTH, HEIGHT), (1, 1), (0, 5), (5, 0), (1, 20_000), (20_000, 1), (64, 64)]))
     value = draw_value(st.sampled_from([0, 1, 255, -5, 256, 65_535, 70_000, float("nan"), float("inf")]))
@@ -340,13 +340,13 @@ def odd_images(draw_value) -> Odd:
     else:
         color = int(np.clip(value, 0, 255)) if np.isfinite(value) else 7
         color = color if bands == 1 else (color,) * bands
-    picture = Image.new(mode, size, color)
-    picture.info.update(info)
-    return Odd(f"PIL {mode} {size} of {value} with {info}", picture)
+    image = Image.new(mode, size, color)
+    image.info.update(info)
+    return Odd(f"PIL {mode} {size} of {value} with {info}", image)
 
 
 def odd_things() -> st.SearchStrategy[Odd]:
-    """What is no picture in any form."""
+    """Not images in any form."""
     things = [
         *(None, 7, 1.5, True, "", "text", "\0", "/", "/dev/zero", "\ud83d", "a" * 10_000, "data:image/png;base64,"),
         *("data:,", "file:///etc/hostname", "http://", "https://[", "ftp://a/b.png", b"", {}, {"url": "a.png"}),
@@ -356,6 +356,6 @@ def odd_things() -> st.SearchStrategy[Odd]:
     return st.sampled_from([Odd(f"{thing!r:.60}", thing) for thing in things])
 
 
-def odd_pictures(folder: Path) -> st.SearchStrategy[Odd]:
+def odd_inputs(folder: Path) -> st.SearchStrategy[Odd]:
     """Any of the above."""
-    return st.one_of(odd_sources(folder), odd_sources(folder), odd_arrays(), odd_images(), odd_things())
+    return st.one_of(odd_sources(folder), odd_sources(folder), odd_arrays(), odd_pil_images(), odd_things())
