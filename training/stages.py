@@ -27,6 +27,7 @@ class Stage:
     image_aspect_ratio: str  # how an image is made square: "pad" or "crop"
     learning_rate: float  # peak
     lora_learning_rate: float | None = None  # peak with LoRA; `None` if the stage has no LoRA
+    unpad: bool = False  # whether the tokens of the padding are dropped
 
 
 STAGES = {
@@ -82,11 +83,16 @@ def load_config(
 
 
 def load_processor(
-    stage: Stage, model_name_or_path: str, size: int | None = None, low_res_size: int | None = None, **kwargs: Any
+    stage: Stage,
+    model_name_or_path: str,
+    size: int | None = None,
+    low_res_size: int | None = None,
+    unpad: bool | None = None,
+    **kwargs: Any,
 ) -> LlavaHrProcessor:
     """
     The processor of a starting point, with the prompt form and the image sides of a stage. The arguments are those of
-    [`load_config`], and `size`, the side of the image in pixels if it is not the stage's.
+    [`load_config`], and `size` (the side of the image in pixels) and `unpad` if they are not the stage's.
     """
     size = size or stage.size
     processor = AutoProcessor.from_pretrained(model_name_or_path, **kwargs)
@@ -96,6 +102,7 @@ def load_processor(
         size={"height": size, "width": size},
         low_res_size=low_res_size,
         image_aspect_ratio=stage.image_aspect_ratio,
+        unpad=stage.unpad if unpad is None else unpad,
         **kwargs,
     )
     return processor

@@ -94,6 +94,7 @@ class TrainingOptions:
     restart: bool = _option(False, "Start afresh: remove the checkpoints in `output_dir`.")
     size: int | None = _option(None, "Side of the image in pixels, if not the stage's.")
     low_res_size: int | None = _option(None, "Side of the low-resolution view in pixels, if not the released rule's.")
+    unpad: bool | None = _option(None, "Drop the tokens of the padding, if not as in the stage.")
     frozen: list[str] = field(default_factory=list, metadata={"help": "Regular expressions for frozen parameters."})
     projector_learning_rate: float | None = _option(None, "Peak learning rate of projector and fusion.")
     tower_learning_rate: float | None = _option(None, "Peak learning rate of both vision towers.")
@@ -203,7 +204,8 @@ def make_trainer(
     revision = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     start = find_base(model_args.model_name_or_path, **revision)
     config = load_config(stage, start.base, options.low_res_size, **start.kwargs)
-    processor = load_processor(stage, model_args.model_name_or_path, options.size, options.low_res_size, **revision)
+    sides = {"size": options.size, "low_res_size": options.low_res_size, "unpad": options.unpad}
+    processor = load_processor(stage, model_args.model_name_or_path, **sides, **revision)
     lengths = [length for length in (training_args.max_length, config.context_length) if length is not None]
     limit = LengthLimit(processor, min(lengths)) if lengths else None
     with training_args.main_process_first(desc="reading the data"):

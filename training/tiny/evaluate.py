@@ -86,7 +86,8 @@ def evaluate(arguments: EvaluateArguments) -> dict:
 
     def encode(inputs: BatchFeature) -> dict:
         """Encodes the images first, to keep the mean gate of every MR-Adapter for each."""
-        views = {name: inputs.pop(name) for name in ("pixel_values", "low_res_pixel_values")}
+        names = ("pixel_values", "low_res_pixel_values", "image_sizes")
+        views = {name: inputs.pop(name) for name in names if name in inputs}
         if arguments.zero_high_res:
             views["pixel_values"] = torch.zeros_like(views["pixel_values"])
         encoded = model.model.get_image_features(**views, return_dict=True)

@@ -62,6 +62,8 @@ SCENES = {
     "table": ("row", "cccc"),
     "panel": ("dial", "dd.d"),
 }
+# Width and height with `natural_shapes`, of which the larger is the image's size
+NATURAL_SHAPES = {"street": (16, 9), "shelf": (4, 3), "table": (1, 1.41), "receipt": (1, 3)}
 TEXT_LENGTH = 4
 DIGITS = "0123456789"
 # Letters that are no digit's or other letter's twin at a few pixels
@@ -95,6 +97,9 @@ class FinePrintConfig:
     min_signs: int = field(default=1, metadata={"help": "smallest number of texts in a image"})
     max_signs: int = field(default=4, metadata={"help": "largest number of texts, as far as there is room"})
     max_shapes: int = field(default=2, metadata={"help": "largest number of large shapes"})
+    natural_shapes: bool = field(
+        default=False, metadata={"help": "wide streets and shelves, tall receipts and tables"}
+    )
     alphabet: str = field(default="digits", metadata={"help": "digits or alphanumeric"})
     max_noise: float = field(default=12.0, metadata={"help": "largest standard deviation of the noise, of 255"})
     seed: int = field(default=0, metadata={"help": "of all random choices"})
@@ -137,10 +142,11 @@ class Shape(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What a image shows."""
+    """What an image of `width` x `height` pixels shows."""
 
     name: str
-    size: int
+    width: int
+    height: int
     signs: list[Sign]
     shapes: list[Shape]
 
@@ -184,7 +190,7 @@ class Painter:
 
     def __init__(self, config: FinePrintConfig, split: str, rng: np.random.Generator):
         self.config, self.split, self.rng = config, split, rng
-        self.size = config.size
+        self.width = self.height = config.size
         self.boxes: list[tuple[float, float, float, float]] = []  # what is taken: left, top, right, bottom
         self.signs: list[Sign] = []
         self.shapes: list[Shape] = []
@@ -193,7 +199,10 @@ class Painter:
     def paint(self) -> tuple[Image.Image, Scene]:
         """Draws everything and returns the image, without blur and noise, and what it shows."""
         name = self.choice(list(SCENES))
-        self.image = Image.new("RGB", (self.size, self.size), self.muted(120, 225))
+        if self.config.natural_shapes:
+            shape = NATURAL_SHAPES.get(name, (1, 1))
+            self.width, self.height = (round(length / max(shape) * self.config.size) for length in shape)
+        self.image = Image.new("RGB", (self.width, self.height), self.muted(120, 225))
         self.draw = ImageDraw.Draw(self.image)
         self.carrier, self.form = SCENES[name]
         num_signs = int(self.rng.integers(self.config.min_signs, self.config.max_signs + 1))
@@ -203,22 +212,22 @@ class Painter:
         elif num_signs:
             self.draw_plates(num_signs)
         self.draw_shapes(int(self.rng.integers(0, self.config.max_shapes + 1)))
-        return self.image, Scene(name, self.size, self.signs, self.shapes)
+        return self.image, Scene(name, self.width, self.height, self.signs, self.shapes)
 
     def paint_page(self) -> tuple[Image.Image, Scene]:
         """Fills the image with texts on black, white or coloured ground: nothing but reading practice."""
-        self.image = Image.new("RGB", (self.size, self.size))
+        self.image = Image.new("RGB", (self.width, self.height))
         self.draw = ImageDraw.Draw(self.image)
         self.carrier = "page"
         width = 32
-        for left in range(0, self.size - width + 1, width):
+        for left in range(0, self.width - width + 1, width):
             color = self.choice(self.colors)
             fill = self.muted(225, 248) if self.rng.random() < 0.6 else self.shade(color)
-            self.draw.rectangle((left, 0, left + width, self.size), fill=fill)
-            for top in np.arange(self.between(0, 6), self.size - 12, self.between(14, 17)):
+            self.draw.rectangle((left, 0, left + width, self.height), fill=fill)
+            for top in np.arange(self.between(0, 6), self.height - 12, self.between(14, 17)):
                 self.form = self.choice(list(SCENES.values()))[1]
                 self.draw_text(left + width / 2, top + self.between(6, 8), fill, color)
-        return self.image, Scene("page", self.size, self.signs, [])
+        return self.image, Scene("page", self.width, self.height, self.signs, [])
 
     # Random choices
 
@@ -245,10 +254,10 @@ class Painter:
 
     def place(self, width: float, height: float) -> tuple[float, float] | None:
         """Left and top of a box of that size that is free, or `None` if none was found."""
-        if max(width, height) > self.size - 4:
+        if width > self.width - 4 or height > self.height - 4:
             return None
         for _ in range(40):
-            left, top = self.between(2, self.size - 2 - width), self.between(2, self.size - 2 - height)
+            left, top = self.between(2, self.width - 2 - width), self.between(2, self.height - 2 - height)
             box = (left, top, left + width, top + height)
             if all(
                 box[0] > b[2] + 2 or box[2] < b[0] - 2 or box[1] > b[3] + 2 or box[3] < b[1] - 2 for b in self.boxes
@@ -260,20 +269,20 @@ class Painter:
     # Things
 
     def draw_background(self, name: str) -> None:
-        horizon = self.between(0.4, 0.8) * self.size
+        horizon = self.between(0.4, 0.8) * self.height
         if name == "street":
-            self.draw.rectangle((0, horizon, self.size, self.size), fill=self.muted(80, 150))
-            for _ in range(self.size // 64):
-                left, width = self.between(-20, self.size), self.between(20, 60)
+            self.draw.rectangle((0, horizon, self.width, self.height), fill=self.muted(80, 150))
+            for _ in range(self.width // 64):
+                left, width = self.between(-20, self.width), self.between(20, 60)
                 self.draw.rectangle((left, self.between(0, horizon), left + width, horizon), fill=self.muted(110, 200))
         elif name == "shelf":
-            for y in np.arange(self.between(20, 60), self.size, 64):
-                self.draw.rectangle((0, y, self.size, y + 5), fill=self.muted(70, 110))
+            for y in np.arange(self.between(20, 60), self.height, 64):
+                self.draw.rectangle((0, y, self.width, y + 5), fill=self.muted(70, 110))
         elif name == "panel":
-            for x in np.arange(self.between(0, 48), self.size, 48):
-                self.draw.line((x, 0, x, self.size), fill=self.muted(90, 120))
-        for _ in range(self.size // 48):  # clutter
-            x, y = self.between(0, self.size), self.between(0, self.size)
+            for x in np.arange(self.between(0, 48), self.width, 48):
+                self.draw.line((x, 0, x, self.height), fill=self.muted(90, 120))
+        for _ in range(self.config.size // 48):  # clutter
+            x, y = self.between(0, self.width), self.between(0, self.height)
             end = (x + self.between(-40, 40), y + self.between(-40, 40))
             self.draw.line((x, y, *end), fill=self.muted(80, 220), width=int(self.rng.integers(1, 4)))
 
@@ -333,8 +342,8 @@ class Painter:
     def draw_paper(self, name: str, count: int) -> None:
         """A receipt or a table: texts below one another, each behind its colour."""
         pitch = self.between(PITCH, PITCH + 4)
-        width = self.between(58, 76) if self.size > 64 else 58
-        count = min(count, int((self.size - 4) // pitch))
+        width = self.between(58, min(76, self.width - 4)) if self.width > 64 else 58
+        count = min(count, int((self.height - 4) // pitch))
         height = count * pitch
         corner = self.place(width, height)
         if corner is None:
@@ -357,7 +366,7 @@ class Painter:
     def draw_shapes(self, count: int) -> None:
         kinds = list(self.rng.permutation(SHAPES))
         for _ in range(count):
-            side = self.between(26, 44) * max(1, self.size / 512)
+            side = self.between(26, 44) * max(1, self.config.size / 512)
             if (corner := self.place(side, side)) is None:
                 return
             kind, color = str(kinds.pop()), str(self.colors.pop())
@@ -391,7 +400,7 @@ def draw_sample(config: FinePrintConfig, split: str, index: int, page: bool = Fa
     painter = Painter(config, split, rng)
     image, scene = painter.paint_page() if page else painter.paint()
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, MAX_BLUR)))
-    noise = rng.standard_normal((config.size, config.size, 3), dtype=np.float32)
+    noise = rng.standard_normal((*image.size[::-1], 3), dtype=np.float32)
     noisy = np.asarray(image) + noise * rng.uniform(MIN_NOISE, config.max_noise)
     file = io.BytesIO()
     quality = int(rng.integers(MIN_QUALITY, 96))
@@ -399,9 +408,9 @@ def draw_sample(config: FinePrintConfig, split: str, index: int, page: bool = Fa
     return file.getvalue(), scene
 
 
-def get_position(center: tuple[float, float], size: int) -> str | None:
+def get_position(center: tuple[float, float], scene: Scene) -> str | None:
     """The quarter of the image that a point lies in, such as "top left"; `None` near the middle lines."""
-    x, y = (coordinate / size - 0.5 for coordinate in center)
+    x, y = center[0] / scene.width - 0.5, center[1] / scene.height - 0.5
     if min(abs(x), abs(y)) < 1 / 16:
         return None
     return f"{'top' if y < 0 else 'bottom'} {'left' if x < 0 else 'right'}"
@@ -415,7 +424,7 @@ def get_questions(scene: Scene) -> list[tuple[str, str, str]]:
     for shape in scene.shapes:
         questions.append(("coarse", f"What shape is {shape.color}?", shape.shape))
         questions.append(("coarse", f"What color is the {shape.shape}?", shape.color))
-        if (position := get_position(shape.center, scene.size)) is not None:
+        if (position := get_position(shape.center, scene)) is not None:
             questions.append(("coarse", f"Where is the {shape.shape}?", position))
     return questions
 
@@ -432,7 +441,7 @@ def get_caption(scene: Scene, with_texts: bool) -> str:
     for sign in scene.signs:
         parts.append(f"{with_article(sign.color)} {sign.object}" + (f" {sign.text}" if with_texts else ""))
     for shape in scene.shapes:
-        position = get_position(shape.center, scene.size)
+        position = get_position(shape.center, scene)
         parts.append(f"{with_article(shape.color)} {shape.shape}" + (f" at the {position}" if position else ""))
     return f"{scene.name} with {', '.join(parts)}" if parts else scene.name
 
@@ -485,12 +494,12 @@ def get_targets(scene: Scene, characters: str) -> dict[str, torch.Tensor]:
         - `words` of shape `(S / 16, S / 16, 4)`: the same on a finer map,
         - `strokes` of shape `(S / 8, S / 4)`: 1 + index of the character whose centre lies there, 0 for none.
     """
-    grid = scene.size // STRIDE
+    grid = scene.width // STRIDE
     objects = torch.zeros(grid, grid, dtype=torch.long)
     colors = torch.full((grid, grid), IGNORED)
     texts = torch.full((grid, grid, TEXT_LENGTH), IGNORED)
-    words = texts.new_full((scene.size // WORD_STRIDE, scene.size // WORD_STRIDE, TEXT_LENGTH), IGNORED)
-    strokes = torch.zeros(scene.size // STROKE_STRIDE, 2 * scene.size // STROKE_STRIDE, dtype=torch.long)
+    words = texts.new_full((scene.width // WORD_STRIDE, scene.width // WORD_STRIDE, TEXT_LENGTH), IGNORED)
+    strokes = torch.zeros(scene.width // STROKE_STRIDE, 2 * scene.width // STROKE_STRIDE, dtype=torch.long)
     if scene.name == "page":  # too many for the coarse map
         objects.fill_(IGNORED)
     else:
@@ -506,7 +515,7 @@ def get_targets(scene: Scene, characters: str) -> dict[str, torch.Tensor]:
         if scene.name != "page":
             texts[int(y) // STRIDE, int(x) // STRIDE] = text
         for character, (x, y) in zip(sign.text, sign.centers, strict=True):
-            if 0 <= x < scene.size:
+            if 0 <= x < scene.width:
                 strokes[int(y) // STROKE_STRIDE, 2 * int(x) // STROKE_STRIDE] = 1 + characters.index(character)
     return {"objects": objects, "colors": colors, "texts": texts, "words": words, "strokes": strokes}
 

@@ -90,7 +90,11 @@ def make_scene(painter: Painter, grid: int, max_signs: int, rng: np.random.Gener
         place = next(free)
         signs.append(Sign(painter.get_text(), next(colors), carrier, place, [place] * TEXT_LENGTH))
     return Scene(
-        name, STRIDE * grid, signs, [Shape(next(shapes), next(colors), next(free)) for _ in range(num_shapes)]
+        name,
+        STRIDE * grid,
+        STRIDE * grid,
+        signs,
+        [Shape(next(shapes), next(colors), next(free)) for _ in range(num_shapes)],
     )
 
 

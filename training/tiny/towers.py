@@ -93,7 +93,7 @@ def crop(pixels: np.ndarray, scene: Scene, side: int, rng: np.random.Generator) 
     those would read nothing else. Returns `(3, side, side)` and what it shows: objects whose centre is inside.
     """
     x, y = scene.signs[0].center
-    limit = scene.size - side
+    limit = scene.width - side
     left = int(np.clip(x - rng.uniform(18, side - 18), 0, limit))
     top = int(np.clip(y - rng.uniform(8, side - 8), 0, limit))
 
@@ -108,7 +108,7 @@ def crop(pixels: np.ndarray, scene: Scene, side: int, rng: np.random.Generator) 
         for sign in filter(is_inside, scene.signs)
     ]
     shapes = [shape._replace(center=move(shape.center)) for shape in filter(is_inside, scene.shapes)]
-    return pixels[:, top : top + side, left : left + side], Scene(scene.name, side, signs, shapes)
+    return pixels[:, top : top + side, left : left + side], Scene(scene.name, side, side, signs, shapes)
 
 
 def draw_one(config: FinePrintConfig, split: str, page: bool, side: int | None, index: int) -> dict:

@@ -234,7 +234,7 @@ def test_a_finished_folder_is_not_overwritten(folders):
 
 def test_targets_are_at_the_objects_positions():
     centers = [(41.0, 70.0), (49.0, 70.0), (57.0, 70.0), (65.0, 70.0)]
-    scene = Scene("street", 128, [Sign("4711", "red", "sign", (53.0, 70.0), centers)], [])
+    scene = Scene("street", 128, 128, [Sign("4711", "red", "sign", (53.0, 70.0), centers)], [])
     targets = get_targets(scene, CHARACTERS)
     # (53, 70) lies in column 1 and row 2 of positions of 32 pixels
     assert targets["objects"].nonzero().tolist() == [[2, 1]]
