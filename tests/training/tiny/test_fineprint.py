@@ -193,8 +193,29 @@ def test_caption_tells_texts_only_if_asked(scenes):
     [((10, 10), "top left"), ((90, 10), "top right"), ((10, 90), "bottom left"), ((90, 90), "bottom right")],
 )
 def test_position(center, position):
-    assert get_position(center, 100) == position
-    assert get_position((50, 10), 100) is None
+    scene = Scene("street", 100, 100, [], [])
+    assert get_position(center, scene) == position
+    assert get_position((50, 10), scene) is None
+
+
+def test_natural_shapes_fit_the_scene_and_leave_square_images_as_they_were():
+    config, natural = FinePrintConfig(), FinePrintConfig(natural_shapes=True)
+    shapes = {}
+    for index in range(30):
+        file, scene = draw_sample(natural, "train", index)
+        shapes[scene.name] = (scene.width, scene.height)
+        assert Image.open(io.BytesIO(file)).size == (scene.width, scene.height)
+        inside = [0 <= x < scene.width and 0 <= y < scene.height for x, y in (sign.center for sign in scene.signs)]
+        assert all(inside)
+        if scene.name == "panel":
+            assert file == draw_sample(config, "train", index)[0]
+    assert shapes == {
+        "street": (256, 144),
+        "shelf": (256, 192),
+        "table": (182, 256),
+        "receipt": (85, 256),
+        "panel": (256, 256),
+    }
 
 
 def test_noise_blur_and_compression_change_the_image():
