@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 # The paper's protocol
 PAPER_TOKENS = 10
 VARIANTS = ("eager", "static", "4bit")
+# Images that are not square, with `unpad`: their cost beside that of the padded square
+UNPADDED = {"llava-hr-1024-16:9": 1.35, "llava-hr-1024-1:3": 1.65}
 # Those that the variants are measured with
 VARIED = ("llava-hr-1024", "llava-1.5-1022")
 
@@ -148,7 +150,7 @@ def measure(
 ) -> dict[str, float]:
     """Seconds of an answer: `towers` (by themselves), `first_token`, `ten_tokens`, `next_token` (the median gap)."""
     moments = answer(contender, inputs, num_tokens, variant)
-    pixels = {name: inputs[name] for name in contender.sides}
+    pixels = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
     return {
         **time_phase(lambda: contender.model.get_image_features(**pixels), "towers"),
         "first_token": moments[0],
@@ -237,6 +239,14 @@ def find_targets(timings: Timings, arguments: InferenceArguments) -> list[dict[s
             "LLaVA-1.5's time to the first token at 1022 px over LLaVA-HR's at 1024 px",
             *(sooner, 6 if arguments.preset == "cpu" else 5, True),
         ),
+        *(
+            make_target(
+                f"time to the first token at 1024 px, padded over unpadded, {name.rpartition('-')[2]}",
+                ratio(base.get("first_token"), (timings.get(name) or {}).get("first_token")),
+                *(target, True, arguments.preset == "cpu"),
+            )
+            for name, target in UNPADDED.items()
+        ),
     ]
 
 
@@ -247,7 +257,7 @@ def draw(figure: "Figure", results: dict[str, Any], arguments: InferenceArgument
     batch_size = arguments.batch_sizes[0]
     entries = {name: e for name, e in results["resolutions"][str(batch_size)].items() if "seconds" in e}
     for family in ("llava-hr", "llava-1.5"):
-        ours = [entry for name, entry in entries.items() if name.startswith(family)]
+        ours = [entry for name, entry in entries.items() if name.startswith(family) and ":" not in name]
         sides = [max(entry["sides"].values()) for entry in ours]
         left.plot(sides, [entry["seconds"]["first_token"]["median"] for entry in ours], "o-", label=family)
         middle.plot(sides, [entry["tokens_per_second"] for entry in ours], "o-", label=family)
@@ -264,7 +274,7 @@ def draw(figure: "Figure", results: dict[str, Any], arguments: InferenceArgument
 
 def run(arguments: InferenceArguments) -> Iterator[dict[str, Any]]:
     """Measures all batch sizes and then the variants; yields the results after each run."""
-    names = ("llava-hr-384", *VARIED) if arguments.preset == "7b-cpu" else CONTENDERS
+    names = (*(("llava-hr-384", *VARIED) if arguments.preset == "7b-cpu" else CONTENDERS), *UNPADDED)
     contenders = make_contenders(SHAPES[arguments.preset], names, arguments.device, arguments.torch_dtype)
     contest = {name: (contender, "sdpa") for name, contender in contenders.items()}
     results: dict[str, Any] = {"resolutions": {}, "variants": {}, "targets": []}

@@ -23,7 +23,7 @@ from transformers import (
     TimmWrapperConfig,
 )
 
-from modeling_llava_hr import LlavaHrConfig
+from modeling_llava_hr import LlavaHrConfig, get_unpadded_cells
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,15 @@ class Contender:
     model: PreTrainedModel  # several contenders may share it, or its language model
     sides: dict[str, int]  # in pixels, of each view by its name among the model's inputs
     num_image_tokens: int
+    image_size: tuple[int, int] | None = None  # height and width in pixels, if the padding's tokens are dropped
 
     def make_pixels(self, batch_size: int) -> dict[str, torch.Tensor]:
-        """Random views `(batch_size, 3, side, side)`, by name."""
+        """Random views `(batch_size, 3, side, side)` by name, and `image_sizes` where padding is dropped."""
         shape = {"device": self.model.device, "dtype": self.model.dtype}
-        return {name: torch.randn(batch_size, 3, side, side, **shape) for name, side in self.sides.items()}
+        pixels = {name: torch.randn(batch_size, 3, side, side, **shape) for name, side in self.sides.items()}
+        if self.image_size is not None:
+            pixels["image_sizes"] = torch.tensor([self.image_size] * batch_size)
+        return pixels
 
     def make_inputs(self, batch_size: int, text_tokens: int = PROMPT_TOKENS) -> dict[str, torch.Tensor]:
         """A batch of prompts, each with one image and then `text_tokens` random tokens: arguments of `forward`."""
@@ -111,7 +115,8 @@ def make_contenders(
 
     Args:
         shapes ([`Shapes`]): Their sizes.
-        names (`Iterable[str]`): Some of `CONTENDERS`.
+        names (`Iterable[str]`): Some of `CONTENDERS`; `"llava-hr-1024-16:9"` is one whose images have that shape
+            (width and height) and whose padding is dropped.
         device (`str`): Where they are made; `"meta"` for counting alone.
         dtype (`torch.dtype`): Of their weights.
         mr_adapters (`bool`): Whether LLaVA-HR has MR-Adapters (not in stage 1 of training).
@@ -122,7 +127,8 @@ def make_contenders(
     contenders: dict[str, Contender] = {}
     llava_hr = first = None
     for name in names:
-        family, side = name.split("-")[1], int(name.split("-")[2])
+        family, side, *shape = name.split("-")[1:]
+        side = int(side)
         common = {"image_token_id": shapes.image_token_id}
         # the first model's language model replaces that of the others
         common["text_config"] = LlamaConfig(**shapes.text if first is None else {**shapes.text, **_STUB})
@@ -143,8 +149,14 @@ def make_contenders(
         first = first or model
         model.model.language_model, model.lm_head = first.model.language_model, first.lm_head
         model.config.text_config = first.config.text_config  # one switch of its attention implementation
-        num_tokens = (min(sides.values()) // shapes.vision["patch_size"]) ** 2
-        contenders[name] = Contender(model, sides, num_tokens)
+        grid = min(sides.values()) // shapes.vision["patch_size"]
+        num_tokens, image_size = grid**2, None
+        if shape:
+            width, height = (float(length) for length in shape[0].split(":"))
+            image_size = tuple(max(1, round(length / max(width, height) * side)) for length in (height, width))
+            rows, columns = get_unpadded_cells(*image_size, grid)
+            num_tokens = (rows.stop - rows.start) * (columns.stop - columns.start)
+        contenders[name] = Contender(model, sides, num_tokens, image_size)
     return contenders
 
 

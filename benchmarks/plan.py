@@ -11,6 +11,7 @@ does not use, are the check; it is printed with every plan.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -72,6 +73,7 @@ class PlanArguments(OutputArguments):
     gpus: int = HfArg(default=8, help="number of GPUs")
     gpu: str = HfArg(default="a800", help=", ".join(GPUS))
     resolution: int = HfArg(default=1024, help="side of the high-resolution view in stage 2, in pixels")
+    aspect_ratio: str = HfArg(default="1:1", help="of images whose padding is dropped (unpad), such as 16:9")
     batch_size: int = HfArg(default=16, help="samples per pass on a GPU")
     utilization: float | None = HfArg(default=None, help="share of the data sheet's FLOPs; the paper's by default")
     overhead: float | None = HfArg(default=None, help="seconds of one GPU that a sample costs besides")
@@ -80,6 +82,8 @@ class PlanArguments(OutputArguments):
         for name, choices in (("model", MODELS), ("gpu", GPUS), ("resolution", LLAVA_HR_SIDES)):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"--{name} must be one of {', '.join(map(str, choices))}, but got {value!r}.")
+        if not re.fullmatch(r"[1-9]\d*(\.\d+)?:[1-9]\d*(\.\d+)?", self.aspect_ratio):
+            raise ValueError(f"--aspect_ratio must be width:height, such as 16:9, but got {self.aspect_ratio!r}.")
         for name in ("gpus", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, but got {getattr(self, name)}.")
@@ -118,9 +122,17 @@ def get_contenders(model: str) -> dict[str, Contender]:
 
 
 @cache
+def get_contender(model: str, name: str) -> Contender:
+    """One of [`get_contenders`], or with unpadded images, such as `"llava-hr-1024-16:9"`."""
+    if name in CONTENDERS:
+        return get_contenders(model)[name]
+    return make_contenders(MODELS[model], [name], "meta", torch.bfloat16)[name]
+
+
+@cache
 def get_stage_flops(model: str, name: str, stage: str) -> float:
     """FLOPs of all samples of a stage, forward and backward, with gradient checkpointing."""
-    vision, text = count_sample_flops(get_contenders(model)[name], TEXT_TOKENS[stage])
+    vision, text = count_sample_flops(get_contender(model, name), TEXT_TOKENS[stage])
     return SAMPLES[stage] * (TOWER_PASSES[stage] * vision + TEXT_PASSES[stage] * text)
 
 
@@ -167,7 +179,10 @@ def estimate_memory(contender: Contender, gpus: int, batch_size: int) -> dict[st
         "language model": positions * text.hidden_size * (2 * text.num_hidden_layers + 34),
         # bfloat16, float32 and its gradient
         "logits": positions * text.vocab_size * 10,
-        "ViT": batch_size * contender.num_image_tokens * vision.hidden_size * (2 * vision.num_hidden_layers + 34),
+        "ViT": batch_size
+        * (min(contender.sides.values()) // vision.patch_size) ** 2
+        * vision.hidden_size
+        * (2 * vision.num_hidden_layers + 34),
         # inputs of each block; the largest block keeps its input, its norm's, and twice four times as much
         "ConvNeXt": sum(2 * blocks * size for blocks, size in maps) + 2 * 11 * max(size for _, size in maps),
     }
@@ -191,17 +206,19 @@ def plan(arguments: PlanArguments) -> dict[str, Any]:
         "overhead": overhead if arguments.overhead is None else arguments.overhead,
     }
     gpu, name = GPUS[arguments.gpu], f"llava-hr-{arguments.resolution}"
+    name += "" if arguments.aspect_ratio == "1:1" else f"-{arguments.aspect_ratio}"
     hours = {}
     for stage, stage_name in (("pretrain", f"llava-hr-{PRETRAIN_SIDE}"), ("finetune", name)):
         flops = get_stage_flops(arguments.model, stage_name, stage)
         hours[stage] = to_hours(flops, SAMPLES[stage], arguments.gpus, gpu, **used)
-    contender = get_contenders(arguments.model)[name]
+    contender = get_contender(arguments.model, name)
     memory = estimate_memory(contender, arguments.gpus, arguments.batch_size)
     return {
         "calibration": {"utilization": utilization, "overhead_seconds": overhead},
         "used": used,
         "check": check,
         "parameters": count_parameters(contender),
+        "image_tokens": contender.num_image_tokens,
         "hours": {**hours, "total": sum(hours.values())},
         "bytes": memory,
         "fits": sum(memory.values()) < gpu.memory,
@@ -214,7 +231,7 @@ def describe(result: dict, arguments: PlanArguments) -> str:
     hours = result["hours"]
     lines = [
         f"LLaVA-HR {arguments.model} ({result['parameters'] / 1e9:.2f} G parameters) at {arguments.resolution} px on "
-        f"{arguments.gpus} {arguments.gpu}:",
+        f"{arguments.gpus} {arguments.gpu}, {result['image_tokens']} tokens per image:",
         f"  stage 1 {hours['pretrain']:.1f} h, stage 2 {hours['finetune']:.1f} h, total {hours['total']:.1f} h",
         f"  {sum(result['bytes'].values()) / 1e9:.0f} GB on a GPU with {arguments.batch_size} samples per pass ("
         f"{memory}): {'fits' if result['fits'] else 'does not fit: fewer samples per pass, more GPUs, or LoRA'}",

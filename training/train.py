@@ -204,7 +204,7 @@ def make_trainer(
     revision = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     start = find_base(model_args.model_name_or_path, **revision)
     config = load_config(stage, start.base, options.low_res_size, **start.kwargs)
-    sides = {"size": options.size, "low_res_size": options.low_res_size, "unpad": options.unpad}
+    sides: dict[str, Any] = {"size": options.size, "low_res_size": options.low_res_size, "unpad": options.unpad}
     processor = load_processor(stage, model_args.model_name_or_path, **sides, **revision)
     lengths = [length for length in (training_args.max_length, config.context_length) if length is not None]
     limit = LengthLimit(processor, min(lengths)) if lengths else None

@@ -23,6 +23,7 @@ def test_a_run_compares_all_resolutions_and_draws(run_benchmark, capsys):
     assert tokens == {
         **{"llava-hr-384": 9, "llava-hr-768": 9, "llava-hr-1024": 16, "llava-hr-1536": 36},
         **{"llava-1.5-336": 9, "llava-1.5-448": 16, "llava-1.5-672": 36, "llava-1.5-1022": 81},
+        **{"llava-hr-1024-16:9": 16, "llava-hr-1024-1:3": 8},  # of 4 x 4 cells
     }
     for batch_size, entries in results["resolutions"].items():
         assert entries.keys() == tokens.keys()
@@ -50,7 +51,8 @@ def test_an_answers_next_token_is_the_median_gap(contenders, monkeypatch):
 def test_real_shapes_on_a_cpu(tiny, run_benchmark, monkeypatch):
     monkeypatch.setitem(inference.SHAPES, "7b-cpu", tiny)
     results = run_benchmark(inference, "--preset", "7b-cpu")
-    assert list(results["resolutions"]["1"]) == ["llava-hr-384", "llava-hr-1024", "llava-1.5-1022"]
+    unpadded = ["llava-hr-1024-16:9", "llava-hr-1024-1:3"]
+    assert list(results["resolutions"]["1"]) == ["llava-hr-384", "llava-hr-1024", "llava-1.5-1022", *unpadded]
     assert all(target["measured"] for target in results["targets"])
     assert InferenceArguments(preset="7b-cpu").torch_dtype == torch.bfloat16
 
@@ -63,19 +65,21 @@ def test_targets_compare_round_by_round():
         "llava-hr-384": phases([1, 1], [8, 2], [10, 5]),
         "llava-hr-1024": phases([2, 1], [10, 5], [12.5, 6.25]),
         "llava-1.5-1022": phases([30, 10], [80, 40], [100, 50]),
+        "llava-hr-1024-16:9": phases([2, 1], [8, 4], [10, 5]),
+        "llava-hr-1024-1:3": phases([2, 1], [5, 2.5], [6, 3]),
     }
     targets = inference.find_targets(timings, InferenceArguments())
     # tokens/s at 1024: 0.8 of those at 384; towers: 2 of 10 and 1 of 5 seconds; LLaVA-1.5: 8 times as long
-    assert [target["measured"]["median"] for target in targets] == pytest.approx([0.2, 0.2, 8, 8])
-    assert [target["met"] for target in targets] == [None, None, None, True]
-    for name, measured in (("llava-1.5-1022", 2), ("llava-hr-1024", 0)):
+    assert [target["measured"]["median"] for target in targets] == pytest.approx([0.2, 0.2, 8, 8, 1.25, 2])
+    assert [target["met"] for target in targets] == [None, None, None, True, False, True]
+    for name, measured in (("llava-1.5-1022", [0, 1, 4, 5]), ("llava-hr-1024", [])):
         del timings[name]  # as if memory had not sufficed
         targets = inference.find_targets(timings, InferenceArguments())
-        assert [target["measured"] is not None for target in targets] == [True] * measured + [False] * (4 - measured)
+        assert [index for index, target in enumerate(targets) if target["measured"] is not None] == measured
 
 
 def test_a_run_continues_after_running_out_of_memory(run_benchmark, exhaust, capsys):
-    exhaust(inference, "answer", lambda contender, *_: 1024 in contender.sides.values())
+    exhaust(inference, "answer", lambda contender, *_: 1024 in contender.sides.values() and not contender.image_size)
     options = ("--repeats", "1", "--warmup", "0", "--new_tokens", "10", "--batch_sizes", "1", "--variants")
     results = run_benchmark(inference, *options, "eager")
     entry = results["resolutions"]["1"].pop("llava-hr-1024")
@@ -83,9 +87,9 @@ def test_a_run_continues_after_running_out_of_memory(run_benchmark, exhaust, cap
         "out_of_memory": True
     }
     assert all("seconds" in entry for entry in results["resolutions"]["1"].values())
-    assert [target["measured"] for target in results["targets"]] == [None] * 4
+    assert [target["measured"] for target in results["targets"]] == [None] * 6
     assert results["variants"]["llava-hr-1024, eager"]["out_of_memory"]
-    assert capsys.readouterr().out.count(": not measured (target: ") == 4
+    assert capsys.readouterr().out.count(": not measured (target: ") == 6
 
 
 def test_peaks_on_a_gpu(contenders, exhaust, no_gpu_statistics):

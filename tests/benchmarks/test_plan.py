@@ -60,10 +60,25 @@ def test_more_and_faster_gpus_and_own_measurements_change_the_plan(result):
     assert not plan.plan(PlanArguments(model="13b-x", gpus=1))["fits"]
 
 
+def test_unpadded_images_cost_what_they_show(result):
+    """Of 1,024 tokens 576 of a 16:9 image remain; the towers, and the rest of a sample, cost what they did."""
+    wide = plan.plan(PlanArguments(aspect_ratio="16:9"))
+    assert (result["image_tokens"], wide["image_tokens"]) == (1024, 576)
+    vision, text = plan.count_sample_flops(plan.get_contender("7b", "llava-hr-1024-16:9"), 280)
+    padded_vision, padded_text = plan.count_sample_flops(plan.get_contenders("7b")["llava-hr-1024"], 280)
+    assert text / padded_text == pytest.approx((576 + 280) / (1024 + 280), rel=0.02)
+    assert vision == pytest.approx(padded_vision, rel=0.05)  # the projector is applied before tokens are dropped
+    assert wide["hours"]["finetune"] < 0.8 * result["hours"]["finetune"]
+    assert wide["hours"]["pretrain"] == result["hours"]["pretrain"]
+    assert wide["bytes"]["ViT"] == result["bytes"]["ViT"]
+
+
 def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["plan", "--output", str(tmp_path), "--gpus", "4"])
     plan.main()
-    assert re.search(r"on 4 a800:\n  stage 1 [\d.]+ h, stage 2 [\d.]+ h", capsys.readouterr().out)
+    assert re.search(
+        r"on 4 a800, 1024 tokens per image:\n  stage 1 [\d.]+ h, stage 2 [\d.]+ h", capsys.readouterr().out
+    )
     assert json.loads((tmp_path / "plan.json").read_text())["results"]["hours"]["total"] > 0
 
 
@@ -72,6 +87,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     [
         (["--resolution", "512"], "--resolution must be one of 384, 768, 1024, 1536, but got 512"),
         (["--gpu", "abacus"], "--gpu must be one of a100, a800, h100, h200, but got 'abacus'"),
+        (["--aspect_ratio", "wide"], "--aspect_ratio must be width:height"),
         (["--gpus", "0"], "--gpus must be at least 1, but got 0"),
         (["--utilization", "1.5"], "--utilization must be above 0 and at most 1"),
         (["--preset", "cpu"], "not used by the HfArgumentParser: ..--preset"),
