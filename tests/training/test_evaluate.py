@@ -189,19 +189,8 @@ evaluate.main()
 
 
 def test_a_killed_evaluation_resumes(receipts, tmp_path):
-    arguments = [
-        "--model",
-        TINY,
-        "--data_path",
-        receipts,
-        "--max_new_tokens",
-        "4",
-        "--device",
-        "cpu",
-        "--batch_size",
-        "1",
-    ]
-    arguments = [str(word) for word in (*arguments, "--output", tmp_path / "run")]
+    arguments = ["--model", TINY, "--data_path", receipts, "--output", tmp_path / "run", "--device", "cpu"]
+    arguments = [*map(str, arguments), "--max_new_tokens", "4", "--batch_size", "1"]
     ended = subprocess.run(
         [sys.executable, "-c", KILLED, *arguments], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )

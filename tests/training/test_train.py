@@ -35,7 +35,7 @@ NAMES = ["pretrain_7b", "finetune_7b", "pretrain_13b_x", "finetune_13b_x", "fine
 CONFIGS = [ROOT / "training" / "configs" / f"{name}.yaml" for name in NAMES]
 CONFIGS += [ROOT / "training" / "tiny" / f"{name}.yaml" for name in ("pretrain", "finetune")]
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning"),  # TRL sets it
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")  # TRL sets it
 ]
 
 

@@ -7,14 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from conversion.assemble import assemble
-from training.tiny.fineprint import (
-    COLOR_NAMES,
-    IGNORED,
-    OBJECTS,
-    FinePrintConfig,
-    Painter,
-    get_rng,
-)
+from training.tiny.fineprint import COLOR_NAMES, IGNORED, OBJECTS, FinePrintConfig, Painter, get_rng
 from training.tiny.language_model import PretrainLanguageModelArguments
 from training.tiny.language_model import pretrain as pretrain_language_model
 from training.tiny.towers import (
