@@ -94,7 +94,7 @@ class FinePrintConfig:
     """What the images look like; described in the help of each field."""
 
     size: int = field(default=256, metadata={"help": "side of the square images in pixels"})
-    min_signs: int = field(default=1, metadata={"help": "smallest number of texts in a image"})
+    min_signs: int = field(default=1, metadata={"help": "smallest number of texts in an image"})
     max_signs: int = field(default=4, metadata={"help": "largest number of texts, as far as there is room"})
     max_shapes: int = field(default=2, metadata={"help": "largest number of large shapes"})
     natural_shapes: bool = field(
@@ -541,7 +541,7 @@ def _reduce_and_enlarge_file(image: bytes, ratio: float) -> bytes:
 def make_sample(
     config: FinePrintConfig, folder: Path, shown_ratio: float, item: tuple[str, int]
 ) -> dict[str, list[dict]]:
-    """Draws a image, saves it under `folder` and returns its rows."""
+    """Draws an image, saves it under `folder` and returns its rows."""
     split, index = item
     image, scene = draw_sample(config, split, index)
     if shown_ratio < 1:

@@ -5,7 +5,7 @@ Makes a tiny Llama and its tokenizer from nothing, on FinePrint's texts:
     python -m training.tiny.language_model --output .cache/language-model
 
 A large language model can look up what it is asked for before it sees its first image. This one learns it on
-captions and chats about scenes that are told, not drawn: where the tokens of a image will be, it gets for each place
+captions and chats about scenes that are told, not drawn: where the tokens of an image will be, it gets for each place
 the sum of one embedding each for the kind of object there, its colour and the characters of its text. No image is
 involved, and these embeddings are thrown away: that the towers' features say the same is learned in stages 1 and 2.
 """
@@ -59,7 +59,7 @@ class PretrainLanguageModelArguments:
 
     output: str = field(metadata={"help": "folder for model and tokenizer"})
     size: int = field(default=256, metadata={"help": "side of the largest images: 64 pixels times a power of 2"})
-    max_signs: int = field(default=4, metadata={"help": "largest number of texts in a image"})
+    max_signs: int = field(default=4, metadata={"help": "largest number of texts in an image"})
     alphabet: str = field(default="digits", metadata={"help": "digits or alphanumeric"})
     vocab_size: int = field(default=960, metadata={"help": "largest size of the vocabulary"})
     width: int = field(default=128, metadata={"help": "channels"})

@@ -57,7 +57,7 @@ def test_crops_hold_the_text_at_any_place():
         image, scene = Painter(config, "train", get_rng(0, "train", index)).paint()
         pixels = np.asarray(image).transpose(2, 0, 1)
         cut, part = crop(pixels, scene, 64, np.random.default_rng(index))
-        assert cut.shape == (3, 64, 64) and part.size == 64
+        assert cut.shape == (3, 64, 64) and (part.width, part.height) == (64, 64)
         (before,), (after,) = scene.signs, part.signs
         left, top = (round(a - b) for a, b in zip(before.center, after.center, strict=True))
         assert (cut == pixels[:, top : top + 64, left : left + 64]).all()
