@@ -162,12 +162,20 @@ def pil_to_rgb(image: Image.Image, do_convert_rgb: bool | None = True) -> Image.
         raise ValueError(f"PIL cannot convert it from {image.mode} to RGB: {error}") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def get_upright_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width in pixels of an image, which need not be decoded, as its EXIF orientation turns it."""
+    return image.size if _get_orientation(image) in range(5, 9) else image.size[::-1]
+
+
+def _get_orientation(image: Image.Image) -> int:
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
     except (OSError, SyntaxError, ValueError, struct.error):
-        return image  # broken metadata of a good image
-    return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
+        return 1  # broken metadata of a good image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image) if _get_orientation(image) in range(2, 9) else image
 
 
 def _gray_to_8bit(image: Image.Image) -> Image.Image:

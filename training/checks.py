@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is wrong with converted rows: missing and broken images, chats that are too long."""
 
+import contextlib
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 
@@ -10,9 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
+from PIL import Image
 from tqdm.auto import tqdm
 
 from modeling_llava_hr import LlavaHrProcessor
+from modeling_llava_hr.image_inputs_llava_hr import get_upright_size
 
 from .rows import check_image, get_image
 
@@ -51,7 +55,7 @@ def find_broken_rows(
         if isinstance(item, int):
             broken.setdefault(int(rows[item]), []).append(problems[item])
     if limit is not None:
-        for index, problem in limit.find_long_rows(table):
+        for index, problem in limit.find_long_rows(table, source):
             broken.setdefault(index, []).append(problem)
     return dict(sorted(broken.items()))
 
@@ -71,22 +75,46 @@ class LengthLimit:
     def __post_init__(self) -> None:
         (self.per_image,) = self.processor._get_num_multimodal_tokens(image_sizes=[(1, 1)]).num_image_tokens
 
-    def count(self, chats: list[list[dict]]) -> list[int]:
-        """Number of tokens of each chat."""
+    @property
+    def unpads(self) -> bool:
+        """Whether the number of an image's tokens depends on its shape."""
+        return self.processor.image_processor.unpad
+
+    def count(self, chats: list[list[dict]], image_tokens: list[int]) -> list[int]:
+        """Number of tokens of each chat, of which its images make `image_tokens`."""
         texts = self.processor.apply_chat_template(chats)
         ids = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return [len(row) + row.count(self.processor.image_token_id) * (self.per_image - 1) for row in ids]
+        tags = [row.count(self.processor.image_token_id) for row in ids]
+        return [len(row) - tag + tokens for row, tag, tokens in zip(ids, tags, image_tokens, strict=True)]
 
-    def find_long_rows(self, table: Dataset) -> Iterator[tuple[int, str]]:
+    def count_image_tokens(self, rows: Iterable[dict], source: Dataset | None) -> list[int]:
+        """Image tokens of each row. For `unpad`, images are opened, but not decoded; a broken one has none."""
+
+        def count(row: dict) -> int:
+            if not self.unpads:
+                return len(row["images"]) * self.per_image
+            sizes = []
+            for image in row["images"]:
+                content = image["path"] or io.BytesIO(get_image(source, row["row"], image["keys"]))
+                with contextlib.suppress(OSError, ValueError), Image.open(content) as opened:
+                    sizes.append(get_upright_size(opened))
+            return sum(self.processor._get_num_multimodal_tokens(sizes).num_image_tokens)
+
+        with ThreadPool(os.cpu_count()) as pool:
+            return pool.map(count, rows)
+
+    def find_long_rows(self, table: Dataset, source: Dataset | None = None) -> Iterator[tuple[int, str]]:
         """Indices of rows that are too long, and what to say. A token is at least a byte, so only long rows count."""
         columns = table.with_format("arrow")[:]
         num_messages = _count(columns, "messages")
         bound = columns["num_bytes"].to_numpy() + _count(columns, "images") * (self.per_image + 2)
-        bound += num_messages * TOKENS_PER_MESSAGE + self.count([[{"role": "user", "content": []}]])[0]
+        bound += num_messages * TOKENS_PER_MESSAGE + self.count([[{"role": "user", "content": []}]], [0])[0]
         candidates = np.flatnonzero((bound > self.max_length) & (num_messages > 0))
         for start in range(0, len(candidates), BATCH_SIZE):
             indices = candidates[start : start + BATCH_SIZE]
-            for index, number in zip(indices, self.count(table[indices]["messages"]), strict=True):
+            rows = table.select(indices)
+            numbers = self.count(rows[:]["messages"], self.count_image_tokens(rows, source))
+            for index, number in zip(indices, numbers, strict=True):
                 if number > self.max_length:
                     yield int(index), self.describe(number)
 

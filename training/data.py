@@ -371,12 +371,15 @@ def stream_samples(
     for index, source_row in enumerate(source.decode(False) if source.features else source):
         row = convert(source_row, index, config)
         problems, images = row["problems"], []
-        if limit is not None and not problems and (num_tokens := limit.count([row["messages"]])[0]) > limit.max_length:
-            problems = [limit.describe(num_tokens)]
         try:
             images = read_images(row, source_row)
         except ValueError as error:
             problems = [str(error)]
+        if limit is not None and not problems:
+            sizes = [(image.height, image.width) for image in images]
+            image_tokens = sum(limit.processor._get_num_multimodal_tokens(sizes).num_image_tokens)
+            (num_tokens,) = limit.count([row["messages"]], [image_tokens])
+            problems = [limit.describe(num_tokens)] if num_tokens > limit.max_length else []
         if problems and not config.skip_broken:
             line = describe(row, problems, config.data_path)
             raise ValueError(f"{config.data_path}, {line}. Fix it, or set `skip_broken: true`.")
@@ -413,10 +416,18 @@ def load_data(config: DataConfig, limit: LengthLimit | None = None, batch_size: 
         return IterableDataset.from_generator(stream_samples, gen_kwargs=arguments)
     table, source = load_table(config)
     table = leave_out_broken_rows(table, source, config, limit)
+    if limit is not None and limit.unpads:
+        table = table.add_column("num_image_tokens", limit.count_image_tokens(table, source))
     return table.with_transform(partial(read_samples, table=table, source=source, config=config))
 
 
 def get_lengths(dataset: Dataset) -> tuple[list[int], list[bool]]:
-    """What samples of [`load_data`] are grouped by: the length of their text, and whether they have an image."""
+    """
+    What samples of [`load_data`] are grouped by: the bytes of their text (with `unpad` also the tokens of their
+    images, of four bytes each), and whether they have an image.
+    """
     columns = dataset.with_format("arrow")[:]
-    return columns["num_bytes"].to_pylist(), pc.greater(pc.list_value_length(columns["images"]), 0).to_pylist()
+    lengths = columns["num_bytes"].to_pylist()
+    if "num_image_tokens" in columns.column_names:
+        lengths = [n + 4 * tokens for n, tokens in zip(lengths, columns["num_image_tokens"].to_pylist(), strict=True)]
+    return lengths, pc.greater(pc.list_value_length(columns["images"]), 0).to_pylist()

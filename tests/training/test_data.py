@@ -16,6 +16,7 @@ from pathlib import Path
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from PIL import ExifTags
 from PIL import Image as PILImage
 from row_forms import FILES, ROWS, write_rows
 
@@ -479,6 +480,34 @@ def test_rows_that_are_too_long_are_broken(miniature, data, tmp_path):
         assert [index for index, _ in found] == broken
     with pytest.raises(ValueError, match=rf"row 1 .* tokens, more than {lengths[1] - 2} \(`max_length`"):
         load_data(path, image_folder=str(data / "images"), limit=LengthLimit(processor, lengths[1] - 2))
+
+
+@pytest.mark.parametrize("form", ["files", "embedded"])
+def test_with_unpad_lengths_depend_on_the_shapes_of_images(tmp_path, miniature, form):
+    processor = load_processor(STAGES["finetune"], miniature, 128, 56, unpad=True)
+    rows, exif = [], PILImage.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # a tall image turned on its side
+    for index, size in enumerate([(40, 40), (40, 10), (40, 10)]):
+        PILImage.new("RGB", size).save(tmp_path / f"{index}.jpg", exif=exif if index == 2 else PILImage.Exif())
+        rows.append({"conversations": [human("<image>\nWhat?"), gpt("Red.")], "image": f"{index}.jpg"})
+    path = write(tmp_path / "rows.jsonl", rows, "jsonl")
+    if form == "embedded":
+        content = [{"bytes": (tmp_path / row["image"]).read_bytes(), "path": None} for row in rows]
+        path = tmp_path / "rows.parquet"
+        Dataset.from_list([row | {"image": image} for row, image in zip(rows, content, strict=True)]).to_parquet(path)
+    folder = {"image_folder": str(tmp_path)} if form == "files" else {}
+    collate = LlavaHrDataCollator(processor)
+    batches = [collate([sample]) for sample in load_data(path, **folder)]
+    lengths = [batch["input_ids"].shape[1] for batch in batches]
+    assert [batch["image_sizes"].tolist() for batch in batches] == [[[40, 40]], [[10, 40]], [[40, 10]]]
+    assert lengths[0] > lengths[1] == lengths[2]
+    data = load_data(path, **folder, limit=LengthLimit(processor, lengths[0]))
+    grouped, _ = get_lengths(data)
+    assert [grouped[0] - length for length in grouped] == [4 * (lengths[0] - length) for length in lengths]
+    with pytest.raises(
+        ValueError, match=f"1 of 3 rows .*\n.*row 0 .*it has {lengths[0]} tokens, more than {lengths[1]}"
+    ):
+        load_data(path, **folder, limit=LengthLimit(processor, lengths[1]))
 
 
 def test_lengths_and_kinds_are_found_without_decoding(tmp_path):
