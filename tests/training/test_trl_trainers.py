@@ -104,6 +104,29 @@ def test_two_steps(kind, num_images, lora, tmp_path):
         assert any(part in name for name in moved), part
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo", "rloo"])
+def test_two_steps_with_unpad(kind, tmp_path):
+    """Images of several shapes, as many as TRL hands on with their `image_sizes`."""
+    trainer = make_trainer(kind, tmp_path, num_images=2)
+    trainer.processing_class.image_processor.unpad = True
+    shapes = [(0, 60, 256, 204), (80, 0, 165, 256)]
+    rows = [
+        {**row, "images": [i.crop(box) for i, box in zip(row["images"], shapes, strict=True)]}
+        for row in trainer.train_dataset
+    ]
+    rows[1]["images"].reverse()
+    trainer.train_dataset = Dataset.from_list(rows)
+    seen = []
+    trainer.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs.get("image_sizes")), with_kwargs=True
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2 and all(torch.tensor(losses).isfinite())
+    sizes = [size for batch in seen if batch is not None for size in batch.tolist()]
+    assert {tuple(size) for size in sizes} == {(144, 256), (256, 85)}
+
+
 def test_log_probabilities_of_dpo_are_those_of_the_model(tmp_path):
     """By hand from `model(**inputs)`: the sum over the answer's tokens and the end token."""
     trainer = make_trainer("dpo", tmp_path)
