@@ -57,6 +57,7 @@ TEXT_TOKENS = {"pretrain": 30, "finetune": 280}
 TOWER_PASSES = {"pretrain": 1, "finetune": 4}
 TEXT_PASSES = {"pretrain": 3, "finetune": 4}
 PRETRAIN_SIDE = 384
+LORA_RANK = 128  # of training/configs
 
 # Training hours and memory in GB of 8 A800 (table of the paper; the hours are taken to be those of both stages)
 PAPER_GPUS = 8
@@ -188,6 +189,39 @@ def estimate_memory(contender: Contender, gpus: int, batch_size: int) -> dict[st
     }
 
 
+def estimate_single_gpu(contender: Contender) -> dict[str, float]:
+    """
+    Bytes on one GPU by use, for one sample at a time: weights, what training keeps for each of them, and activations.
+    Formulas, not measured; without CUDA's own context and the allocator's fragments.
+    """
+    model, text = contender.model, contender.model.config.text_config
+    linear = [module for module in model.model.language_model.layers.modules() if isinstance(module, torch.nn.Linear)]
+    quantized = sum(module.weight.numel() for module in linear)
+    others = count_parameters(contender) - quantized
+    weights = {"bfloat16": 2 * (quantized + others)}
+    # one byte and a scale per row; half a byte and a float32 scale per 64 weights, which QLoRA quantizes too
+    weights["8-bit"] = quantized + 4 * sum(module.out_features for module in linear) + 2 * others
+    weights["4-bit"] = (0.5 + 4 / 64) * quantized + 2 * others
+    weights["4-bit, double quantization"] = (0.5 + 1 / 64 + 4 / (64 * 256)) * quantized + 2 * others
+    positions = contender.num_image_tokens + TEXT_TOKENS["finetune"]
+    # keys and values in bfloat16, all of one layer, and the high-resolution tower's largest block
+    blocks = estimate_memory(contender, gpus=1, batch_size=1)
+    cache = 4 * text.num_hidden_layers * positions * text.hidden_size + positions * text.hidden_size * 34
+    inference = cache + blocks["ConvNeXt"] / 2
+    activations = sum(size for name, size in blocks.items() if not name.startswith("weights"))
+    # float32 weights, gradients and two moments of what LoRA trains: rank 128, adapters, fusion and projector
+    vision = model.model.vision_tower
+    trained = [vision.mr_adapters, vision.fusion, model.model.multi_modal_projector]
+    num_trained = sum(parameter.numel() for module in trained for parameter in module.parameters())
+    num_trained += LORA_RANK * sum(module.in_features + module.out_features for module in linear)
+    return {
+        **{f"inference, {name}": weights[name] + inference for name in ("bfloat16", "8-bit", "4-bit")},
+        "LoRA": weights["bfloat16"] + 16 * num_trained + activations,
+        "QLoRA": weights["4-bit, double quantization"] + 16 * num_trained + activations,
+        "full training": blocks["weights, gradients, optimizer"] + activations,
+    }
+
+
 def plan(arguments: PlanArguments) -> dict[str, Any]:
     """Hours of the stages, bytes on a GPU, and the check against the paper."""
     utilization, overhead = calibrate()
@@ -221,6 +255,7 @@ def plan(arguments: PlanArguments) -> dict[str, Any]:
         "image_tokens": contender.num_image_tokens,
         "hours": {**hours, "total": sum(hours.values())},
         "bytes": memory,
+        "single_gpu_bytes": estimate_single_gpu(contender),
         "fits": sum(memory.values()) < gpu.memory,
     }
 
@@ -236,6 +271,8 @@ def describe(result: dict, arguments: PlanArguments) -> str:
         f"  {sum(result['bytes'].values()) / 1e9:.0f} GB on a GPU with {arguments.batch_size} samples per pass ("
         f"{memory}): {'fits' if result['fits'] else 'does not fit: fewer samples per pass, more GPUs, or LoRA'}",
         f"  at {result['used']['utilization']:.0%} of the FLOPs and {result['used']['overhead']:.3f} s per sample",
+        "  one GPU, one sample at a time: "
+        + ", ".join(f"{name} {value / 1e9:.0f} GB" for name, value in result["single_gpu_bytes"].items()),
         "Check: LLaVA-HR 7B on 8 A800, calibrated with LLaVA-1.5's hours alone",
     ]
     lines += [

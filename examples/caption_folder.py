@@ -44,8 +44,8 @@ def answer(pipe, paths: list[Path], question: str, max_new_tokens: int) -> list[
         images = [pipe.processor.image_processor.fetch_images(path) for path in paths]
         contents = [[{"type": "image", "image": image}, {"type": "text", "text": question}] for image in images]
         chats = [[{"role": "user", "content": content}] for content in contents]
-        options = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_full_text": False}
-        outputs = pipe(chats, batch_size=len(chats), **options)
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        outputs = pipe(chats, batch_size=len(chats), generate_kwargs=options, return_full_text=False)
     except ValueError as error:
         if len(paths) > 1:  # one by one, to find the one that fails
             return [row for path in paths for row in answer(pipe, [path], question, max_new_tokens)]

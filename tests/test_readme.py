@@ -1,34 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The Python snippets of the README and of docs/performance.md run, in their order and one namespace, with a converted
-checkpoint in place.
+The Python snippets of the README and the guides run as pasted: those of a document in their order and one namespace,
+beside `examples`.
 """
 
 import re
 from pathlib import Path
 
-from PIL import Image
+import pytest
 from transformers.modeling_outputs import BaseModelOutputWithPast
-
-from conversion.convert_llava_hr_weights_to_hf import convert
 
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_python_snippets_run(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def run_snippets(tmp_path, monkeypatch, capsys):
+    """Runs a document's snippets in a folder that has `examples`; returns what they print."""
     monkeypatch.chdir(tmp_path)
-    checkpoint = ROOT / "tests" / "fixtures" / "reference" / "stage2-1024" / "checkpoint"
-    convert(str(checkpoint), "llava-hr-7b-sft-1024-hf")
-    Image.new("RGB", (60, 40), "navy").save("street.png")
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(snippets) == 6
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+
+    def run_snippets(name: str, namespace: dict) -> list[str]:
+        snippets = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
+        assert snippets
+        capsys.readouterr()
+        for snippet in snippets:
+            if not hasattr(BaseModelOutputWithPast(), "cache"):  # transformers before 5.24, as the recipe says
+                snippet = snippet.replace("cache=cache,", "past_key_values=cache,")
+            exec(snippet, namespace)
+        return capsys.readouterr().out.splitlines()
+
+    return run_snippets
+
+
+def test_readme_and_recipe_for_serving_from_python(run_snippets, tmp_path):
     namespace = {}
-    for snippet in snippets:
-        exec(snippet, namespace)
-    (recipe,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "performance.md").read_text(), flags=re.DOTALL)
-    if not hasattr(BaseModelOutputWithPast(), "cache"):  # transformers before 5.24, as the recipe says
-        recipe = recipe.replace("cache=cache", "past_key_values=cache")
-    exec(recipe, namespace)
-    assert "tensor(576)" in capsys.readouterr().out
-    assert (tmp_path / "llava-hr-7b-sft-1024-4bit" / "model.safetensors").exists()
+    assert run_snippets("README.md", namespace) == ["1471", "1471"]
+    assert {file.name for file in (tmp_path / "llava-hr-4bit").iterdir()} >= {
+        "model.safetensors",
+        "processor_config.json",
+    }
+    answers = run_snippets("docs/performance.md", namespace)
+    assert len(answers) == 2 and answers[0].strip() == "street"
+
+
+def test_getting_started(run_snippets):
+    first, batch, tokens, *answers, gates, shape = run_snippets("docs/getting_started.md", {})
+    assert first == "1471"
+    assert batch == "[' 1471', ' 2.58']"
+    assert tokens == "64"
+    assert answers == ["1471", "4144", "triangle"]
+    assert len(gates.split(", ")) == 3 and shape == "torch.Size([1, 256, 8, 8])"

@@ -73,6 +73,21 @@ def test_unpadded_images_cost_what_they_show(result):
     assert wide["bytes"]["ViT"] == result["bytes"]["ViT"]
 
 
+def test_memory_of_one_gpu_is_that_of_the_formulas(result):
+    memory = result["single_gpu_bytes"]
+    linear = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # weights of the language model's layers: what is quantized
+    assert memory["inference, bfloat16"] - memory["inference, 4-bit"] == pytest.approx(linear * (2 - 0.5 - 4 / 64))
+    scales = 32 * (5 * 4096 + 2 * 11008)  # one float32 per output channel
+    assert memory["inference, bfloat16"] - memory["inference, 8-bit"] == pytest.approx(linear - 4 * scales)
+    # what is not shared with LoRA: gradients, moments and float32 weights of 7.3 G parameters against those of 362 M
+    lora = 32 * 128 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    trained = lora + 42e6
+    parameters = result["parameters"]
+    assert memory["full training"] - memory["LoRA"] == pytest.approx(14 * parameters - 16 * trained, rel=1e-3)
+    assert memory["LoRA"] - memory["QLoRA"] == pytest.approx(linear * (2 - 0.5 - 1 / 64 - 4 / 64 / 256))
+    assert 2 * parameters < memory["inference, bfloat16"] < 2 * parameters + 2e9
+
+
 def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["plan", "--output", str(tmp_path), "--gpus", "4"])
     plan.main()
