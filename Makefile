@@ -16,7 +16,7 @@ MINUTES ?= 12
 PYTEST_ARGS ?= -q --numprocesses 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suites lint types licences audit check format test test-long test-oldest test-gpu-image test-lmms-eval test-vllm \
+.PHONY: help setup suites lint types licences audit check format docs test test-long test-oldest test-gpu-image test-lmms-eval test-vllm \
 	coverage bench demo space train-tiny build clean
 
 help: ## List the targets
@@ -64,7 +64,11 @@ format: setup ## Fix style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-test: lint types suites ## Check style and types and run the tests; PYTEST_ARGS chooses what and how
+# The variable silences advertising of another tool
+docs: setup ## Build the documentation as a site in build/docs; every warning is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+
+test: lint types docs suites ## Check style and types and run the tests; PYTEST_ARGS chooses what and how
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 test-long: suites ## Run the tests that take minutes; they print their figures
