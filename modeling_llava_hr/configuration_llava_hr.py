@@ -32,7 +32,7 @@ AUTO_MAP = {
 }
 VISION_AUTO_MAP = {
     "AutoConfig": "configuration_llava_hr.LlavaHrVisionConfig",
-    "AutoModel": "modeling_llava_hr.LlavaHrVisionModel",
+    "AutoModel": "modeling_llava_hr_vision.LlavaHrVisionModel",
 }
 
 SUPPORTED_VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model")
@@ -305,8 +305,9 @@ class LlavaHrVisionConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Like [`PreTrainedConfig.save_pretrained`], with the complete `auto_map` beside a model's code."""
-        has_model_code = os.path.isfile(os.path.join(save_directory, "modeling_llava_hr.py"))
         auto_map = type(self).auto_map
+        code = auto_map["AutoModel"].partition(".")[0] + ".py"
+        has_model_code = os.path.isfile(os.path.join(save_directory, code))
         self.auto_map = dict(auto_map) if has_model_code else {"AutoConfig": auto_map["AutoConfig"]}
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_llava_hr import image_processing_llava_hr, modeling_llava_hr
+from modeling_llava_hr import image_processing_llava_hr, modeling_llava_hr, modeling_llava_hr_vision
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -46,5 +46,10 @@ def test_modules_and_recipes_exist(document):
 
 def test_classes_of_the_architecture_exist():
     names = set(re.findall(r"\bLlavaHr\w+", (ROOT / "docs" / "architecture.md").read_text()))
-    known = {*vars(modeling_llava_hr), *vars(image_processing_llava_hr), "LlavaHrImageProcessorPil"}
+    known = {
+        *vars(modeling_llava_hr),
+        *vars(modeling_llava_hr_vision),
+        *vars(image_processing_llava_hr),
+        "LlavaHrImageProcessorPil",
+    }
     assert len(names) > 10 and names <= known

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from modeling_llava_hr.modeling_llava_hr import LlavaHrVisionModel
+from modeling_llava_hr import LlavaHrVisionModel
 
 
 ROOT = Path(__file__).parent.parent.parent

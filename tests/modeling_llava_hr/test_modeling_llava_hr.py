@@ -12,9 +12,9 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from transformers import AutoModel, Qwen2Config, SiglipVisionConfig, TimmWrapperConfig
 from transformers.utils import is_flash_attn_2_available
 
-import modeling_llava_hr.modeling_llava_hr as modeling
+import modeling_llava_hr.modeling_llava_hr_vision as modeling
 from modeling_llava_hr import LlavaHrForConditionalGeneration, LlavaHrModel, LlavaHrVisionModel
-from modeling_llava_hr.modeling_llava_hr import LlavaHrMixtureOfResolutionAdapter, align_to_grid
+from modeling_llava_hr.modeling_llava_hr_vision import LlavaHrMixtureOfResolutionAdapter, align_to_grid
 
 
 def gelu(x):
