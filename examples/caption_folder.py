@@ -23,34 +23,65 @@ from modeling_llava_hr.utils import new_file, run_command
 HERE = Path(__file__).parent
 
 
-def read_done(file: Path, question: str) -> set[str]:
-    """Names of the images that have an answer. Errors, and the partial line that a kill may leave, are removed."""
+def read_left(file: Path, rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """
+    Those of the rows that have no answer in the file yet. Their errors, and the partial line that a kill may leave,
+    are removed from it.
+    """
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    names, wanted = list(rows[0]) if rows else [], {tuple(row.values()) for row in rows}
+    done, kept = set(), []
     try:
-        rows = [(line, json.loads(line)) for line in lines if line.endswith(b"\n")]
-        kept = [(line, row) for line, row in rows if row["question"] != question or "error" not in row]
+        for line in (line for line in lines if line.endswith(b"\n")):
+            answered = json.loads(line)
+            key = tuple(answered[name] for name in names)
+            if "error" not in answered or key not in wanted:
+                kept.append(line)
+                done.add(key)
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"--output: {file} is not a file of captions. Name another file.") from None
+        raise ValueError(f"--output: {file} is not a file of answers. Name another file.") from None
     if len(kept) < len(lines):
         with new_file(file) as new:
-            new.write_bytes(b"".join(line for line, _ in kept))
-    return {row["image"] for _, row in kept if row["question"] == question}
+            new.write_bytes(b"".join(kept))
+    return [row for row in rows if tuple(row.values()) not in done]
 
 
-def answer(pipe, paths: list[Path], question: str, max_new_tokens: int) -> list[dict[str, str]]:
-    """One row per image."""
-    rows = [{"image": path.name, "question": question} for path in paths]
+def answer(pipe, rows: list[dict[str, str]], folder: Path, max_new_tokens: int) -> list[dict[str, str]]:
+    """The rows, each with the answer to its `question` about its `image`, or with an error."""
     try:
-        images = [pipe.processor.image_processor.fetch_images(path) for path in paths]
-        contents = [[{"type": "image", "image": image}, {"type": "text", "text": question}] for image in images]
-        chats = [[{"role": "user", "content": content}] for content in contents]
+        images = [pipe.processor.image_processor.fetch_images(folder / row["image"]) for row in rows]
+        chats = [
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image", "image": image}, {"type": "text", "text": row["question"]}],
+                }
+            ]
+            for image, row in zip(images, rows, strict=True)
+        ]
         options = {"max_new_tokens": max_new_tokens, "do_sample": False}
         outputs = pipe(chats, batch_size=len(chats), generate_kwargs=options, return_full_text=False)
     except ValueError as error:
-        if len(paths) > 1:  # one by one, to find the one that fails
-            return [row for path in paths for row in answer(pipe, [path], question, max_new_tokens)]
+        if len(rows) > 1:  # one by one, to find the one that fails
+            return [answered for row in rows for answered in answer(pipe, [row], folder, max_new_tokens)]
         return [{**rows[0], "error": str(error)}]
     return [{**row, "answer": output[0]["generated_text"].strip()} for row, output in zip(rows, outputs, strict=True)]
+
+
+def write_answers(
+    pipe, rows: list[dict[str, str]], num_done: int, folder: Path, arguments: argparse.Namespace
+) -> None:
+    """Appends answers to `arguments.output`, batch by batch."""
+    with (
+        arguments.output.open("a", encoding="utf-8") as file,
+        tqdm(total=num_done + len(rows), initial=num_done, unit="question") as progress,
+    ):
+        for first in range(0, len(rows), arguments.batch_size):
+            batch = rows[first : first + arguments.batch_size]
+            answered = answer(pipe, batch, folder, arguments.max_new_tokens)
+            file.write("".join(json.dumps(row) + "\n" for row in answered))
+            file.flush()
+            progress.update(len(batch))
 
 
 def main() -> None:
@@ -64,20 +95,11 @@ def main() -> None:
     arguments = parser.parse_args()
 
     suffixes = Image.registered_extensions()
-    paths = sorted(path for path in arguments.folder.iterdir() if path.suffix.lower() in suffixes)
-    done = read_done(arguments.output, arguments.question)
-    left = [path for path in paths if path.name not in done]
+    names = sorted(path.name for path in arguments.folder.iterdir() if path.suffix.lower() in suffixes)
+    rows = [{"image": name, "question": arguments.question} for name in names]
+    left = read_left(arguments.output, rows)
     pipe = pipeline("image-text-to-text", model=arguments.model, device_map="auto")
-    with (
-        arguments.output.open("a", encoding="utf-8") as file,
-        tqdm(total=len(paths), initial=len(paths) - len(left), unit="image") as progress,
-    ):
-        for first in range(0, len(left), arguments.batch_size):
-            batch = left[first : first + arguments.batch_size]
-            rows = answer(pipe, batch, arguments.question, arguments.max_new_tokens)
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-            file.flush()
-            progress.update(len(batch))
+    write_answers(pipe, left, len(rows) - len(left), arguments.folder, arguments)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,13 @@ def main() -> None:
             (OUTPUT / "receipt.fields.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (OUTPUT / "questions.jsonl").write_text(lines, encoding="utf-8")
+    single = [
+        {"id": f"{row['id']}-{number}", "image": row["image"], "question": turn["value"].removeprefix("<image>\n")}
+        for row in rows
+        for number, turn in enumerate(row["conversations"][::2])
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in single)
+    (OUTPUT / "ask_many.jsonl").write_text(lines, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
 import io
 import json
+import re
 import runpy
 import shutil
 import signal
@@ -14,11 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from examples import locate
 from modeling_llava_hr import LlavaHrVisionModel
 
 
@@ -36,6 +40,7 @@ def run(tiny_model, tmp_path, monkeypatch, capsys):
 
     def run(name: str, *arguments, model=tiny_model, status=None) -> str:
         monkeypatch.setattr(sys, "argv", [name, "--model", str(model), *map(str, arguments)])
+        monkeypatch.delitem(sys.modules, f"examples.{name}", raising=False)  # runpy warns if it was imported
         capsys.readouterr()
         try:
             runpy.run_module(f"examples.{name}", run_name="__main__", alter_sys=True)
@@ -229,6 +234,89 @@ def test_captions_do_not_touch_a_file_of_another_kind(run, folder, tmp_path):
     assert (tmp_path / "notes.md").read_text() == "my notes\nwithout an end"
 
 
+def test_many_questions_resume_with_the_same_answers(run, capsys):
+    run("ask_many", *SHORT)
+    whole = Path("answers.jsonl").read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    questions = [json.loads(line) for line in (PICTURES / "ask_many.jsonl").read_text().splitlines()]
+    assert [{name: row[name] for name in ("id", "image", "question")} for row in rows] == questions
+    expected = [json.loads(line) for line in (PICTURES / "questions.jsonl").read_text().splitlines()]
+    expected = [turn["value"] for row in expected for turn in row["conversations"][1::2]]
+    right = [row["answer"] == answer for row, answer in zip(rows, expected, strict=True)]
+    assert rows[1]["answer"] == "1471" and sum(right) >= len(rows) - 4
+    lines = whole.splitlines(keepends=True)
+    failed = json.dumps({**questions[0], "error": "a disk that was away"}) + "\n"
+    Path("answers.jsonl").write_text("".join([failed, *lines[1:9]]) + lines[9][:20])  # what a kill leaves
+    run("ask_many", *SHORT)
+    assert sorted(Path("answers.jsonl").read_text().splitlines(keepends=True)) == sorted(lines)
+    before = Path("answers.jsonl").read_bytes()
+    run("ask_many", *SHORT)
+    assert Path("answers.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"id": "a", "image": "street.jpg"}'], "line 1 must be"),
+        (['{"id": "a", "image": "a.jpg", "question": "?"}', "", '{"id": 1, "image": "a", "question": "?"}'], "line 3"),
+        (['{"id": "a", "image": "a.jpg", "question": "?"}'] * 2, "same `id`"),
+    ],
+)
+def test_questions_of_another_form_are_named(run, tmp_path, lines, message):
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    assert message in run("ask_many", "--questions", "questions.jsonl", status="error")
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+@given(
+    width=st.integers(1, 500),
+    height=st.integers(1, 500),
+    corners=st.tuples(*[st.floats(0, 1)] * 4),
+)
+def test_boxes_are_mapped_back_as_the_processor_pads(width, height, corners):
+    """Against an image whose box is drawn on the square that the released code pads to."""
+    side = max(width, height)
+    box = [side * value for value in corners]
+    box = (min(box[0], box[2]), min(box[1], box[3]), max(box[0], box[2]), max(box[1], box[3]))
+    square = Image.new("1", (side, side))
+    square.paste(1, tuple(round(value) for value in box))
+    left, top = (side - width) // 2, (side - height) // 2
+    expected = square.crop((left, top, left + width, top + height)).getbbox()
+    parts = tuple(value / side for value in box)
+    if expected is None:
+        with pytest.raises(ValueError, match="is in the padding"):
+            locate.to_pixels(parts, width, height)
+    else:
+        assert locate.to_pixels(parts, width, height) == expected
+
+
+@pytest.mark.parametrize("answer", ["street", "[0.1, 0.2, 0.3]", "[0.5, 0.2, 0.1, 0.4]", "[0.1, 0.2, 1.5, 0.4]"])
+def test_an_answer_without_a_box_is_an_error(answer):
+    with pytest.raises(
+        ValueError, match=re.escape(f"has no box [x1, y1, x2, y2] with numbers from 0 to 1: {answer!r}")
+    ):
+        locate.parse_box(answer)
+
+
+def test_the_box_of_an_answer_is_drawn(run, monkeypatch, tmp_path):
+    assert locate.parse_box("It is at [0.25,0.5, 1, 0.75].") == (0.25, 0.5, 1, 0.75)
+    Image.new("RGB", (200, 100), "white").save("wide.png")
+    options = ("--image", "wide.png", "--phrase", "the sign")
+    assert "has no box" in run("locate", *options, status="error")  # the tiny model has not learned it
+    generated = []
+
+    def answer(self, messages, **kwargs):
+        generated.append(messages[0]["content"][1]["text"])
+        return [{"generated_text": " [0.25, 0.5, 0.5, 0.625]"}]
+
+    monkeypatch.setattr(transformers.ImageTextToTextPipeline, "__call__", answer)
+    assert run("locate", *options).strip() == "pixels 50-100 x 50-75"
+    assert generated == ["Please provide the bounding box coordinate of the region this sentence describes: the sign"]
+    with Image.open("box.png") as image:
+        assert image.size == (200, 100) and image.getpixel((50, 60)) == image.getpixel((100, 60)) == (255, 0, 0)
+        assert image.getpixel((75, 62)) == image.getpixel((20, 20)) == (255, 255, 255)
+
+
 @pytest.mark.parametrize(
     ("name", "package", "inner", "extra"),
     [
@@ -273,7 +361,7 @@ def test_images_are_those_that_the_script_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(draw_pictures, "OUTPUT", tmp_path)
     draw_pictures.main()
     assert {file.name for file in tmp_path.iterdir()} == {file.name for file in PICTURES.iterdir()}
-    for name in ("questions.jsonl", "receipt.fields.json"):
+    for name in ("questions.jsonl", "ask_many.jsonl", "receipt.fields.json"):
         assert (tmp_path / name).read_text() == (PICTURES / name).read_text()
 
 
