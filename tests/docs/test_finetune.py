@@ -71,3 +71,8 @@ def test_the_guide_from_data_to_server(tmp_path, monkeypatch, capsys):
     assert comparison["comparison"]["anls"]["questions"] == 8
     assert comparison["comparison"]["anls"]["difference"] > 0  # it has learned to answer with JSON
     assert (tmp_path / "receipts" / "after" / "report.html").exists()
+    # what docs/training.md says about such a result
+    (tmp_path / "llava-hr-7b-sft-1024-qlora").symlink_to("receipts/lora")
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), flags=re.DOTALL):
+        exec(block, namespace)
+    assert (tmp_path / "llava-hr-7b-sft-1024" / "processor_config.json").exists()

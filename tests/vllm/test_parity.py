@@ -7,6 +7,7 @@ Both run in a process that cannot import this package: they have the saved folde
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,10 +57,12 @@ for chat in chats:
     print("TRANSFORMERS", json.dumps([output[:length], output[length:]]), flush=True)
 
 import vllm
+from vllm.sampling_params import StructuredOutputsParams
 
 llm = vllm.LLM(
     folder, model_impl="transformers", trust_remote_code=True, dtype="float32", enforce_eager=True, seed=0,
     max_model_len=512, max_num_batched_tokens=2048, max_num_seqs=8, limit_mm_per_prompt={"image": 2},
+    structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
 )
 for chat in chats:
     for part in (part for message in chat for part in message["content"]):
@@ -75,7 +78,18 @@ for name, outputs in (
 ):
     for output in outputs:
         print(name, json.dumps([list(output.prompt_token_ids), list(output.outputs[0].token_ids)]), flush=True)
+
+schema = StructuredOutputsParams(json=json.load(open(sys.argv[4])))
+structured = vllm.SamplingParams(temperature=0, max_tokens=64, structured_outputs=schema)
+print("SCHEMA", json.dumps(llm.chat(chats[0], structured, **options)[0].outputs[0].text), flush=True)
 """
+# What an answer is constrained to, as a server's `response_format`
+SCHEMA = {
+    "type": "object",
+    "properties": {"sign": {"type": "string", "pattern": "^[0-9]{4}$"}},
+    "required": ["sign"],
+    "additionalProperties": False,
+}
 
 
 def make_chats(folder: Path) -> list[list[dict]]:
@@ -129,6 +143,7 @@ def square(side: int) -> dict[str, int]:
 def test_greedy_tokens_are_those_of_transformers(model_folder, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "chats.json").write_text(json.dumps(make_chats(tmp_path)))
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     defaults = {
         "HF_HOME": str(tmp_path / "hf"),
         "HF_HUB_OFFLINE": "1",
@@ -137,7 +152,7 @@ def test_greedy_tokens_are_those_of_transformers(model_folder, tmp_path):
         "VLLM_NO_USAGE_STATS": "1",
     }
     result = subprocess.run(
-        [sys.executable, "script.py", str(model_folder), str(NUM_TOKENS), "chats.json"],
+        [sys.executable, "script.py", str(model_folder), str(NUM_TOKENS), "chats.json", "schema.json"],
         cwd=tmp_path,
         env={**os.environ, **defaults},
         capture_output=True,
@@ -152,3 +167,6 @@ def test_greedy_tokens_are_those_of_transformers(model_folder, tmp_path):
         print(f"\n{name}: prompt of {len(prompt)} tokens, answer {answer}", end="")
         assert [ids for ids, _ in from_vllm] == [prompt, prompt], f"prompt of {name}"
         assert [ids for _, ids in from_vllm] == [answer, answer], f"answer to {name}"
+    (answer,) = (line.removeprefix("SCHEMA ") for line in result.stdout.splitlines() if line.startswith("SCHEMA "))
+    print(f"\nby schema: {answer}", end="")
+    assert re.fullmatch(r'\{"sign": ?"[0-9]{4}"\}', json.loads(answer))
