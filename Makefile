@@ -42,9 +42,10 @@ types: setup ## Check types: every function of the three packages says its own
 	$(VENV)/bin/mypy modeling_llava_hr conversion training
 
 # Refused are licences that reach over to what uses a package, those that forbid some use of it, and unknown ones.
-# cuda-toolkit names none: it is an empty package that brings NVIDIA's, which have theirs.
+# cuda-toolkit names none: it is an empty package that brings NVIDIA's, which have theirs. torchao has the text of the
+# BSD licence, but does not name it.
 licences: setup ## Check the licences of all installed packages
-	$(VENV)/bin/pip-licenses --format csv --ignore-packages modeling-llava-hr cuda-toolkit --partial-match \
+	$(VENV)/bin/pip-licenses --format csv --ignore-packages modeling-llava-hr cuda-toolkit torchao --partial-match \
 		--fail-on "GPL;General Public;Affero;SSPL;Server Side;Commons Clause;NonCommercial;UNKNOWN" > /dev/null
 
 docs/licences.md: licences

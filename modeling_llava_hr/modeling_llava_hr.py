@@ -148,7 +148,9 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
         else:
             mask = input_ids == self.config.image_token_id
         if image_features is not None:
-            num_tokens, num_features = mask.sum(), sum(len(features) for features in image_features)
+            # Iterating over a tensor would fix the number of images of an exported model
+            parts = [image_features] if isinstance(image_features, torch.Tensor) else image_features
+            num_tokens, num_features = mask.sum(), sum(part[..., 0].numel() for part in parts)
             torch_compilable_check(
                 num_tokens == num_features,
                 lambda: (

@@ -473,9 +473,12 @@ class LlavaHrVisionModel(LlavaHrPreTrainedModel):
                     f"`{name}` must have the shape (images, 3, side, side) with one view of each image, but got "
                     f"{tuple(view.shape)} with {pixel_values.shape[0]} images. Use the processor's."
                 )
-        low_res_size = self.config.low_res_size if low_res_pixel_values is None else low_res_pixel_values.shape[-1]
+        # `int`, as sides are symbols while a model is exported, which is for one resolution
+        low_res_size = self.config.low_res_size
+        if low_res_pixel_values is not None:
+            low_res_size = int(low_res_pixel_values.shape[-1])
         return get_low_res_size(
-            pixel_values.shape[-1],
+            int(pixel_values.shape[-1]),
             low_res_size,
             patch_size=self.embeddings.patch_size,
             stride=self.high_res_tower.stride,

@@ -128,6 +128,19 @@ def test_four_bit_is_smaller_and_its_copy_answers_the_same(run, tmp_path):
     assert words(run("ask", *SHORT, model=tmp_path / "small")) == words(answer)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # ONNX's
+def test_onnx_runtime_answers_as_the_model_does(run, tmp_path):
+    pytest.importorskip("onnxruntime", reason="export needs the extra [export]")
+    if Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("exported models run with transformers 5.24 and later")
+    question = ("--question", "What is shown?", "--max_new_tokens", 12)
+    answer = run("export_onnx", "--output", "onnx", *question).strip().splitlines()[-1]
+    assert words(answer) == words(run("ask", *question)) and answer
+    names = {file.stem for file in (tmp_path / "onnx").glob("*.onnx")}
+    assert names == {"image_encoder", "embed_tokens", "language_model"}
+    assert "--output" in run("export_onnx", "--output", "onnx", status="error")  # not written over
+
+
 def test_heat_map_has_the_views_and_the_gates(run, tiny_model):
     gates = run("heat_map").split("\n")[0].removeprefix("gates: ").split(", ")
     with Image.open("heat_map.png") as picture:
@@ -320,6 +333,7 @@ def test_the_box_of_an_answer_is_drawn(run, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("name", "package", "inner", "extra"),
     [
+        ("export_onnx", "onnxscript", None, "export"),
         ("four_bit", "bitsandbytes", None, "quantization"),
         ("lora", "peft", None, "training"),
         ("lora", "trl", "training.train", "training"),

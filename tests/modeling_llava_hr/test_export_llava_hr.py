@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Export with `torch.export` and transformers' exporters: the logits and greedy tokens of the model itself."""
+
+import logging
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, DynamicCache
+
+
+# What the exporters and ONNX's packages themselves call
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+BACKENDS = {
+    # name: (exporter, config, package, options of the config, tolerance)
+    "dynamo": ("DynamoExporter", "DynamoConfig", "torch", {}, 0.0),
+    "onnx": ("OnnxExporter", "OnnxConfig", "onnxruntime", {}, 2e-4),
+    # With a cache inside the graph, transformers 5.24 cannot return the outputs of a program that is called directly
+    "openvino": ("OpenVINOExporter", "OpenVINOConfig", "openvino", {"stateful": False}, 2e-4),
+}
+
+
+@pytest.fixture
+def small(mini):
+    """The miniature with half of its layers: tracing takes longer than anything else here."""
+    vision_config = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    return mini.model(vision_config=vision_config, mr_adapter_layers=[1])
+
+
+@pytest.fixture(params=["dynamo", "onnx", pytest.param("openvino", marks=pytest.mark.slow)])
+def backend(request, caplog):
+    caplog.set_level(logging.ERROR, logger="torch")  # torch formats megabytes of traces for whoever listens
+    caplog.set_level(logging.ERROR, logger="torch.__trace")
+    exporters = pytest.importorskip("transformers.exporters", reason="this transformers has no exporters")
+    if not hasattr(exporters, "ExportedModel"):
+        pytest.skip("exported models run with transformers 5.24 and later")
+    exporter, config, package, options, tolerance = BACKENDS[request.param]
+    pytest.importorskip(package, reason="export needs the extra [export]")
+    return getattr(exporters, exporter)(), getattr(exporters, config), options, tolerance
+
+
+class ImageFeatures(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values):
+        return self.model.get_image_features(pixel_values, return_dict=True).pooler_output
+
+
+def test_image_features_have_a_dynamic_number_of_images(mini):
+    module, images = ImageFeatures(mini.model()), torch.randn(5, 3, 128, 128)
+    with torch.no_grad():
+        program = torch.export.export(
+            module, (images[:2],), dynamic_shapes=({0: torch.export.Dim("images", min=1, max=64)},)
+        )
+        for number in (1, 2, 5):
+            expected = module(images[:number])
+            torch.testing.assert_close(program.module()(images[:number]), expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "dynamic", [pytest.param(False, id="static", marks=pytest.mark.slow), pytest.param(True, id="dynamic")]
+)
+def test_exported_models_have_equal_logits(small, mini, backend, dynamic):
+    exporter, config, options, tolerance = backend
+    traced = mini.inputs(2, 3)
+    exported = exporter.export(small, traced, config(dynamic=dynamic, **options))
+    # other samples, other lengths, and another number of images
+    for inputs in (traced, mini.inputs(1, 0, 2, seed=1))[: 1 + dynamic]:
+        kept = inputs["attention_mask"].bool()
+        logits = exported(**inputs).logits[kept]
+        torch.testing.assert_close(logits, small(**inputs).logits[kept], rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
+def test_exported_stages_generate_equal_greedy_tokens(small, mini, backend):
+    exporter, config, options, _ = backend
+    inputs = mini.inputs(1)
+    stages = exporter.export_for_generation(small, inputs, config(dynamic=True, **options)).runners
+    # transformers encodes images before the graphs begin, as for its own LLaVA
+    assert set(stages) == {"language_model", "lm_head", "decode"}
+    embeds = small.get_input_embeddings()(inputs["input_ids"])
+    features = small.get_image_features(inputs["pixel_values"]).pooler_output
+    embeds[inputs["input_ids"] == mini.image_token_id] = features.flatten(0, 1)
+
+    length, cache = embeds.shape[1], DynamicCache(config=small.config.text_config)
+    prompt = stages["language_model"](
+        inputs_embeds=embeds, position_ids=torch.arange(length)[None], attention_mask=None, cache=cache
+    )
+    logits, cache = stages["lm_head"](input=prompt.last_hidden_state), prompt.cache
+    tokens = [int(logits[0, -1].argmax())]
+    while len(tokens) < 8:
+        position = torch.tensor([[length + len(tokens) - 1]])
+        outputs = stages["decode"](input_ids=torch.tensor([tokens[-1:]]), position_ids=position, cache=cache)
+        tokens.append(int(outputs.logits[0, -1].argmax()))
+        cache = outputs.cache
+    assert tokens == small.generate(**inputs, max_new_tokens=8, do_sample=False)[0, length:].tolist()
