@@ -65,9 +65,9 @@ format: setup ## Fix style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# The variable silences advertising of another tool
+# `--quiet` would also silence the warnings that fail the build. The variable silences advertising of another tool.
 docs: setup ## Build the documentation as a site in build/docs; every warning is an error
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 test: lint types docs suites ## Check style and types and run the tests; PYTEST_ARGS chooses what and how
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
