@@ -74,6 +74,7 @@ class InferenceArguments(BenchmarkArguments):
     warmup: int | None = HfArg(default=None, help="rounds before them; 1, or 0 with 7b-cpu, by default")
     batch_sizes: list[int] | None = HfArg(default=None, help="prompts per batch; 1 and 2 (cpu) or 1 by default")
     new_tokens: int | None = HfArg(default=None, help="length of an answer; 64, 10 (7b-cpu) or 32 (full) by default")
+    contenders: list[str] | None = HfArg(default=None, help="such as llava-hr-1024 llava-hr-1024-16:9; all by default")
     variants: list[str] | None = HfArg(
         default=None, help=f"{', '.join(VARIANTS)} or none; eager and 4bit (full) or none by default"
     )
@@ -275,6 +276,7 @@ def draw(figure: "Figure", results: dict[str, Any], arguments: InferenceArgument
 def run(arguments: InferenceArguments) -> Iterator[dict[str, Any]]:
     """Measures all batch sizes and then the variants; yields the results after each run."""
     names = (*(("llava-hr-384", *VARIED) if arguments.preset == "7b-cpu" else CONTENDERS), *UNPADDED)
+    names = arguments.contenders or names
     contenders = make_contenders(SHAPES[arguments.preset], names, arguments.device, arguments.torch_dtype)
     contest = {name: (contender, "sdpa") for name, contender in contenders.items()}
     results: dict[str, Any] = {"resolutions": {}, "variants": {}, "targets": []}

@@ -153,3 +153,24 @@ def test_sizes_that_do_not_fit_are_named(model, processor):
     del inputs["image_sizes"]
     with pytest.raises(ValueError, match="Image features and image tokens do not match"):
         model.generate(**inputs, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("source", ["tiny", "recorded"])
+def test_models_trained_with_padding_give_finite_logits_without_it(source, converted, model):
+    """How far the next token's logits move is printed; docs/results.md has the figures."""
+    folder = EXAMPLES / "tiny-llava-hr" if source == "tiny" else converted["stage2-1024"]
+    if source == "recorded":
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(folder)
+    for image in (WIDE, TALL):
+        logits = []
+        for unpad in (False, True):
+            inputs = encode(processor, chat(image), unpad=unpad)
+            with torch.no_grad():
+                logits.append(model(**inputs).logits[0])
+            assert logits[-1].shape == (inputs["input_ids"].shape[1], model.config.text_config.vocab_size)
+        padded, unpadded = (output[-1] for output in logits)
+        assert unpadded.isfinite().all() and len(logits[1]) < len(logits[0])
+        distance = (unpadded - padded).norm() / padded.norm()
+        print(f"{source}, {image.width} x {image.height}: {len(logits[0])} -> {len(logits[1])} tokens, {distance:.1%}")
+        assert 0 < distance < 1
