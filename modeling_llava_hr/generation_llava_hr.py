@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How LLaVA-HR generates: `GenerationMixin` with images in the cache, and the names of two of its versions."""
+"""How LLaVA-HR generates: `GenerationMixin` with images in the cache, and the cache's name across versions."""
 
 import copy
 from collections.abc import Callable
@@ -53,9 +53,18 @@ class LlavaHrGenerationMixin(GenerationMixin):
                 f"the processor)."
             )
 
-    def _prepare_generated_length(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
-        generation_config = super()._prepare_generated_length(generation_config, *args, **kwargs)
-        if (longest := self.config.context_length) is not None:  # an answer ends where the context does
+    def _prepare_generated_length(
+        self, generation_config: GenerationConfig, *, input_ids_length: int, inputs_tensor: torch.Tensor, **kwargs: Any
+    ) -> GenerationConfig:
+        """An answer ends where the context does. `max_length` does not count a prompt that is given as embeddings."""
+        generation_config = super()._prepare_generated_length(
+            generation_config=generation_config,
+            input_ids_length=input_ids_length,
+            inputs_tensor=inputs_tensor,
+            **kwargs,
+        )
+        if self.config.context_length is not None:
+            longest = self.config.context_length - (inputs_tensor.shape[1] - input_ids_length)
             generation_config.max_length = min(generation_config.max_length, longest)
         return generation_config
 

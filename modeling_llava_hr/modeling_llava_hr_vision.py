@@ -18,6 +18,7 @@ Shape legend: `images` in the batch, `d` ViT width, `g` side of the ViT grid (pa
 the high-resolution feature map, `D` language-model width.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -237,7 +238,7 @@ class LlavaHrVisionEmbeddings(nn.Module):
         # the module is called, not its weight read: offloaded weights are there during a call only
         positions = self.position_embedding(torch.arange(self.num_positions, device=patches.device))
         if grid * grid != self.num_positions:
-            side = int(self.num_positions**0.5)
+            side = math.isqrt(self.num_positions)
             table = positions.T.unflatten(1, (side, side))[None].float()  # (1, d, side, side)
             table = F.interpolate(table, size=(grid, grid), mode="bicubic", antialias=True, align_corners=False)
             positions = table[0].flatten(1).T.to(patches.dtype)
@@ -252,7 +253,7 @@ class LlavaHrPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules: list[str] | set[str] = []  # each part names those that it has: FSDP looks for all of them
+    _no_split_modules: list[str] | set[str] = []  # each submodule sets its own: FSDP wants all to exist
     _skip_keys_device_placement = [CACHE_NAME]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -282,10 +283,12 @@ class LlavaHrPreTrainedModel(PreTrainedModel):
     @is_quantized.setter
     def is_quantized(self, is_quantized: bool) -> None:
         self._is_quantized = is_quantized
-        for name in ("vision_tower", "multi_modal_projector"):  # names match from the start
+        if not is_quantized:
+            return
+        for name in ("vision_tower", "multi_modal_projector"):  # patterns are anchored at the start
             self._keep_in_fp32_modules |= {name, f"model.{name}"}
 
-    # There is no hook for it, and the damage would be silent
+    # No hook of transformers can stop a save, and files of repacked weights would be wrong silently
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """
         Like [`PreTrainedModel.save_pretrained`].
@@ -451,7 +454,7 @@ class LlavaHrVisionModel(LlavaHrPreTrainedModel):
     def _encode_high_res(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(images, 3, H, H)` -> F_vh, `(images, C, k, k)`; in several passes where that bounds memory."""
         keeps_activations = torch.is_grad_enabled() and any(p.requires_grad for p in self.high_res_tower.parameters())
-        max_pixels = _MAX_HIGH_RES_PIXELS.get(pixel_values.device.type, _MAX_HIGH_RES_PIXELS["cpu"])
+        max_pixels = _MAX_HIGH_RES_PIXELS.get(pixel_values.device.type, _MAX_HIGH_RES_PIXELS["cuda"])
         if keeps_activations or torch.compiler.is_exporting():  # chunks would fix the number of images
             return self.high_res_tower(pixel_values).last_hidden_state
         chunks = pixel_values.split(max(1, max_pixels // pixel_values.shape[-1] ** 2))

@@ -60,10 +60,11 @@ WITHOUT_EFFECT = {
 
 def count_pixels(url: str) -> int:
     """Pixels of the image in a data URL, of which none is decoded: clients read neither disk nor network here."""
-    if not url.startswith("data:image/"):
+    header, _, content = url.partition(",")
+    if not header.startswith("data:image/") or "," in content:  # readers differ in what follows a second comma
         raise ValueError("An image must be a data URL (data:image/png;base64,...), not an address or a path.")
     try:
-        with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])), formats=IMAGE_FORMATS) as image:
+        with Image.open(io.BytesIO(base64.b64decode(content)), formats=IMAGE_FORMATS) as image:
             return image.width * image.height
     except Exception as error:  # whatever Pillow's decoders raise
         formats = ", ".join(IMAGE_FORMATS)
@@ -159,7 +160,9 @@ class Body(Options):
         images = [part.image_url for part in parts if part.image_url is not None]
         urls = [image.url if isinstance(image, ImageUrl) else image for image in images]
         if len(urls) > MAX_IMAGES or sum(map(count_pixels, urls)) > MAX_PIXELS:
-            raise ValueError(f"A request may have {MAX_IMAGES} images with {MAX_PIXELS} pixels in all. Send less.")
+            raise ValueError(
+                f"A request may have {MAX_IMAGES} images with {MAX_PIXELS} pixels in all. Send fewer or smaller images."
+            )
         return self
 
 
@@ -191,7 +194,7 @@ class Limits:
                     return message
                 if is_complete:  # clients look at the answer only after they have sent everything
                     raise HTTPException(413, f"The request exceeds {MAX_BODY_BYTES} bytes. Send smaller images.")
-            return await receive()  # that the client left
+            return await receive()  # from here on only the disconnect arrives
 
         async def send_within_limits(message: dict) -> None:
             with anyio.fail_after(MAX_SECONDS):
@@ -218,10 +221,12 @@ class Generation(GenerateManager):
         has_left = threading.Event()
         inputs = {**inputs, "stopping_criteria": StoppingCriteriaList([lambda *_, **__: has_left.is_set()])}
         generate = super().generate_non_streaming(model, processor.tokenizer, inputs, gen_config, **options)
+        future = asyncio.ensure_future(generate)
         try:
-            return await asyncio.shield(asyncio.ensure_future(generate))  # the thread must be able to set the result
+            return await asyncio.shield(future)  # the thread must be able to set the result
         finally:
             has_left.set()
+            await asyncio.wait([future])  # the next request must find the thread idle
 
 
 def check_prompt(model: LlavaHrForConditionalGeneration, inputs: dict, gen_config: GenerationConfig) -> None:
@@ -275,8 +280,10 @@ def build_app(
             task = asyncio.ensure_future(handler.handle_request(fields, request_id=str(uuid.uuid4())))
             while not task.done():
                 await asyncio.wait([task], timeout=0.2)
-                if await request.is_disconnected():
+                if not task.done() and await request.is_disconnected():
                     task.cancel()
+                    await asyncio.wait([task])
+                    raise HTTPException(499, "The client left.")
             return await task
 
     add("/v1/chat/completions", chat_handler, "messages")

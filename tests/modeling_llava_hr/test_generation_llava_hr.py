@@ -224,3 +224,16 @@ def test_image_tokens_are_never_generated(mini):
     inputs = mini.inputs(1)
     model.generation_config.suppress_tokens = [mini.image_token_id]
     assert mini.image_token_id not in generate(model, inputs)
+
+
+@pytest.mark.parametrize("form", ["ids", "embeddings"])
+def test_answers_end_where_the_context_does(mini, model, form):
+    inputs = mini.inputs(0)
+    length = inputs["input_ids"].shape[1]
+    model.config.text_config.max_position_embeddings = length + 3
+    prompt = inputs if form == "ids" else {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}
+    tokens = model.generate(**prompt, max_new_tokens=9, min_new_tokens=3, do_sample=False)
+    assert tokens.shape[1] == (length + 3 if form == "ids" else 3)
+    model.config.text_config.max_position_embeddings = length
+    with pytest.raises(ValueError, match=f"{length} tokens, but with an answer at most {length}"):
+        model.generate(**prompt, max_new_tokens=9)

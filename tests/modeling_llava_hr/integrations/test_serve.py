@@ -121,6 +121,7 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\ns
         (image("data:image/png;base64,bm90IGEgcGljdHVyZQ=="), 400, "cannot be read"),
         (image(encode(IMAGES[0])[:300]), 400, "cannot be read"),
         (image("http://127.0.0.1:9/street.png"), 400, "must be a data URL"),
+        (image(f"{encode(IMAGES[0])},{encode(IMAGES[1]).partition(',')[2]}"), 400, "must be a data URL"),
         (option(chat_template_kwargs={"processor_kwargs": {"images": ["a.png"]}}), 400, "chat_template_kwargs"),
         (image(str(ROOT / "tests" / "fixtures")), 400, "must be a data URL"),
         (image(7), 400, "image_url"),
