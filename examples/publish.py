@@ -157,7 +157,7 @@ def collect(
     files = {}
     if weights and not quantize:
         files = {file.name: file for file in weights}
-        for file in Path(modeling_llava_hr.__file__).parent.glob("*_llava_hr.py"):
+        for file in Path(modeling_llava_hr.__file__).parent.glob("*_llava_hr*.py"):
             shutil.copy(file, staging)
         LlavaHrConfig.from_pretrained(folder).save_pretrained(staging)  # beside the code: with a complete `auto_map`
         if (folder / "generation_config.json").is_file():

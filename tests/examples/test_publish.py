@@ -93,7 +93,7 @@ def test_published_models_load_without_the_package(hub, folder, tmp_path):
     assert [len(commits) for commits in hub.commits.values()] == [2, 2]
     small_files, files = (hub.read(repo)[1] for repo in hub.commits)
     assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
-    code = {path.name: path.read_bytes() for path in (ROOT / "modeling_llava_hr").glob("*_llava_hr.py")}
+    code = {path.name: path.read_bytes() for path in (ROOT / "modeling_llava_hr").glob("*_llava_hr*.py")}
     for content in (files, small_files):
         assert {path: content[path] for path in content if path.endswith(".py")} == code
         assert {"generation_config.json", "processor_config.json", "tokenizer.json"} <= set(content)

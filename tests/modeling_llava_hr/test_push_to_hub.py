@@ -72,7 +72,7 @@ def assert_holds(files: dict[str, bytes], expected: Path):
     """The repository holds the weights of a converted folder and this checkout's code."""
     assert_same_weights(load(files["model.safetensors"]), expected)
     code = {path: content for path, content in files.items() if path.endswith(".py")}
-    assert code == {path.name: path.read_bytes() for path in (ROOT / "modeling_llava_hr").glob("*_llava_hr.py")}
+    assert code == {path.name: path.read_bytes() for path in (ROOT / "modeling_llava_hr").glob("*_llava_hr*.py")}
 
 
 def assert_same_weights(actual: dict[str, torch.Tensor], folder: Path):

@@ -117,8 +117,8 @@ def test_constant_images_give_finite_numbers(converted_stage2, dtype, backend):
         inputs = ask(processor, *([image] for image in images), **sizes).to(dtype)
         with torch.no_grad():
             outputs = model(**inputs)
-        images = outputs.image_outputs
-        numbers = [outputs.logits, images.pooler_output, images.high_res_features, *images.mr_adapter_gates]
+        encoded = outputs.image_outputs
+        numbers = [outputs.logits, encoded.pooler_output, encoded.high_res_features, *encoded.mr_adapter_gates]
         assert all(tensor.isfinite().all() for tensor in numbers)
 
 
