@@ -160,9 +160,8 @@ class Body(Options):
         images = [part.image_url for part in parts if part.image_url is not None]
         urls = [image.url if isinstance(image, ImageUrl) else image for image in images]
         if len(urls) > MAX_IMAGES or sum(map(count_pixels, urls)) > MAX_PIXELS:
-            raise ValueError(
-                f"A request may have {MAX_IMAGES} images with {MAX_PIXELS} pixels in all. Send fewer or smaller images."
-            )
+            limits = f"{MAX_IMAGES} images with {MAX_PIXELS} pixels in all"
+            raise ValueError(f"A request may have {limits}. Send fewer or smaller images.")
         return self
 
 
