@@ -332,16 +332,18 @@ def read_samples(
             if not config.skip_broken:
                 raise
             other, images = find_replacement(row, table, source)
-            record(row, [str(error)], config, replaced_by=other["row"])
+            record(row, [str(error)], config, replaced_by=other["row"], replaced_by_file=other["file"])
             row = other
         samples.append(to_sample(row, images))
     return {name: [sample[name] for sample in samples] for name in samples[0]}
 
 
 def find_replacement(row: dict, table: Dataset, source: Dataset | None) -> tuple[dict, list[Image.Image]]:
-    """The next row with images that can be decoded, and these."""
+    """The next row of the table with images that can be decoded, and these."""
+    place = row["file"], row["row"]  # its index differs where rows were left out, or several files are read
+    index = list(zip(table["file"], table["row"], strict=True)).index(place)
     for step in range(1, len(table) + 1):
-        other = table[(row["row"] + step) % len(table)]
+        other = table[(index + step) % len(table)]
         try:
             if other["images"]:
                 return other, read_images(other, source)

@@ -293,6 +293,22 @@ def test_an_image_that_fails_only_at_decoding_names_its_row_or_is_replaced(tmp_p
     assert (entry["row"], entry["replaced_by"]) == (1, 2) and "b.png" in entry["problems"][0]
 
 
+def test_a_replacement_is_the_next_row_where_others_were_left_out_and_files_are_several(tmp_path):
+    for number, names in enumerate(["abc", "def"]):
+        rows = []
+        for name in names:
+            PILImage.effect_noise((80, 60), 50).save(tmp_path / f"{name}.png")
+            rows.append({"image": f"{name}.png", "conversations": [human("<image>\nWhat?"), gpt(name)]})
+        write(tmp_path / f"{number}.jsonl", rows, "jsonl")
+    (tmp_path / "a.png").unlink()
+    corrupt(tmp_path / "d.png")
+    report = tmp_path / "skipped_rows.jsonl"
+    data = load_data(tmp_path / "*.jsonl", image_folder=str(tmp_path), skip_broken=True, report=report)
+    assert [sample["messages"][-1]["content"][0]["text"] for sample in data] == ["b", "c", "e", "e", "f"]
+    replaced = read_lines(report)[-1]
+    assert (replaced["row"], replaced["replaced_by"], Path(replaced["replaced_by_file"]).name) == (0, 1, "1.jsonl")
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif"])
 def test_a_cheap_check_finds_every_truncated_file(tmp_path, suffix):
     file = tmp_path / f"image.{suffix}"
