@@ -131,7 +131,7 @@ $(VLLM)/.installed: setup.cfg pyproject.toml
 demo: setup ## Let the tiny model read fine print
 	$(VENV)/bin/python -m examples.demo
 
-space: setup ## Talk with a model about pictures in the browser; MODEL=folder or Hub id, else the tiny model
+space: setup ## Talk with a model about images in the browser; MODEL=folder or Hub id, else the tiny model
 	$(VENV)/bin/python examples/space/app.py $(if $(MODEL),--model $(MODEL))
 
 train-tiny: setup ## Train a tiny model from nothing; PRESET=cpu or gpu

@@ -157,7 +157,7 @@ class LlavaHrEvaluation(lmms):
         Args:
             requests (`list[Instance]`): Each with question, generation options, function of the row that gives the
                 images, number of the row, task, split. Of the options, all of `GenerationConfig` and `until` (the
-                answer ends before these strings) are heeded.
+                answer ends before these strings) take effect.
 
         Returns:
             `list[str]`: Answers in the order of the requests.

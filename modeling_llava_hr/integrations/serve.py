@@ -37,10 +37,13 @@ from transformers.cli.serve import Serve
 from transformers.cli.serving import server
 from transformers.cli.serving.utils import GenerateManager
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration
 from modeling_llava_hr.utils import OUT_OF_MEMORY_ADVICE, is_loopback, run_command
 
+
+logger = logging.get_logger(__name__)
 
 MAX_CONNECTIONS = 64
 MAX_BODY_BYTES = 32 * 2**20  # room for 24 MB of images in base64
@@ -309,6 +312,10 @@ def build_app(
             message = f"`{'.'.join(map(str, error_['loc'][1:]))}`: {error_['msg']}, but got {error_['input']!r:.60}."
         elif isinstance(error, torch.OutOfMemoryError):
             status, message = 503, OUT_OF_MEMORY_ADVICE
+        else:
+            logger.warning(
+                "Rejected a request", exc_info=error
+            )  # the server's own errors would look like this as well
         kind = "invalid_request_error" if status < 500 else "server_error"
         return JSONResponse({"error": {"message": message[:1000], "type": kind, "param": None, "code": None}}, status)
 

@@ -122,7 +122,7 @@ def test_every_step_is_a_command_with_a_record_of_its_own(preset, monkeypatch):
         parsed.append(name)
         records.append(measure.parse_arguments(cls).get_name(name))
 
-    pytest.importorskip("benchmarks.loader")  # which needs TRL
+    pytest.importorskip("benchmarks.loader", reason="it needs TRL, which the GPU image may lack")
     for step in run.get_steps(RunArguments(preset=preset), set()):
         assert importlib.util.find_spec(step.command[0])
         if step.command[0].startswith("benchmarks."):

@@ -48,15 +48,6 @@ class LlavaHrImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
     def setUp(self):
         self.image_processor_tester = LlavaHrImageProcessingTester(self)
 
-    # transformers 5.17 has the suite set these, later releases have them as properties
-    @property
-    def image_processing_classes(self):
-        return self.image_processor_tester.image_processing_classes
-
-    @property
-    def image_processor_dict(self):
-        return self.image_processor_tester.prepare_image_processor_dict()
-
     def test_call_numpy_4_channels(self):
         """The suite wants four channels kept, but both towers take three: they are refused unless converted."""
         self.image_processor_tester.num_channels = 4

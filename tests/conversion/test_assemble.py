@@ -321,7 +321,7 @@ def qwen3(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def gguf_file(parts, tmp_path_factory) -> Path:
     """The tiny Llama as llama.cpp would write it, its matrices in Q8_0."""
-    gguf = pytest.importorskip("gguf", reason="the extra [conversion]")
+    gguf = pytest.importorskip("gguf", reason="GGUF files need the extra [conversion]")
     path = tmp_path_factory.mktemp("gguf") / "llama-q8_0.gguf"
     config, pieces = LlamaConfig.from_pretrained(parts["llama"]), sentencepiece.SentencePieceProcessor()
     pieces.load(str(parts["llama"] / "tokenizer.model"))

@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def load_twice(folder: Path, tmp_path: Path):
-    """Model and processor after two more rounds of saving and loading, float32, pictures prepared by PIL."""
+    """Model and processor after two more rounds of saving and loading, float32, images prepared by PIL."""
     for index in range(2):
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
         processor = AutoProcessor.from_pretrained(folder)
@@ -583,7 +583,7 @@ def test_shards_are_the_model(write_original, converted, tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.skipif(os.name != "posix", reason="the umask")
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX systems have a umask")
 def test_files_follow_the_umask(write_original, tmp_path):
     before = os.umask(0o027)
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documentation: links lead somewhere, commands and classes that it names exist, the picture can be drawn."""
+"""The documentation: links lead somewhere, commands and classes that it names exist, the image can be drawn."""
 
 import importlib.util
 import re

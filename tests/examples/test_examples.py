@@ -27,8 +27,8 @@ from modeling_llava_hr import LlavaHrVisionModel
 
 
 ROOT = Path(__file__).parent.parent.parent
-PICTURES = ROOT / "examples" / "pictures"
-STREET = str(PICTURES / "street.jpg")
+IMAGES = ROOT / "examples" / "pictures"
+STREET = str(IMAGES / "street.jpg")
 QUESTION = "What does the green sign say?"
 SHORT = ("--max_new_tokens", "6")
 
@@ -102,7 +102,7 @@ def test_a_later_turn_of_the_chat_has_the_whole_conversation(run, monkeypatch, t
 
 
 def test_several_images_alone_and_together(run):
-    files = [STREET, str(PICTURES / "receipt.jpg")]
+    files = [STREET, str(IMAGES / "receipt.jpg")]
     answers = [run("ask", "--image", file, "--question", "What is shown?", *SHORT) for file in files]
     out = words(run("several_images", *SHORT))
     assert words(f"street.jpg: {answers[0]}") in out and words(f"receipt.jpg: {answers[1]}") in out
@@ -143,13 +143,13 @@ def test_onnx_runtime_answers_as_the_model_does(run, tmp_path):
 
 def test_heat_map_has_the_views_and_the_gates(run, tiny_model):
     gates = run("heat_map").split("\n")[0].removeprefix("gates: ").split(", ")
-    with Image.open("heat_map.png") as picture:
-        assert picture.size == (3 * 512 + 2 * 28, 512 + 28)
-        assert len(picture.convert("RGB").getcolors(2**24)) > 1000
+    with Image.open("heat_map.png") as image:
+        assert image.size == (3 * 512 + 2 * 28, 512 + 28)
+        assert len(image.convert("RGB").getcolors(2**24)) > 1000
     processor = AutoProcessor.from_pretrained(tiny_model)
     model = AutoModelForImageTextToText.from_pretrained(tiny_model)
-    with Image.open(STREET) as picture, torch.no_grad():
-        expected = model.get_image_features(**processor.image_processor(picture, return_tensors="pt"))
+    with Image.open(STREET) as image, torch.no_grad():
+        expected = model.get_image_features(**processor.image_processor(image, return_tensors="pt"))
     expected = [gate.float().mean().item() for gate in expected.mr_adapter_gates]
     assert [float(gate) for gate in gates] == pytest.approx(expected, abs=1e-3) and len(expected) == 3
 
@@ -180,7 +180,7 @@ def folder(tmp_path):
     (tmp_path / "photos").mkdir()
     for number in range(12):
         name = ("street", "shelf", "receipt", "table", "panel")[number % 5]
-        shutil.copy(PICTURES / f"{name}.jpg", tmp_path / "photos" / f"{number:02}.jpg")
+        shutil.copy(IMAGES / f"{name}.jpg", tmp_path / "photos" / f"{number:02}.jpg")
     (tmp_path / "photos" / "05b.png").write_text("not an image")
     (tmp_path / "photos" / "notes.txt").write_text("not an image either")
     return tmp_path / "photos"
@@ -251,9 +251,9 @@ def test_many_questions_resume_with_the_same_answers(run, capsys):
     run("ask_many", *SHORT)
     whole = Path("answers.jsonl").read_text()
     rows = [json.loads(line) for line in whole.splitlines()]
-    questions = [json.loads(line) for line in (PICTURES / "ask_many.jsonl").read_text().splitlines()]
+    questions = [json.loads(line) for line in (IMAGES / "ask_many.jsonl").read_text().splitlines()]
     assert [{name: row[name] for name in ("id", "image", "question")} for row in rows] == questions
-    expected = [json.loads(line) for line in (PICTURES / "questions.jsonl").read_text().splitlines()]
+    expected = [json.loads(line) for line in (IMAGES / "questions.jsonl").read_text().splitlines()]
     expected = [turn["value"] for row in expected for turn in row["conversations"][1::2]]
     right = [row["answer"] == answer for row, answer in zip(rows, expected, strict=True)]
     assert rows[1]["answer"] == "1471" and sum(right) >= len(rows) - 4
@@ -350,8 +350,6 @@ def test_a_missing_package_is_named_with_its_extra(run, monkeypatch, name, packa
         assert inner in message and "pip install" not in message
 
 
-# TRL learns the answers in chats about pictures alone with transformers 5.18 and later
-@pytest.mark.skipif(Version(transformers.__version__) < Version("5.18"), reason="training needs transformers 5.18")
 @pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")  # TRL sets it
 def test_lora_moves_the_language_model_and_leaves_the_towers(run, tiny_model, tmp_path, monkeypatch):
     import datasets
@@ -374,9 +372,9 @@ def test_images_are_those_that_the_script_draws(tmp_path, monkeypatch):
 
     monkeypatch.setattr(draw_pictures, "OUTPUT", tmp_path)
     draw_pictures.main()
-    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in PICTURES.iterdir()}
+    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in IMAGES.iterdir()}
     for name in ("questions.jsonl", "ask_many.jsonl", "receipt.fields.json"):
-        assert (tmp_path / name).read_text() == (PICTURES / name).read_text()
+        assert (tmp_path / name).read_text() == (IMAGES / name).read_text()
 
 
 def test_every_example_is_in_the_table():

@@ -20,7 +20,7 @@ from space_page import (
     send,
     wait_for_answer,
 )
-from transformers import AutoImageProcessor, AutoProcessor, pipeline
+from transformers import pipeline
 
 from modeling_llava_hr import LlavaHrImageProcessorPil
 
@@ -105,12 +105,10 @@ def test_weights_are_4_bit_where_bfloat16_leaves_no_room():
 
 
 def test_answer_is_the_pipelines(engine, side, tiny_model):
-    processor = AutoProcessor.from_pretrained(tiny_model)
-    # transformers 5.17's pipeline does not hand sizes of a call on
+    pipe = pipeline("image-text-to-text", model=str(tiny_model), dtype=torch.float32)
+    options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "return_full_text": False}
     sizes = {"size": side, "low_res_size": engine.sides[side]}
-    processor.image_processor = AutoImageProcessor.from_pretrained(tiny_model, **sizes)
-    pipe = pipeline("image-text-to-text", model=str(tiny_model), processor=processor, dtype=torch.float32)
-    expected = pipe([ask(QUESTION, STREET)], max_new_tokens=MAX_NEW_TOKENS, do_sample=False, return_full_text=False)
+    expected = pipe([ask(QUESTION, STREET)], processor_kwargs=sizes, **options)
     parts = [text for text, _, _ in engine.answer([ask(QUESTION, STREET)], side)]
     assert parts[-1] == expected[0]["generated_text"].strip()
     assert all(parts[-1].startswith(part) for part in parts)

@@ -251,8 +251,8 @@ def test_a_configuration_makes_timm_load_nothing(values, model):
 
 @pytest.mark.parametrize("name", ["../secret.png", "images/../../secret.png", "images/.."])
 def test_names_of_images_stay_in_their_folder(name, tmp_path):
-    training_data = pytest.importorskip("training.data")
-    is_inside = pytest.importorskip("training.rows").is_inside
+    training_data = pytest.importorskip("training.data", reason="training needs the extra [training]")
+    is_inside = pytest.importorskip("training.rows", reason="training needs the extra [training]").is_inside
     folder = tmp_path / "data"
     (folder / "images").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")

@@ -38,7 +38,7 @@ PARSERS = {
 }
 
 
-# The option's new name does not exist in transformers 5.17
+# The option's new name does not exist before transformers 5.24
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("pathway", UNUSED)
