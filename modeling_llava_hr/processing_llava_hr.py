@@ -14,7 +14,6 @@
 """Processor class for LLaVA-HR."""
 
 import os
-from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -23,15 +22,19 @@ from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from .chat_templates_llava_hr import PLAIN_CHAT_TEMPLATE, VICUNA_V1_CHAT_TEMPLATE, get_chat_template
+from .chat_templates_llava_hr import (
+    PLAIN_CHAT_TEMPLATE,
+    VICUNA_V1_CHAT_TEMPLATE,
+    check_messages,
+    get_chat_template,
+    is_unicode,
+)
 from .configuration_llava_hr import get_num_image_tokens, get_unpadded_cells
 from .image_processing_llava_hr import LlavaHrImageProcessor
 from .image_processing_pil_llava_hr import LlavaHrImageProcessorPil
 
 
 IMAGE_TOKEN = "<image>"
-# Keys of a message's part that may hold its image
-IMAGE_KEYS = ("image", "url", "path", "base64")
 
 
 class LlavaHrProcessor(ProcessorMixin):
@@ -221,70 +224,6 @@ class LlavaHrProcessor(ProcessorMixin):
         return MultiModalData(
             num_image_tokens=[text.count(self.image_token) for text in texts], num_image_patches=[1] * len(texts)
         )
-
-
-def _is_object(value: Any) -> bool:
-    """Whether transformers makes a dict of this message, or part of one: of dataclasses and pydantic's models."""
-    return is_dataclass(value) or hasattr(value, "model_dump")
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text has no unpaired surrogate: JSON lets them through, tokenizers and Arrow do not."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def check_messages(messages: Any, name: str) -> list:
-    """
-    The one check of the structure of a conversation.
-
-    Args:
-        messages (`list[dict]`): The messages.
-        name (`str`): What errors call them.
-
-    Returns:
-        `list`: The messages without keys that are `None`.
-
-    Raises:
-        ValueError: If this is not a list of messages, or a part has more than one image.
-    """
-    if not isinstance(messages, (list, tuple)):
-        raise ValueError(f"`{name}` must be a list of messages, but is {messages!r:.80}.")
-    if not messages:
-        raise ValueError(f"`{name}` is empty: give at least one message.")
-    checked = []
-    for index, message in enumerate(messages):
-        if _is_object(message):
-            checked.append(message)
-            continue
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(f"`{name}[{index}]` must be a dict with `role` and `content`, but is {message!r:.80}.")
-        content = message.get("content")
-        if content is not None and not isinstance(content, (str, list, tuple)):
-            raise ValueError(
-                f"The content of `{name}[{index}]` must be a string or a list of parts, but is {content!r:.80}."
-            )
-        if isinstance(content, (list, tuple)):
-            parts = [_check_part(part, f"Part {n} of `{name}[{index}]`") for n, part in enumerate(content)]
-            message = {**message, "content": parts}
-        checked.append(message)
-    return checked
-
-
-def _check_part(part: Any, where: str) -> Any:
-    if _is_object(part):
-        return part
-    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-        raise ValueError(f"{where} must be a dict with `type`, but is {part!r:.80}.")
-    if part["type"] == "text" and not isinstance(part.get("text"), str):
-        raise ValueError(f"{where} must have a string as `text`, but has {part.get('text')!r:.80}.")
-    sources = [key for key in IMAGE_KEYS if part.get(key) is not None]
-    if part["type"] == "image" and len(sources) > 1:
-        raise ValueError(f"{where} must have one image, but has {', '.join(sources)}.")
-    return {key: value for key, value in part.items() if value is not None}
 
 
 __all__ = ["LlavaHrProcessor", "PLAIN_CHAT_TEMPLATE", "VICUNA_V1_CHAT_TEMPLATE"]

@@ -16,7 +16,8 @@ from datasets import Dataset
 from PIL import Image
 
 from modeling_llava_hr import LlavaHrImageProcessorPil
-from modeling_llava_hr.processing_llava_hr import IMAGE_TOKEN, is_unicode
+from modeling_llava_hr.chat_templates_llava_hr import is_unicode
+from modeling_llava_hr.processing_llava_hr import IMAGE_TOKEN
 
 
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}

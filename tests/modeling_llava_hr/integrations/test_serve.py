@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText, AutoProcessor, BloomConfig, pipeline
 
 from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration
-from modeling_llava_hr.integrations import serve
+from modeling_llava_hr.integrations import serve, serve_requests
 
 
 QUESTION = "What does the red sign say?"
@@ -344,14 +344,14 @@ def ask_freely(client, content, **options):
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_too_large_requests_are_refused(client, chunked):
-    blocks = [b" " * 2**20] * (serve.MAX_BODY_BYTES // 2**20 + 1)
+    blocks = [b" " * 2**20] * (serve_requests.MAX_BODY_BYTES // 2**20 + 1)
     status, answer = request(client, "POST", "/v1/chat/completions", blocks if chunked else b"".join(blocks))
-    assert status == 413 and str(serve.MAX_BODY_BYTES) in answer["error"]["message"]
+    assert status == 413 and str(serve_requests.MAX_BODY_BYTES) in answer["error"]["message"]
     assert request(client, "GET", "/health") == (200, {"status": "ok"})
 
 
 def test_clients_that_do_not_take_their_answer_are_dropped(monkeypatch):
-    monkeypatch.setattr(serve, "MAX_SECONDS", 0.1)
+    monkeypatch.setattr(serve_requests, "MAX_SECONDS", 0.1)
 
     async def answer(scope, receive, send):
         await send({"type": "http.response.body", "body": b"?"})
@@ -360,7 +360,7 @@ def test_clients_that_do_not_take_their_answer_are_dropped(monkeypatch):
         await asyncio.Event().wait()
 
     with pytest.raises(TimeoutError):
-        asyncio.run(serve.Limits(answer)({"type": "http"}, None, never_read))
+        asyncio.run(serve_requests.Limits(answer)({"type": "http"}, None, never_read))
 
 
 def build_app(handle) -> fastapi.FastAPI:

@@ -17,7 +17,7 @@ import openai
 import pytest
 from loopback_server import ROOT, TINY_MODEL, run_server, to_data_url
 
-from modeling_llava_hr.integrations import serve
+from modeling_llava_hr.integrations import serve, serve_requests
 from training.tiny.fineprint import FinePrintConfig, draw_sample, get_questions
 
 
@@ -135,7 +135,7 @@ def test_requests_that_do_not_come_to_an_end_take_places_only_while_they_last(se
                 for _ in range(serve.MAX_CONNECTIONS):
                     connection = unfinished.enter_context(socket.create_connection((host, int(port))))
                     connection.sendall(head)
-                until = time.monotonic() + serve.MAX_SECONDS
+                until = time.monotonic() + serve_requests.MAX_SECONDS
                 while await try_once(client, user, stream=False) is not None:
                     assert time.monotonic() < until
             assert await ask(client.with_options(max_retries=10), user)
