@@ -183,6 +183,8 @@ def read_table(config: DataConfig, source: Dataset | None) -> Dataset:
             for _ in read_rows(path):
                 pass
         raise
+    if not builder.info.splits or not builder.info.splits["train"].num_examples:
+        raise ValueError(f"`data_path` ({config.data_path}) has no rows.")
     return builder.as_dataset(split="train")
 
 

@@ -29,6 +29,8 @@ IMAGE_PART: dict[str, str | None] = {"type": "image", "text": None}
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 # The smallest views: only whether they can be made matters
 IMAGE_READER = LlavaHrImageProcessorPil(size=32, low_res_size=14)
+# Characters of a path, as on Linux
+MAX_NAME = 4096
 # How a complete file ends; in other formats, and where something follows the end, the image is decoded
 FILE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
 BETWEEN_ROWS = re.compile(r"[\[\], \t\r\n\ufeff]*")
@@ -108,10 +110,14 @@ def _fill(chat: dict[str, Any], row: Any, folder: str, plain: bool) -> None:
         raise ValueError(f"it must be an object with a chat, but is {row!r:.80}")
     if "__key__" in row:  # webdataset: one column per file
         files = {name: value for name, value in row.items() if name.lower() in IMAGE_SUFFIXES}
-        content = row["json"] if isinstance(row.get("json"), dict) else {}
+        content = row["json"] if isinstance(row.get("json"), dict) else {n: row[n] for n in row if n[:2] != "__"}
         row = {"id": row["__key__"], **content, **({"images": files} if files else {})}
     chat["id"] = None if row.get("id") is None else str(row["id"]).encode(errors="replace").decode()
     chat["type"] = next((row[name] for name in TYPE_COLUMNS if isinstance(row.get(name), str)), None)
+    if others := [name for name in ("video", "videos", "audio", "audios") if row.get(name)]:
+        raise ValueError(
+            f"it has `{others[0]}`, but the model takes images and text (see examples/video.py for frames)"
+        )
     turns = _find_turns(row)
     column = "images" if row.get("images") is not None else "image"
     given = [_refer(keys, image, folder) for keys, image in _find_images(_parse(row.get(column)), [column])]
@@ -233,6 +239,8 @@ def _refer(keys: list, image: Any, folder: str) -> dict[str, str | None]:
         return {"path": None, "keys": json.dumps(keys)}
     if not isinstance(name, str) or not name or not is_unicode(name):
         raise ValueError(f"`{keys[0]}` must have names of images or images, but has {image!r:.80}")
+    if name.startswith("data:") or len(name) > MAX_NAME:
+        raise ValueError(f"an image is text ({name:.40}...), but must be the name of a file, or the bytes of one")
     if keys[-1] in ("url", "base64") or not is_inside(folder, name):
         raise ValueError(f"image {name!r:.200} lies outside of {folder or 'the working directory'!r}")
     return {"path": os.path.join(folder, name), "keys": None}

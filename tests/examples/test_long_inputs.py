@@ -15,7 +15,7 @@ from examples.long_document import split
 
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
-SCENES = [Image.open(PICTURES / f"{name}.jpg") for name in ("street", "receipt", "shelf")]
+SCENES = [Image.open(PICTURES / f"{name}.jpg").convert("RGB") for name in ("street", "receipt", "shelf")]
 QUESTION = ("--question", "What does the green sign say?", "--max_new_tokens", "6")
 
 

@@ -15,7 +15,7 @@ from modeling_llava_hr import LlavaHrImageProcessor, LlavaHrImageProcessorPil, g
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-STREET = Image.open(EXAMPLES / "pictures" / "street.jpg")
+STREET = Image.open(EXAMPLES / "pictures" / "street.jpg").convert("RGB")
 WIDE, TALL, SQUARE = STREET.crop((0, 60, 256, 204)), STREET.crop((80, 0, 165, 256)), STREET
 
 

@@ -115,6 +115,13 @@ def ask(*parts):
         ({"id": 1}, "`conversations` must be a list"),
         ({"conversations": []}, "`conversations` must be a list"),
         ({"text": "A cat."}, "or `prompt` and `completion`; it has text"),
+        ({"__key__": "1", "jpg": b"", "txt": "A cat."}, "it has id, jpg, txt, images"),
+        ({"video": "a.mp4", "conversations": [human("<video>\nHi."), HELLO]}, "it has `video`"),
+        (
+            {"image": f"data:image/png;base64,{'A' * 9999}", "conversations": [human("<image>"), HELLO]},
+            "is text (data:",
+        ),
+        ({"image": "/9j/" + "A" * 9999, "conversations": [human("<image>"), HELLO]}, "an image is text (/9j/AAA"),
         ({"image": 3, "conversations": [HI, HELLO]}, "`image` must have names of images"),
         ({"image": "a.png", "conversations": [HI, HELLO]}, "it has 0 <image> tags, but 1 images"),
         ({"conversations": [human("<image>\nHi."), HELLO]}, "it has 1 <image> tags, but 0 images"),
@@ -135,7 +142,7 @@ def ask(*parts):
 )
 def test_problems_of_a_row(row, problem):
     problems = convert_row(row)["problems"]
-    assert problems == [] if problem is None else problem in problems[0]
+    assert problems == [] if problem is None else problem in problems[0] and len(problems[0]) < 200
 
 
 def test_stage_1_takes_one_image_and_one_caption():
@@ -548,7 +555,9 @@ def test_an_unknown_split_or_configuration_lists_the_known_ones(tmp_path):
         load_data(tmp_path / "hub", name="x")
 
 
-@pytest.mark.parametrize(("name", "content"), [("rows.parquet", b"PAR1, cut off"), ("rows.txt", b"What?")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("rows.parquet", b"PAR1, cut off"), ("rows.txt", b"What?"), ("rows.jsonl", b"\n")]
+)
 def test_files_that_cannot_be_read_are_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"`data_path` \(.*{name}\)"):
