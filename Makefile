@@ -101,7 +101,7 @@ test-gpu-image: $(GPU_IMAGE)/.installed ## Run the tests that a GPU image's pack
 
 $(GPU_IMAGE)/.installed: setup.cfg pyproject.toml
 	$(GPU_IMAGE)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(GPU_IMAGE)
-	$(GPU_IMAGE)/bin/python $(PIP_INSTALL) torch==2.11.0 torchvision==0.26.0 peft pytest scikit-learn --editable ".[conversion]"
+	$(GPU_IMAGE)/bin/python $(PIP_INSTALL) torch==2.11.0 torchvision==0.26.0 hypothesis peft pytest scikit-learn --editable ".[conversion]"
 	touch $@
 
 test-lmms-eval: $(LMMS_EVAL)/.installed ## Test the lmms-eval plugin, in an environment on top of .venv

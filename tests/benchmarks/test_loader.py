@@ -6,10 +6,8 @@ import os
 import pytest
 import torch
 
-from benchmarks import loader
-from benchmarks.loader import LoaderArguments
 
-
+loader = pytest.importorskip("benchmarks.loader", reason="it needs TRL, which the GPU image may lack")
 VIEW_VALUES = {"256": 3 * 256**2, "1024": 3 * 1024**2}
 
 
@@ -46,7 +44,7 @@ def test_both_ways_of_masking_give_the_same_batches(tmp_path):
 
 
 def test_targets_compare_rates():
-    arguments = LoaderArguments(workers=[0, 1], repeats=2)
+    arguments = loader.LoaderArguments(workers=[0, 1], repeats=2)
     ours, slow, llava = ({n: [seconds] * 2 for n in (0, 1)} for seconds in (2.0, 8.0, 1.0))
     small, large = {"llava-hr": ours, "llava-hr, transformers' masks": slow}, {"llava-hr": ours, "llava": llava}
     views, needs = {"llava-hr": [1.0, 2.0], "llava": [2.0, 4.0]}, {"h100_samples_per_second": 0.25}
@@ -56,7 +54,7 @@ def test_targets_compare_rates():
 
 
 def test_no_more_workers_than_cores():
-    assert max(LoaderArguments(workers=[0, 1, 100_000]).workers) <= os.cpu_count()
+    assert max(loader.LoaderArguments(workers=[0, 1, 100_000]).workers) <= os.cpu_count()
 
 
 @pytest.mark.parametrize(
@@ -69,4 +67,4 @@ def test_no_more_workers_than_cores():
 )
 def test_refused_options(option, named):
     with pytest.raises(ValueError, match=named):
-        LoaderArguments(**option)
+        loader.LoaderArguments(**option)
