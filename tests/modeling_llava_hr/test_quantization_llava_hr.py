@@ -18,8 +18,8 @@ def bitsandbytes(**kwargs):
     return BitsAndBytesConfig(**kwargs)
 
 
-def torchao(name):
-    return TorchAoConfig(getattr(pytest.importorskip("torchao.quantization", reason=REASON), name)())
+def torchao(name, **kwargs):
+    return TorchAoConfig(getattr(pytest.importorskip("torchao.quantization", reason=REASON), name)(**kwargs))
 
 
 def quanto(weights):
@@ -34,6 +34,7 @@ CONFIGS = {
     ),
     "bitsandbytes-8bit": lambda: bitsandbytes(load_in_8bit=True),
     "torchao-int8": lambda: torchao("Int8WeightOnlyConfig"),
+    "torchao-int4": lambda: torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4),
     "torchao-float8": lambda: torchao("Float8WeightOnlyConfig"),
     "quanto-int8": lambda: quanto("int8"),
     "quanto-int4": lambda: quanto("int4"),
