@@ -10,11 +10,12 @@ import pytest
 import sentencepiece
 import timm
 import torch
-from converted_checkpoints import REFERENCE
+from chats import chat, tokenize
+from converted_checkpoints import REFERENCE, assert_nothing_written
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_training import OPTIONS, make_data
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tiny_configs import TEXT_SIZES, VIT_SIZES, make_bpe_tokenizer
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -26,7 +27,6 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -40,22 +40,8 @@ from conversion.convert_llava_hr_weights_to_hf import convert
 
 
 CHECKPOINT = REFERENCE / "stage1-384" / "checkpoint"
-VIT_SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 1,
-    "image_size": 56,
-    "patch_size": 14,
-}
-TEXT_SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-}
 TRUNK = "model.vision_tower.high_res_tower.timm_model."
+RED = Image.new("RGB", (80, 50), "red")
 
 
 def save_timm_tower(folder: Path, architecture: str) -> dict[str, torch.Tensor]:
@@ -97,17 +83,6 @@ def parts(tmp_path_factory) -> dict[str, Path]:
     Qwen2ForCausalLM(config).save_pretrained(root / "qwen2")
     make_bpe_tokenizer().save_pretrained(root / "qwen2")
     return {folder.name: folder for folder in root.iterdir()}
-
-
-def make_bpe_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of Qwen2's kind: no token for the start of a text, none for padding or unknown text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(["What is written on the small sign? The sign says 4711."], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
 
 def run_assemble(parts, output, vision_tower="clip", high_res_tower="open_clip", language_model="llama", **kwargs):
@@ -184,14 +159,7 @@ def test_result_answers(language_model, image_suffix, parts, tmp_path):
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     assert f"image_suffix = '{image_suffix}'" in processor.chat_template
     assert processor.tokenizer.padding_side == "left" and processor.tokenizer.pad_token is not None
-    content = [{"type": "image", "image": Image.new("RGB", (80, 50), "red")}, {"type": "text", "text": "What is it?"}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    inputs = tokenize(processor, chat("What is it?", RED))
     # 128 / 32 * 14 = 56 pixels, 4 x 4 patches
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 16
     output = model.generate(**inputs, max_new_tokens=5, do_sample=False)
@@ -276,37 +244,26 @@ def test_result_is_a_base_for_stage_1(language_model, parts, tmp_path):
 def test_parts_that_do_not_fit(kwargs, message, parts, tmp_path):
     with pytest.raises(ValueError, match=message):
         run_assemble(parts, tmp_path / "out", **kwargs)
-    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.incomplete").exists()
+    assert_nothing_written(tmp_path / "out")
 
 
-def test_weights_that_are_no_numbers(parts, tmp_path):
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.tensor([torch.nan, *[1.0] * 79]), r"not a number in 1 tensors: .*stages\.1\.blocks\.0\.gamma"),
+        (None, r"stages\.1\.blocks\.0\.gamma: missing"),
+    ],
+)
+def test_damaged_high_res_towers(value, message, parts, tmp_path):
     folder = shutil.copytree(parts["timm"], tmp_path / "timm")
-    tensors = load_file(folder / "model.safetensors")
-    tensors["stages.1.blocks.0.gamma"][0] = float("nan")
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"not a number in 1 tensors: .*stages\.1\.blocks\.0\.gamma"):
+    tensors = load_file(folder / "model.safetensors") | {"stages.1.blocks.0.gamma": value}
+    save_file({name: t for name, t in tensors.items() if t is not None}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
         run_assemble(parts, tmp_path / "out", high_res_tower=str(folder))
-    assert not (tmp_path / "out").exists()
-
-
-def test_high_res_tower_that_lacks_a_weight(parts, tmp_path):
-    folder = tmp_path / "timm"
-    shutil.copytree(parts["timm"], folder)
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["stages.1.blocks.0.gamma"]
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"stages\.1\.blocks\.0\.gamma: missing"):
-        run_assemble(parts, tmp_path / "out", high_res_tower=str(folder))
+    assert_nothing_written(tmp_path / "out")
 
 
 # --- prompt formats and GGUF ---
-
-
-def make_chatml_tokenizer() -> PreTrainedTokenizerFast:
-    """As Qwen's: byte-level BPE, ChatML's markers, an end of text of its own."""
-    tokenizer = make_bpe_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +271,7 @@ def qwen3(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("qwen3")
     config = Qwen3Config(**TEXT_SIZES, head_dim=16, vocab_size=384, tie_word_embeddings=True)
     Qwen3ForCausalLM(config).save_pretrained(folder)
-    make_chatml_tokenizer().save_pretrained(folder)
+    make_bpe_tokenizer("<|im_start|>", "<|im_end|>").save_pretrained(folder)
     return folder
 
 
@@ -364,7 +321,7 @@ def test_chatml(qwen3, parts, tmp_path, capsys):
     run_assemble(parts, tmp_path / "out", language_model=str(qwen3), size=128)
     assert "prompt format: chatml" in capsys.readouterr().out
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
-    image = {"type": "image", "image": Image.new("RGB", (80, 50))}
+    image = {"type": "image", "image": RED}
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "What <image> is it?"}, image]},
@@ -379,11 +336,9 @@ def test_chatml(qwen3, parts, tmp_path, capsys):
         "<|im_start|>user\nAnd now?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    inputs = processor.apply_chat_template(messages[:3], **options)
-    ids, mask = inputs["input_ids"][0], inputs["assistant_masks"][0]
-    answer = [token for token, is_answer in zip(ids, mask, strict=True) if is_answer]
-    assert processor.tokenizer.decode(answer) == "A sign.<|im_end|>"
+    inputs = tokenize(processor, messages[:3], return_assistant_tokens_mask=True, add_generation_prompt=False)
+    is_answer = torch.as_tensor(inputs["assistant_masks"])[0].bool()
+    assert processor.tokenizer.decode(inputs["input_ids"][0, is_answer]) == "A sign.<|im_end|>"
     for role in ("tool", "system"):
         with pytest.raises(ValueError, match="role must be 'user' or 'assistant'"):
             processor.apply_chat_template([*messages, {"role": role, "content": "x"}])
@@ -426,9 +381,7 @@ def test_result_trains_and_answers(language_model, request, parts, tmp_path, mon
 
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "trained")
     processor = AutoProcessor.from_pretrained(tmp_path / "trained")
-    content = [{"type": "image", "image": Image.new("RGB", (80, 50), "red")}, {"type": "text", "text": "What is it?"}]
-    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
-    inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
+    inputs = tokenize(processor, chat("What is it?", RED))
     output = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert output.shape[1] == inputs["input_ids"].shape[1] + 3
 
@@ -440,8 +393,7 @@ def test_chat_template_is_a_choice(qwen3, parts, tmp_path):
         out = tmp_path / Path(choice).stem
         run_assemble(parts, out, language_model=str(qwen3), chat_template=choice)
         processor = AutoProcessor.from_pretrained(out)
-        content = [{"type": "image"}, {"type": "text", "text": "Hi"}]
-        assert processor.apply_chat_template([{"role": "user", "content": content}]).endswith(prompt)
+        assert processor.apply_chat_template(chat("Hi", RED)).endswith(prompt)
 
 
 @pytest.mark.parametrize(

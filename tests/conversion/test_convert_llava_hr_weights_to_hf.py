@@ -3,18 +3,25 @@
 
 import json
 import os
+import re
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import timm
 import torch
-from converted_checkpoints import FORMS, REFERENCE, STAGES, assert_nothing_written, read_original
-from PIL import Image
+from chats import tokenize
+from converted_checkpoints import (
+    FORMS,
+    NUM_IMAGE_TOKENS,
+    REFERENCE,
+    STAGES,
+    assert_nothing_written,
+    read_cases,
+    read_original,
+)
+from forked_commands import CONVERT, assert_one_message
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
@@ -29,9 +36,6 @@ from conversion.parts import infer_timm_config
 from modeling_llava_hr import LlavaHrConfig
 from modeling_llava_hr.image_processing_llava_hr import make_low_res_view
 from modeling_llava_hr.utils import new_file
-
-
-ROOT = Path(__file__).parents[2]
 
 
 # --- what the released code computes ---
@@ -51,75 +55,49 @@ def load_twice(folder: Path, tmp_path: Path):
     return model, processor
 
 
-def make_messages(turns) -> list[dict]:
-    """Chat turns of cases.json -> messages; the recorded prompts have their tags at the front, a line each."""
-    messages = []
-    for question, answer in turns:
-        text = question.replace("<image>\n", "")
-        images = [{"type": "image"}] * question.count("<image>")
-        messages.append({"role": "user", "content": [*images, {"type": "text", "text": text}]})
-        if answer is not None:
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return messages
-
-
-def expand(ids: list[int], num_image_tokens: int, image_value: int) -> list[int]:
-    """The recorded ids or labels with the one placeholder -200 (or its label) written out."""
-    return [value for i in ids for value in ([image_value] * num_image_tokens if i == -200 else [i])]
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_recorded_outputs(stage, converted, tmp_path):
-    # Tolerance 1e-4, and exact ids: what the README of the recordings expects of a float32 implementation
+    # Tolerance 1e-4, and exact tokens: what the README of the recordings expects of a float32 implementation
     model, processor = load_twice(converted[stage], tmp_path)
-    cases = json.loads((REFERENCE / stage / "cases.json").read_text())
     expected = load_file(REFERENCE / stage / "expected.safetensors")
-    image_token_id = model.config.image_token_id
-    num_image_tokens = {"stage1-384": 576, "stage2-1024": 1024}[stage]  # design: (L / 14)^2
 
-    for case in cases["cases"]:
+    def assert_recorded(actual, name):
+        torch.testing.assert_close(actual, expected[name], atol=1e-4, rtol=1e-4)
+
+    for case in read_cases(stage):
         if "turns" not in case:
             continue  # stage 1's own prompt form: tested with the processor
-        name = case["name"]
-        images = [Image.open(REFERENCE / stage / "images" / file) for file in case["images"]]
-        is_complete = case["turns"][-1][1] is not None
-        prompt = processor.apply_chat_template(make_messages(case["turns"]), add_generation_prompt=not is_complete)
-        inputs = processor(text=prompt, images=images or None, return_tensors="pt", add_special_tokens=False)
-        ids = expand(case["input_ids_before_expansion"], num_image_tokens, image_token_id)
-        assert inputs.input_ids[0].tolist() == ids
-        assert len(ids) == case["sequence_length"]
-
+        name, step = case["name"], case["logits_step"]
+        inputs = tokenize(processor, case["messages"], add_generation_prompt="greedy_ids" in case)
         with torch.no_grad():
-            outputs = model(**inputs, output_hidden_states=False)
+            outputs = model(**inputs)
         logits = outputs.logits[0, :, :1000]  # the recorded model has no image token
-        torch.testing.assert_close(logits[-1], expected[f"{name}.logits_last"], atol=1e-4, rtol=1e-4)
-        step = case["logits_step"]
-        torch.testing.assert_close(logits[::step], expected[f"{name}.logits_every_{step}"], atol=1e-4, rtol=1e-4)
-        if images:
-            pixel_values = inputs["pixel_values"]
-            with torch.no_grad():
-                features = model.get_image_features(pixel_values, return_dict=True)
-            projected = features.pooler_output[:, ::7]
-            torch.testing.assert_close(projected, expected[f"{name}.projected"], atol=1e-4, rtol=1e-4)
+        assert_recorded(logits[-1], f"{name}.logits_last")
+        assert_recorded(logits[::step], f"{name}.logits_every_{step}")
+        if case["images"]:
+            assert_recorded(outputs.image_outputs.pooler_output[:, ::7], f"{name}.projected")
         if name == "case0":
-            high_res = features.high_res_features
-            torch.testing.assert_close(high_res, expected["case0.high_res_features"], atol=1e-4, rtol=1e-4)
-            fused = features.last_hidden_state[:, ::7]
-            torch.testing.assert_close(fused, expected["case0.vision_features"], atol=1e-4, rtol=1e-4)
-            tower = model.model.vision_tower
+            assert_recorded(outputs.image_outputs.high_res_features, "case0.high_res_features")
+            assert_recorded(outputs.image_outputs.last_hidden_state[:, ::7], "case0.vision_features")
+            tower, pixel_values = model.model.vision_tower, inputs["pixel_values"]
+            view = make_low_res_view(pixel_values, tower.get_low_res_size(pixel_values))
             with torch.no_grad():
-                embeddings = tower.pre_layernorm(
-                    tower.embeddings(make_low_res_view(pixel_values, tower.get_low_res_size(pixel_values)))
-                )[:, ::7]
-            torch.testing.assert_close(embeddings, expected["case0.low_res_embeddings"], atol=1e-4, rtol=1e-4)
-        if is_complete:
-            labels = expand_labels(case, num_image_tokens)
+                assert_recorded(tower.pre_layernorm(tower.embeddings(view))[:, ::7], "case0.low_res_embeddings")
+        if "greedy_ids" in case:
+            assert generate(model, inputs) == case["greedy_ids"]
+        else:
+            labels = []
+            for i, label in zip(case["input_ids_before_expansion"], case["labels_before_expansion"], strict=True):
+                labels += [-100] * NUM_IMAGE_TOKENS[stage] if i == -200 else [label]
             with torch.no_grad():
                 loss = model(**inputs, labels=torch.tensor([labels])).loss
             assert loss.item() == pytest.approx(case["loss"], abs=1e-4)
-        else:
-            new = model.generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False)
-            assert new[0, len(ids) :].tolist() == case["greedy_ids"]
+
+
+def generate(model, inputs) -> list[int]:
+    """Twelve greedy tokens, as many as were recorded."""
+    tokens = model.generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    return tokens[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -128,22 +106,9 @@ def test_recorded_greedy_tokens_with_the_torchvision_backend(stage, converted):
     model = AutoModelForImageTextToText.from_pretrained(converted[stage], dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(converted[stage])
     assert processor.image_processor.backend == "torchvision"
-    for case in json.loads((REFERENCE / stage / "cases.json").read_text())["cases"]:
-        if "greedy_ids" not in case:
-            continue
-        images = [Image.open(REFERENCE / stage / "images" / file) for file in case["images"]]
-        prompt = processor.apply_chat_template(make_messages(case["turns"]), add_generation_prompt=True)
-        inputs = processor(text=prompt, images=images, return_tensors="pt", add_special_tokens=False)
-        new = model.generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False)
-        assert new[0, inputs["input_ids"].shape[1] :].tolist() == case["greedy_ids"]
-
-
-def expand_labels(case: dict, num_image_tokens: int) -> list[int]:
-    """Recorded labels written out: nothing is learned at an image."""
-    labels = []
-    for i, label in zip(case["input_ids_before_expansion"], case["labels_before_expansion"], strict=True):
-        labels += [-100] * num_image_tokens if i == -200 else [label]
-    return labels
+    for case in read_cases(stage):
+        if "greedy_ids" in case:
+            assert generate(model, tokenize(processor, case["messages"])) == case["greedy_ids"]
 
 
 # --- weights ---
@@ -169,21 +134,15 @@ def test_every_weight_is_used_or_dropped_for_a_reason(converted, capsys, tmp_pat
     for line in ("dropped 2 tensors: computed", "dropped 6 tensors", "dropped 1 tensors"):
         assert line in text
     # nothing but the extended embeddings, the 1x1 convolutions and the position table's class row changes
-    total = sum(t.double().sum() for n, t in original.items() if "embed_tokens" not in n and "lm_head" not in n)
-    cut = sum(
-        t.double().sum()
-        for n, t in original.items()
-        if "inv_freq" in n or ".head." in n or "class_embedding" in n or "post_layernorm" in n
-    )
-    cut += (
-        original[
-            "model.vision_tower.fast_vision_tower.vision_tower.vision_model.embeddings.position_embedding.weight"
-        ][0]
-        .double()
-        .sum()
-    )
-    kept = sum(t.double().sum() for n, t in result.items() if "embed_tokens" not in n and "lm_head" not in n)
-    assert kept.item() == pytest.approx((total - cut).item(), rel=1e-9)
+    table = "model.vision_tower.fast_vision_tower.vision_tower.vision_model.embeddings.position_embedding.weight"
+    original[table] = original[table][1:]
+    dropped = re.compile(r"inv_freq|\.head\.|class_embedding|post_layernorm")
+    kept = {name: tensor for name, tensor in original.items() if not dropped.search(name)}
+    sums = [
+        sum(tensor.double().sum() for name, tensor in tensors.items() if not re.search("embed_tokens|lm_head", name))
+        for tensors in (kept, result)
+    ]
+    assert sums[0].item() == pytest.approx(sums[1].item(), rel=1e-9)
 
 
 def test_added_vocabulary(converted):
@@ -204,9 +163,8 @@ def test_added_vocabulary(converted):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_dtype(dtype, write_original, tmp_path):
     convert(str(write_original("stage1-384")), str(tmp_path / "out"), dtype=dtype)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {
-        getattr(torch, dtype)
-    }
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {getattr(torch, dtype)}
     assert LlavaHrConfig.from_pretrained(tmp_path / "out").dtype == getattr(torch, dtype)
 
 
@@ -292,8 +250,7 @@ def test_tokenizer(legacy, write_original, tmp_path):
 @pytest.fixture
 def base(converted, tmp_path) -> Path:
     """The recorded stage-1 model as it was before training: projector and fusion zeroed."""
-    folder = tmp_path / "base"
-    shutil.copytree(converted["stage1-384"], folder)
+    folder = shutil.copytree(converted["stage1-384"], tmp_path / "base")
     tensors = load_file(folder / "model.safetensors")
     for name in tensors:
         if "multi_modal_projector" in name or "vision_tower.fusion" in name:
@@ -309,18 +266,15 @@ def test_stage_1_projector(prefix, as_file, base, converted, tmp_path):
     folder.mkdir()
     source = REFERENCE / "stage1-384" / "checkpoint"
     tensors = torch.load(source / "mm_projector.bin", weights_only=True)
-    torch.save(
-        {prefix + name.removeprefix("model."): tensor for name, tensor in tensors.items()}, folder / "mm_projector.bin"
-    )
+    tensors = {prefix + name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    torch.save(tensors, folder / "mm_projector.bin")
     shutil.copy(source / "config.json", folder)
     convert(str(folder / "mm_projector.bin" if as_file else folder), str(tmp_path / "out"), base=str(base))
     actual, expected = (load_file(f / "model.safetensors") for f in (tmp_path / "out", converted["stage1-384"]))
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
     for name in ("generation_config.json", "tokenizer.json", "config.json", "processor_config.json"):
-        assert json.loads((tmp_path / "out" / name).read_text()) == json.loads(
-            (converted["stage1-384"] / name).read_text()
-        )
+        assert (tmp_path / "out" / name).read_text() == (converted["stage1-384"] / name).read_text()
 
 
 def test_stage_1_projector_needs_its_base(base, converted, write_original, tmp_path):
@@ -338,61 +292,49 @@ def test_stage_1_projector_needs_its_base(base, converted, write_original, tmp_p
 
 # --- faults ---
 
-_EMBED = "model.embed_tokens.weight"
-_LAYER = "model.vision_tower.fast_vision_tower.vision_tower.vision_model.encoder.layers.3.mlp.fc2.bias"
-_GATE = "model.vision_tower.align_stages_latent.1.gate.0.weight"
-
-
-def _without(*names):
-    return lambda tensors: [tensors.pop(name) for name in names]
-
-
-def _with(**changes):
-    return lambda tensors: tensors.update({name.replace("__", "."): tensor for name, tensor in changes.items()})
-
-
-def _drop_adapter(tensors):
-    for name in [name for name in tensors if "align_stages_latent.2." in name]:
-        del tensors[name]
+VIT = "model.vision_tower.fast_vision_tower.vision_tower.vision_model"
+ADAPTERS = "model.vision_tower.align_stages_latent"
+GATE = f"{ADAPTERS}.1.gate.0.weight"
 
 
 @pytest.mark.parametrize(
-    "change, messages",
+    "changes, messages",  # tensors by name, `None` for one that is missing
     [
+        ({"lm_head.weight": None}, ["lm_head.weight: missing"]),
         (
-            _without(_EMBED, _LAYER),
-            ["model.language_model.embed_tokens.weight: missing", "layers.3.mlp.fc2.bias: missing"],
+            {"model.embed_tokens.weight": None, f"{VIT}.encoder.layers.3.mlp.fc2.bias": None},
+            ["2 faults", "model.language_model.embed_tokens.weight: missing", "layers.3.mlp.fc2.bias: missing"],
         ),
-        (_without("lm_head.weight"), ["lm_head.weight: missing"]),
-        (_drop_adapter, ["12 faults", "mr_adapters.2.gate.fc1.weight: missing"]),
-        (_with(model__extra=torch.zeros(2), other=torch.zeros(1)), ["model.extra: unexpected", "other: unexpected"]),
-        (_with(lm_head__weight=torch.zeros(999, 64)), ["lm_head.weight: shape [999, 64], expected [1000, 64]"]),
-        (_with(**{_GATE: torch.zeros(64, 255)}), [f"{_GATE}: shape [64, 255], expected [64, 256]"]),
-        (_with(**{_GATE: torch.zeros(64, 256, dtype=torch.int8)}), [f"{_GATE}: dtype torch.int8"]),
-        (_with(mm_projector__0__bias=torch.zeros(64)), ["mm_projector.0.bias: comes twice"]),
         (
-            _with(
-                model__vision_tower__align_stages_latent__0__slow_proj__weight=torch.zeros(128, 96, 3, 3),
-                model__vision_tower__align_stages_latent__0__slow_conv__weight=torch.zeros(96 * 96),
-            ),
+            {"model.extra": torch.zeros(2), "other": torch.zeros(1)},
+            ["model.extra: unexpected", "other: unexpected"],
+        ),
+        ({"lm_head.weight": torch.zeros(999, 64)}, ["lm_head.weight: shape [999, 64], expected [1000, 64]"]),
+        ({GATE: torch.zeros(64, 255)}, [f"{GATE}: shape [64, 255], expected [64, 256]"]),
+        ({GATE: torch.zeros(64, 256, dtype=torch.int8)}, [f"{GATE}: dtype torch.int8"]),
+        ({"mm_projector.0.bias": torch.zeros(64)}, ["mm_projector.0.bias: comes twice"]),
+        (
+            {
+                f"{ADAPTERS}.0.slow_proj.weight": torch.zeros(128, 96, 3, 3),
+                f"{ADAPTERS}.0.slow_conv.weight": torch.zeros(96 * 96),
+            },
             ["slow_proj.weight: shape [128, 96, 3, 3]", "slow_conv.weight: shape [9216]"],
         ),
         (
-            _without(
-                "model.vision_tower.fast_vision_tower.vision_tower.vision_model.embeddings.patch_embedding.weight"
-            ),
+            {f"{VIT}.embeddings.patch_embedding.weight": None},
             ["sizes of the ViT", "embeddings.patch_embedding.weight"],
+        ),
+        (
+            {name: None for name in read_original("stage2-1024") if f"{ADAPTERS}.2." in name},
+            ["12 faults", "mr_adapters.2.gate.fc1.weight: missing"],
         ),
     ],
 )
-def test_tensors_that_do_not_fit(change, messages, write_original, tmp_path):
-    tensors = read_original("stage2-1024")
-    change(tensors)
-    folder = write_original(tensors=tensors)
+def test_tensors_that_do_not_fit(changes, messages, write_original, tmp_path):
+    tensors = {name: tensor for name, tensor in (read_original("stage2-1024") | changes).items() if tensor is not None}
     with pytest.raises(ValueError) as error:
-        convert(str(folder), str(tmp_path / "out"))
-    for message in messages:
-        assert message in str(error.value)
+        convert(str(write_original(tensors=tensors)), str(tmp_path / "out"))
+    assert all(message in str(error.value) for message in messages), str(error.value)
     assert_nothing_written(tmp_path / "out")
 
 
@@ -430,58 +372,20 @@ def test_config_that_does_not_fit(config, message, write_original, tmp_path):
 # --- the command ---
 
 
-def run_command(*arguments, code: str = "", **environment) -> subprocess.CompletedProcess:
-    """The command in a process of its own, or `code`."""
-    what = ["-c", textwrap.dedent(code)] if code else ["-m", "conversion.convert_llava_hr_weights_to_hf"]
-    return subprocess.run(
-        [sys.executable, *what, *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def test_command(tmp_path):
-    arguments = ["--checkpoint", REFERENCE / "stage1-384" / "checkpoint", "--output", tmp_path / "out"]
-    result = run_command(*arguments)
-    assert result.returncode == 0, result.stderr
-    assert "M parameters, torch.bfloat16" in result.stdout
-    assert "Converting weights: 100%" in result.stderr
+def test_command(commands, tmp_path):
+    arguments = ("--checkpoint", REFERENCE / "stage1-384" / "checkpoint", "--output", tmp_path / "out")
+    ended = commands.run(CONVERT, *arguments)
+    assert ended.status == 0, ended.output
+    assert "M parameters, torch.bfloat16" in ended.output and "Converting weights: 100%" in ended.output
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "out").config.model_type == "llava_hr"
-
-    again = run_command(*arguments)  # an existing result is never overwritten
-    assert again.returncode == 1
-    assert again.stderr.strip().splitlines()[-1].startswith(f"error: --output: {tmp_path / 'out'} exists")
-    assert "Traceback" not in again.stderr
+    # an existing result is never overwritten
+    assert_one_message(commands.run(CONVERT, *arguments), f"error: --output: {tmp_path / 'out'} exists")
 
 
-@pytest.fixture
-def online(hub, write_original, tmp_path) -> dict[str, str]:
-    """The repository someone/llava-hr holds the recorded stage-1 checkpoint in shards; returns the environment."""
-    folder = write_original("stage1-384", "bin_shards")
-    hub.commits["someone/llava-hr"] = {"0" * 40: {path.name: path.read_bytes() for path in folder.iterdir()}}
-    home = str(tmp_path / "home")
-    return {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": home}
-
-
-def test_command_with_a_repository(online, converted, tmp_path):
-    arguments = ("--checkpoint", "someone/llava-hr", "--output", tmp_path / "out")
-    result = run_command(*arguments, **online)
-    assert result.returncode == 0, result.stderr
-    actual, expected = (load_file(f / "model.safetensors") for f in (tmp_path / "out", converted["stage1-384"]))
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
-
-
-def test_command_with_an_unknown_repository(online, tmp_path):
-    arguments = ("--checkpoint", "nobody/nothing", "--output", tmp_path / "out")
-    result = run_command(*arguments, **online)
-    assert result.returncode == 1
-    message = result.stderr.strip().splitlines()[-1]
-    assert message.startswith("error: --checkpoint: 'nobody/nothing' is not a folder or file here")
-    assert "does not exist, is private" in message
-    assert "Traceback" not in result.stderr
+def test_an_unknown_repository_is_named(commands, tmp_path):
+    ended = commands.run(CONVERT, "--checkpoint", "nobody/nothing", "--output", tmp_path / "out")
+    sentence = "error: --checkpoint: 'nobody/nothing' is not a folder or file here"
+    assert_one_message(ended, sentence, "does not exist, is private")
     assert_nothing_written(tmp_path / "out")
 
 
@@ -493,29 +397,29 @@ def test_a_mount_point_is_refused_before_anything_is_read(tmp_path):
 
 
 TERMINATED = """
-    import os, signal, sys
-    from conversion.convert_llava_hr_weights_to_hf import convert
-    from modeling_llava_hr.utils import run_command
+import os, signal, sys
+from conversion.convert_llava_hr_weights_to_hf import convert
+from modeling_llava_hr.utils import run_command
 
-    checkpoint, output, name = sys.argv[1:]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
+checkpoint, output, name = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 
-    def hook(event, arguments):
-        if event == "open" and str(arguments[0]).endswith(".out.incomplete/config.json"):
-            os.kill(os.getpid(), getattr(signal, name))
+def hook(event, arguments):
+    if event == "open" and str(arguments[0]).endswith(".out.incomplete/config.json"):
+        os.kill(os.getpid(), getattr(signal, name))
 
-    sys.addaudithook(hook)
-    run_command(convert, checkpoint, output)
+sys.addaudithook(hook)
+run_command(convert, checkpoint, output)
 """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGTERM, which only POSIX systems have")
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_terminated_and_interrupted_runs_clean_up(write_original, tmp_path, name, status):
-    result = run_command(write_original("stage1-384"), tmp_path / "out", name, code=TERMINATED)
-    assert result.returncode == status, result.stderr
-    assert "Traceback" not in result.stderr
-    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.incomplete").exists()
+def test_terminated_and_interrupted_runs_clean_up(commands, write_original, tmp_path, name, status):
+    ended = commands.run(None, write_original("stage1-384"), tmp_path / "out", name, code=TERMINATED)
+    assert ended.status == status, ended.output
+    assert "Traceback" not in ended.output
+    assert_nothing_written(tmp_path / "out")
 
 
 def test_output_that_is_there_already(write_original, tmp_path):
@@ -531,18 +435,18 @@ def test_output_that_is_there_already(write_original, tmp_path):
 
 
 PEAK = """
-    import sys
-    from pathlib import Path
-    from conversion.convert_llava_hr_weights_to_hf import convert
-    for checkpoint in sys.argv[1:]:
-        convert(checkpoint, checkpoint + "-out", dtype="float32", max_shard_size="50MB")
-        print("peak", Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+import sys
+from pathlib import Path
+from conversion.convert_llava_hr_weights_to_hf import convert
+for checkpoint in sys.argv[1:]:
+    convert(checkpoint, checkpoint + "-out", dtype="float32", max_shard_size="50MB")
+    print("peak", Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the kernel's account of memory")
 @pytest.mark.parametrize("form", ["bin_shards", "safetensors_shards"])
-def test_memory_is_a_shard_of_the_checkpoint_and_one_of_the_result(form, write_original, tmp_path):
+def test_memory_is_a_shard_of_the_checkpoint_and_one_of_the_result(form, commands, write_original, tmp_path):
     # The language model is made so large that it is nearly everything: 8 layers of 12.6 million parameters
     tensors = read_original("stage1-384")
     layer = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.0.")}
@@ -557,10 +461,10 @@ def test_memory_is_a_shard_of_the_checkpoint_and_one_of_the_result(form, write_o
     small = write_original("stage1-384", form).rename(tmp_path / "small")
     large = write_original("stage1-384", form, tensors, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8)
     shard = max(file.stat().st_size for file in large.iterdir())
-    result = run_command(small, large, code=PEAK)
-    assert result.returncode == 0, result.stderr
+    ended = commands.run(None, small, large, code=PEAK)
+    assert ended.status == 0, ended.output
     model = sum(file.stat().st_size for file in Path(f"{large}-out").glob("*.safetensors"))
-    start, peak = (int(line.split()[1]) * 1024 for line in result.stdout.splitlines() if line.startswith("peak"))
+    start, peak = (int(line.split()[1]) * 1024 for line in ended.output.splitlines() if line.startswith("peak"))
     assert model > 400e6 and 3 * shard > 200e6
     # 24 MB: allocator and bookkeeping
     assert peak - start < shard + 50e6 + 24e6 < model / 2

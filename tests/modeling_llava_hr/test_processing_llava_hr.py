@@ -1,63 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """The processor against recorded prompts, token ids and labels of the released code (tests/fixtures/reference)."""
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from chats import chat, tokenize
+from converted_checkpoints import NUM_IMAGE_TOKENS, REFERENCE, STAGES, read_cases
 from jinja2 import Environment, nodes
 from PIL import Image
 from sentencepiece import SentencePieceProcessor
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoProcessor, PreTrainedTokenizerFast
+from tiny_configs import make_bpe_tokenizer
+from transformers import AutoProcessor
 
 from modeling_llava_hr import LlavaHrImageProcessor, LlavaHrProcessor
 from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE, VICUNA_V1_CHAT_TEMPLATE
 
 
-REFERENCE = Path(__file__).parent.parent / "fixtures" / "reference"
-STAGES = ("stage1-384", "stage2-1024")
-CASES = [
-    pytest.param(stage, case, id=f"{stage}-{case['name']}")
-    for stage in STAGES
-    for case in json.loads((REFERENCE / stage / "cases.json").read_text())["cases"]
-]
+CASES = [pytest.param(stage, case, id=f"{stage}-{case['name']}") for stage in STAGES for case in read_cases(stage)]
 
 
 @pytest.fixture
 def processor(converted_stage2):
     return AutoProcessor.from_pretrained(converted_stage2)
-
-
-@pytest.fixture
-def processors(converted_stage1, converted_stage2):
-    return dict(zip(STAGES, map(AutoProcessor.from_pretrained, (converted_stage1, converted_stage2)), strict=True))
-
-
-def load_images(stage, case):
-    return [Image.open(REFERENCE / stage / "images" / name) for name in case.get("images", ["case0_0.png"])]
-
-
-def to_messages(case, images):
-    """The recorded turns as messages: images as parts of their own, the text without its tags."""
-    if "caption" in case:
-        content = [{"type": "image", "image": images[0]}]
-        return [{"role": "user", "content": content}, {"role": "assistant", "content": case["caption"]}]
-    messages, images = [], iter(images)
-    for question, answer in case["turns"]:
-        content = [{"type": "image", "image": next(images)} for _ in range(question.count("<image>"))]
-        content.append({"type": "text", "text": question.replace("<image>\n", "")})
-        messages.append({"role": "user", "content": content})
-        if answer is not None:
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return messages
-
-
-def tokenize(processor, messages, **kwargs):
-    kwargs = {"add_generation_prompt": messages[-1]["role"] == "user", **kwargs}
-    return processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **kwargs)
 
 
 def collapse(processor, ids, num_tokens, *others):
@@ -75,49 +40,33 @@ def collapse(processor, ids, num_tokens, *others):
 
 
 @pytest.mark.parametrize(("stage", "case"), CASES)
-def test_recorded_prompts_and_ids(processors, stage, case):
-    processor = processors[stage]
-    images = load_images(stage, case)
-    template = PLAIN_CHAT_TEMPLATE if "caption" in case else None
-    messages = to_messages(case, images)
-    if "prompt" in case:
-        generation = messages[-1]["role"] == "user"
-        prompt = processor.apply_chat_template(messages, add_generation_prompt=generation)
-        # the space makes the tokenizer treat what follows as the start of a text, as the released code does
-        assert prompt == "<s> " + case["prompt"].replace("<image>", "<image> ")
-    inputs = tokenize(processor, messages, chat_template=template)
-    num_tokens = {"stage1-384": 576, "stage2-1024": 1024}[stage]
-    ids = collapse(processor, inputs["input_ids"][0].tolist(), num_tokens)[0]
-    assert ids == case["input_ids_before_expansion"]
-    if "prompt" in case:  # in two steps: the template's text begins with the start token, which stays alone
-        text = processor(text=prompt, images=images or None, return_tensors="pt")
-        assert torch.equal(text["input_ids"], inputs["input_ids"])
-    if "sequence_length" in case:
-        assert inputs["input_ids"].shape[1] == case["sequence_length"]
-
-
-@pytest.mark.parametrize(("stage", "case"), [case for case in CASES if "labels_before_expansion" in case.values[1]])
-def test_recorded_labels(processors, stage, case):
-    processor = processors[stage]
+def test_recorded_prompts_ids_and_labels(converted, stage, case):
+    processor = AutoProcessor.from_pretrained(converted[stage])
+    options = {"add_generation_prompt": case["messages"][-1]["role"] == "user"}
     template = PLAIN_CHAT_TEMPLATE if "caption" in case else None
     inputs = tokenize(
-        processor,
-        to_messages(case, load_images(stage, case)),
-        chat_template=template,
-        return_assistant_tokens_mask=True,
+        processor, case["messages"], chat_template=template, return_assistant_tokens_mask=True, **options
     )
     ids, mask = inputs["input_ids"][0].tolist(), torch.as_tensor(inputs["assistant_masks"])[0].tolist()
-    num_tokens = {"stage1-384": 576, "stage2-1024": 1024}[stage]
-    ids, mask = collapse(processor, ids, num_tokens, mask)
-    labels = [token if kept else -100 for token, kept in zip(ids, mask, strict=True)]
-    assert labels == case["labels_before_expansion"]
+    collapsed, mask = collapse(processor, ids, NUM_IMAGE_TOKENS[stage], mask)
+    assert collapsed == case["input_ids_before_expansion"]
+    if "labels_before_expansion" in case:
+        labels = [token if kept else -100 for token, kept in zip(collapsed, mask, strict=True)]
+        assert labels == case["labels_before_expansion"]
+    if "prompt" in case:
+        prompt = processor.apply_chat_template(case["messages"], **options)
+        # the space makes the tokenizer treat what follows as the start of a text, as the released code does
+        assert prompt == "<s> " + case["prompt"].replace("<image>", "<image> ")
+        # in two steps: the template's text begins with the start token, which stays alone
+        assert processor(text=prompt, images=case["images"] or None)["input_ids"][0] == ids
+        assert len(ids) == case["sequence_length"]
 
 
 def test_a_caption_that_begins_with_a_lone_space_token_is_supervised_from_there(processor):
     """The released code tokenizes "4711" as a text of its own: "▁", "4", ...; all of it is label."""
-    image = Image.new("RGB", (8, 8))
-    messages = to_messages({"caption": "4711 is read."}, [image])
-    inputs = tokenize(processor, messages, chat_template=PLAIN_CHAT_TEMPLATE, return_assistant_tokens_mask=True)
+    messages = [*chat("", Image.new("RGB", (8, 8))), {"role": "assistant", "content": "4711 is read."}]
+    options = {"return_assistant_tokens_mask": True, "add_generation_prompt": False}
+    inputs = tokenize(processor, messages, chat_template=PLAIN_CHAT_TEMPLATE, **options)
     ids, mask = inputs["input_ids"][0].tolist(), torch.as_tensor(inputs["assistant_masks"])[0].tolist()
     ids, mask = collapse(processor, ids, 1024, mask)
     expected = processor.tokenizer("4711 is read.\n", add_special_tokens=False)["input_ids"]
@@ -127,14 +76,13 @@ def test_a_caption_that_begins_with_a_lone_space_token_is_supervised_from_there(
 
 def test_answers_alone_are_supervised_with_several_images_and_turns(processor):
     image = Image.new("RGB", (8, 8))
-    part = {"type": "image", "image": image}
     messages = [
-        {"role": "user", "content": [part, part, {"type": "text", "text": "Compare."}]},
+        *chat("Compare.", image, image),
         {"role": "assistant", "content": "They are equal."},
-        {"role": "user", "content": [part, {"type": "text", "text": "And this?"}]},
+        *chat("And this?", image),
         {"role": "assistant", "content": "The same."},
     ]
-    inputs = tokenize(processor, messages, return_assistant_tokens_mask=True)
+    inputs = tokenize(processor, messages, return_assistant_tokens_mask=True, add_generation_prompt=False)
     ids, mask = inputs["input_ids"][0], torch.as_tensor(inputs["assistant_masks"])[0].bool()
     tokens = processor.tokenizer.convert_ids_to_tokens(ids[mask])
     assert "".join(tokens).replace("▁", " ") == " They are equal.</s> The same.</s>"
@@ -228,28 +176,16 @@ def test_text_after_the_end_of_an_answer_depends_on_the_tokenizer_kind(converted
         assert sentencepiece.decode(after) == "USER: Hi"
 
 
-def make_bpe_tokenizer():
-    """Byte-level BPE as of GPT-2, Llama 3 and Qwen: no sentencepiece, no space before the first word."""
-    vocab = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
-    tokenizer.add_tokens("<image>", special_tokens=True)
-    return tokenizer
-
-
 def test_other_tokenizers_get_no_extra_space(processor):
-    other = LlavaHrProcessor(processor.image_processor, make_bpe_tokenizer())
+    other = LlavaHrProcessor(processor.image_processor, make_bpe_tokenizer("<image>"))
     assert other.apply_chat_template([{"role": "user", "content": "Hi"}]).startswith("A chat between")
     for content in ("<image>\nHi", [{"type": "image"}, {"type": "text", "text": "Hi"}]):
         assert "USER: <image>\nHi " in other.apply_chat_template([{"role": "user", "content": content}])
 
 
 def test_a_tokenizer_without_the_image_token_is_refused(processor):
-    tokenizer = make_bpe_tokenizer()
     with pytest.raises(ValueError, match=r"`tokenizer` does not have the image token '<photo>'"):
-        LlavaHrProcessor(processor.image_processor, tokenizer, image_token="<photo>")
+        LlavaHrProcessor(processor.image_processor, make_bpe_tokenizer("<image>"), image_token="<photo>")
 
 
 @pytest.mark.parametrize(
@@ -266,11 +202,10 @@ def test_a_tokenizer_without_the_image_token_is_refused(processor):
 def test_sizes_can_be_given_per_call(processor, sizes, size, low_res_size, tokens):
     """The low-resolution view is returned where the model would not make the same one (`low_res_size` is not None)."""
     image = Image.new("RGB", (60, 40), "red")
-    messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Hi"}]}]
     for inputs in (
         processor(images=image, text="<image>\nHi", return_tensors="pt", **sizes),
         processor(images=image, text="<image>\nHi", return_tensors="pt", images_kwargs=sizes),
-        tokenize(processor, messages, processor_kwargs=sizes),
+        tokenize(processor, chat("Hi", image), processor_kwargs=sizes),
     ):
         assert inputs["pixel_values"].shape == (1, 3, size, size)
         assert ("low_res_pixel_values" in inputs) == (low_res_size is not None)
@@ -334,7 +269,7 @@ def test_batches_pad_on_the_left(processor):
 
 
 def test_text_alone_has_no_pixels(processor):
-    inputs = tokenize(processor, [{"role": "user", "content": "Hi"}])
+    inputs = tokenize(processor, chat("Hi"))
     assert set(inputs) == {"input_ids", "attention_mask"}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recorded checkpoints of the released code: converted once per session, or written again with changes."""
+"""The recordings of the released code: its checkpoints, converted once per session or written again with changes."""
 
 import json
 import shutil
@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "tests" / "fixtures" / "reference"
 TINY_MODEL = ROOT / "examples" / "tiny-llava-hr"
 STAGES = ("stage1-384", "stage2-1024")
+NUM_IMAGE_TOKENS = {"stage1-384": 576, "stage2-1024": 1024}  # (L / 14)^2
 FORMS = ("bin_shards", "bin", "safetensors_shards", "safetensors")
 
 
@@ -22,6 +23,21 @@ def read_original(stage: str) -> dict[str, torch.Tensor]:
     """All tensors of a recorded checkpoint by their original names."""
     files = sorted((REFERENCE / stage / "checkpoint").glob("pytorch_model-*.bin"))
     return {name: tensor for file in files for name, tensor in torch.load(file, weights_only=True).items()}
+
+
+def read_cases(stage: str) -> list[dict]:
+    """What was recorded of each prompt: `images` are paths, `messages` the turns with images as parts of their own."""
+    cases = json.loads((REFERENCE / stage / "cases.json").read_text())["cases"]
+    for case in cases:
+        case["images"] = [str(REFERENCE / stage / "images" / name) for name in case.get("images", ["case0_0.png"])]
+        images, case["messages"] = iter(case["images"]), []
+        for question, answer in case.get("turns") or [("<image>\n", case["caption"])]:
+            content = [{"type": "image", "image": next(images)} for _ in range(question.count("<image>"))]
+            content.append({"type": "text", "text": question.replace("<image>\n", "")})
+            case["messages"].append({"role": "user", "content": content})
+            if answer is not None:
+                case["messages"].append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return cases
 
 
 def convert_recorded(stage: str, folder: Path, legacy: bool = False) -> Path:

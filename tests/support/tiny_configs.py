@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny LLaVA-HR with random weights, and inputs for it."""
+"""A tiny LLaVA-HR with random weights, its parts, and inputs for it."""
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, TimmWrapperConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, TimmWrapperConfig
 
 from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration
 
@@ -11,30 +12,32 @@ IMAGE_TOKEN_ID = 120
 SIDE, TOKENS = 128, 16  # 4 x 4 positions of 32 pixels; 4 x 4 patches of 14 pixels in a view of 56
 
 
+VIT_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+}
+TEXT_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+
+
 def make_config(**kwargs) -> LlavaHrConfig:
     defaults = {
-        "vision_config": CLIPVisionConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            image_size=56,
-            patch_size=14,
-        ),
+        "vision_config": CLIPVisionConfig(**VIT_SIZES),
         "high_res_vision_config": TimmWrapperConfig(
             architecture="convnext_large_mlp",
             do_pooling=False,
             model_args={"depths": [1, 1, 1, 1], "dims": [16, 24, 32, 48]},
         ),
-        "text_config": LlamaConfig(
-            vocab_size=128,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=512,
-            pad_token_id=0,
-        ),
+        "text_config": LlamaConfig(**TEXT_SIZES, vocab_size=128, max_position_embeddings=512, pad_token_id=0),
         "image_token_id": IMAGE_TOKEN_ID,
         "mr_adapter_layers": [1, 2, 3],
     }
@@ -83,3 +86,17 @@ def take_sample(inputs: dict[str, torch.Tensor], images_per_sample: tuple[int, .
     if images_per_sample[index]:
         sample["pixel_values"] = inputs["pixel_values"][start : start + images_per_sample[index]]
     return sample
+
+
+def make_bpe_tokenizer(*more_tokens: str) -> PreTrainedTokenizerFast:
+    """
+    Byte-level BPE, as of GPT-2, Llama 3 and Qwen: no space before the first word, no token for the start of a text,
+    none for padding or unknown text.
+    """
+    vocab = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    tokenizer.add_tokens(list(more_tokens), special_tokens=True)
+    return tokenizer
