@@ -8,6 +8,10 @@ Publishes a trained or converted model on the Hub, with its code, its processor 
 It becomes visible in one commit, or not at all; after a broken upload the same command resumes. Weights in safetensors
 are uploaded unchanged. `--dry-run` shows the files and the card and sends nothing.
 
+    python -m examples.publish --model examples/tiny-llava-hr --space build/space
+
+writes a folder for a Space (examples/space) with the model and its code in it.
+
 The card is made from the folder and the command line. A README.md in the folder stays the card, unless a trainer
 generated it: its text is unchanged, its metadata too except for what the command line says.
 """
@@ -35,6 +39,7 @@ from modeling_llava_hr.utils import get_4bit_config, run_command
 from .model_card import CardArguments, make_card, read_results
 
 
+SPACE = Path(__file__).parent / "space"
 MAX_SHARD_SIZE = "5GB"  # of weights that are written again
 # What an earlier publication may have left and `from_pretrained` might read instead of the new weights
 WEIGHT_FILES = re.compile(r"(model|pytorch_model)[\w.-]*\.(safetensors|bin)(\.index\.json)?")
@@ -47,14 +52,16 @@ class PublishArguments:
 
     Args:
         model (`str`): Folder with a model and its processor.
-        repo (`str`): Repository on the Hub, `NAMESPACE/NAME`; is created if it does not exist.
+        repo (`str`, *optional*): Repository on the Hub, `NAMESPACE/NAME`; is created if it does not exist.
+        space (`str`, *optional*): Write a Space with this model into this new folder instead.
         private (`bool`): Whether a new repository is private.
         variant_4bit (`bool`): Whether the model with NF4 weights is published as well, as `NAMESPACE/NAME-4bit`.
         dry_run (`bool`): Show what would be published and send nothing.
     """
 
     model: str = field(metadata={"help": "folder with model and processor"})
-    repo: str = field(metadata={"help": "NAMESPACE/NAME on the Hub"})
+    repo: str | None = field(default=None, metadata={"help": "NAMESPACE/NAME on the Hub"})
+    space: str | None = field(default=None, metadata={"help": "new folder for a Space with the model; sends nothing"})
     private: bool = field(default=False, metadata={"help": "make a new repository private"})
     variant_4bit: bool = field(default=False, metadata={"help": "also publish NAMESPACE/NAME-4bit with NF4 weights"})
     dry_run: bool = field(default=False, metadata={"help": "show files and card, send nothing"})
@@ -67,6 +74,14 @@ def check_arguments(arguments: PublishArguments, card_arguments: CardArguments) 
     """
     if not Path(arguments.model).is_dir():
         raise ValueError(f"--model: {arguments.model!r} is not a folder. Name one written by training or conversion.")
+    if (arguments.repo is None) == (arguments.space is None):
+        raise ValueError(
+            "Give --repo NAMESPACE/NAME to publish the model, or --space FOLDER to write a Space with it."
+        )
+    if arguments.space is not None:
+        if Path(arguments.space).exists():
+            raise ValueError(f"--space: {arguments.space} exists. Name a new folder.")
+        return
     if arguments.repo.count("/") != 1:
         raise ValueError(
             f"--repo must be NAMESPACE/NAME, but got {arguments.repo!r}. `hf auth whoami` names your namespaces."
@@ -174,6 +189,19 @@ def collect(
     return files | {path.relative_to(staging).as_posix(): path for path in staging.rglob("*") if path.is_file()}
 
 
+def write_space(arguments: PublishArguments) -> None:
+    """Writes the folder of a Space: the page and, in a folder beside it, the model with its code."""
+    folder, space = Path(arguments.model).resolve(), Path(arguments.space)
+    model, processor = load(folder)
+    is_quantized = model.config.to_dict().get("quantization_config") is not None
+    weights = find_weights(folder, model, is_quantized)
+    shutil.copytree(SPACE, space, ignore=shutil.ignore_patterns("__pycache__"))
+    collect(folder, space / folder.name, processor, weights)
+    for file in weights:
+        shutil.copy(file, space / folder.name)
+    print(f"written: {space}. Upload it: hf upload NAMESPACE/NAME {space} . --type space")
+
+
 def upload(api: HfApi, repo: str, files: dict[str, Path | bytes], private: bool) -> str:
     """
     Uploads files in one commit, which also removes weights of an earlier publication that they do not replace.
@@ -241,6 +269,9 @@ def publish(
     """
     card_arguments, api = card_arguments or CardArguments(), api or HfApi()
     check_arguments(arguments, card_arguments)
+    if arguments.space is not None:
+        write_space(arguments)
+        return
     folder, repo = Path(arguments.model), arguments.repo
     try:
         if not arguments.dry_run:

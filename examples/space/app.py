@@ -9,12 +9,14 @@ import argparse
 import html
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
-from engine import HAS_PACKAGE, TRUST_REMOTE_CODE, Engine, Look
+from engine import HAS_PACKAGE, Engine, Look
 
 
 try:
@@ -27,9 +29,10 @@ except ImportError as error:
     sys.exit(f'error: the page needs gradio ({error}): pip install ".[space]" in the checkout')
 
 
-HERE = Path(__file__).parent
-# Part of the checkout; a Space names a model of the Hub in its variable MODEL
-TINY_MODEL = HERE.parent / "tiny-llava-hr"
+HERE = Path(__file__).resolve().parent
+TINY_MODEL = "tiny-llava-hr"
+# Beside this file in a Space that `examples.publish` prepared, otherwise in the checkout
+DEFAULT_MODEL = next((config.parent for config in HERE.glob("*/config.json")), HERE.parent / TINY_MODEL)
 EXAMPLES = [
     [{"text": "What does the green sign say?", "files": [str(HERE / "street.jpg")]}],
     [{"text": "What does the orange tag say?", "files": [str(HERE / "shelf.jpg")]}],
@@ -41,39 +44,45 @@ LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 OUT_OF_MEMORY = "Out of memory. Choose a smaller high-resolution side, or start a new conversation with fewer images."
 
 HEAD = """<h1>LLaVA-HR</h1>
-<p>Sees an image twice: the whole at low resolution, and the fine print at high resolution. The sharper view costs the
-language model no tokens.</p>"""
-EMPTY = "<p class='hint'>Ask about an image, and see here what the model sees of it.</p>"
-HEAT_HINT = """<p class='hint'>Orange: where the visual tokens would change most without the high-resolution
-pathway.</p>"""
-GATES_HINT = "<p class='hint'>The weight of the high-resolution view in each MR-Adapter, from -1 to 1.</p>"
+<p class='about'>Sees an image twice: the whole at low resolution, and the fine print at high resolution.</p>
+<p><b>{model}</b></p>"""
+TINY_MODEL_HINT = """<p>This model reads numbers and names shapes and colors in drawn scenes like the examples.
+It cannot describe photographs.</p>"""
+COST = "Tokens are what an image costs the language model: sides with as many tokens cost it the same."
+COST_UNPAD = f"{COST} Images that are not square have fewer."
+HINTS = """<p class='hint'>Orange: tokens that change most without the high-resolution pathway.</p>
+<p class='hint'>Gate: the factor, -1 to 1, of the high-resolution view in an adapter.</p>"""
+EMPTY_ANSWER = "(The answer is empty: the model ended it before the first word.)"
 
 CSS = """
 .gradio-container { width: 100%; max-width: 1240px !important; margin: 0 auto; }
 footer, #chat [aria-label="Share"] { display: none !important; }
+button, #chat a, #side label, #ask textarea { min-width: 40px; min-height: 40px !important; }
+#chat a { display: inline-flex; }
+#chat .message-wrap { padding-right: 44px; }
 #head h1 { font-size: 1.6rem; font-weight: 700; margin: 0; }
 #head p { color: var(--body-text-color-subdued); margin: 0; }
-.hint { color: var(--body-text-color-subdued); font-size: .8rem; line-height: 1.35; margin: 0; max-width: 60ch; }
+.hint { color: var(--body-text-color-subdued); font-size: .8rem; line-height: 1.35; margin: 0; }
 #side [data-testid="block-info"] { background: none; padding: 0; color: var(--body-text-color); }
-#side label { padding: .25rem .7rem; }
 #side .wrap { gap: .4rem; }
-#chat .user img { max-height: 180px; width: auto; }
+#chat .user img:not(:fullscreen *) { max-height: 180px; width: auto; }
 #chat .example { border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); padding: .75rem; }
-#chat .example:hover { border-color: var(--primary-400); }
-.facts { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .5rem; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(5.3rem, 1fr)); gap: .5rem; }
+.answers { grid-template-columns: repeat(auto-fit, minmax(6.2rem, 1fr)); }
 .facts div { background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
-  border-radius: var(--radius-lg); padding: .5rem .75rem; }
+  border-radius: var(--radius-lg); padding: .5rem .75rem; overflow-wrap: anywhere; }
 .facts b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
 .facts span, .gates span { color: var(--body-text-color-subdued); font-size: .8rem; }
 .pair { flex-wrap: nowrap !important; gap: .75rem; }
 .pair > * { min-width: 0 !important; }
-.pair .column { gap: .4rem; }
 .pair [data-testid="block-label"] { position: static; background: none; border: 0; box-shadow: none;
   color: var(--body-text-color); font-weight: 600; font-size: .85rem; padding: .5rem .6rem; }
 .pair [data-testid="block-label"] span { display: none; }
-.pair .image-container, .pair .image-container > button, .pair .image-frame { width: 100%; height: auto; }
-.pair img { aspect-ratio: 1; width: 100% !important; height: auto !important; object-fit: contain !important;
-  image-rendering: pixelated; }
+.pair img { image-rendering: pixelated; object-fit: contain !important; }
+.pair .block:not(.fullscreen) :is(.image-container, .image-container > button, .image-frame) { width: 100%;
+  height: auto; }
+.pair .block:not(.fullscreen) img { aspect-ratio: 1; width: 100%; }
+.pair .fullscreen [data-testid="block-label"] { position: absolute; }
 .gates h3 { font-size: .85rem; font-weight: 600; margin: .5rem 0; }
 .gates p { display: flex; justify-content: space-between; align-items: baseline; margin: 0; }
 .gates b { font-size: .8rem; font-variant-numeric: tabular-nums; }
@@ -82,9 +91,9 @@ footer, #chat [aria-label="Share"] { display: none !important; }
   var(--border-color-primary); }
 .gates i { position: absolute; top: 0; bottom: 0; border-radius: .25rem; background: var(--primary-500); }
 @media (max-width: 640px) {
-  #head p { display: none; }
+  #head .about { display: none; }
   #chat { height: 42vh !important; }
-  #chat .user img { max-height: 110px; }
+  #chat .user img:not(:fullscreen *) { max-height: 110px; }
 }
 """
 
@@ -149,20 +158,26 @@ def draw_gates(look: Look) -> str:
         f"<div><i style='left: {50 + 50 * min(gate, 0):.1f}%; width: {50 * abs(gate):.1f}%'></i></div>"
         for layer, gate in look.gates
     )
-    return f"<div class='gates'><h3>Gates of the MR-Adapters</h3>{bars}{GATES_HINT}</div>"
+    return f"<div class='gates'><h3>Gates of the MR-Adapters</h3>{bars}</div>"
 
 
-def to_error(error: Exception) -> gr.Error:
-    """A message in the page, which renders it as HTML (unlike a validator's)."""
-    return gr.Error(html.escape(str(error)), print_exception=False)
+def draw_answer(side: int, look: Look, text: str, seconds: float) -> str:
+    """One of the compared answers, as HTML."""
+    return (
+        f"<div><b>{side} px</b><span>{look.num_tokens} tokens, {seconds:.2f} s</span>"
+        f"<p>{html.escape(text or EMPTY_ANSWER)}</p></div>"
+    )
 
 
-def describe_tokens(engine: Engine) -> str:
-    """Such as "64 visual tokens (96, 128 px), 144 visual tokens (384 px)"."""
-    sides = {}
-    for side in engine.sides:
-        sides.setdefault(engine.get_num_tokens(side), []).append(str(side))
-    return "; ".join(f"{tokens} visual tokens at {', '.join(group)} px" for tokens, group in sides.items())
+@contextmanager
+def errors_shown() -> Iterator[None]:
+    """Errors as messages in the page, which renders them as HTML (unlike a validator's)."""
+    try:
+        yield
+    except ValueError as error:
+        raise gr.Error(html.escape(str(error)), print_exception=False) from error
+    except torch.OutOfMemoryError as error:
+        raise gr.Error(OUT_OF_MEMORY) from error
 
 
 def to_messages(history: list[dict], message: dict | None = None) -> list[dict]:
@@ -173,7 +188,7 @@ def to_messages(history: list[dict], message: dict | None = None) -> list[dict]:
             "content": [
                 {"type": "image", "path": part["file"]["path"]}
                 if part["type"] == "file"
-                else {"type": "text", "text": part["text"]}
+                else {"type": "text", "text": "" if part["text"] == EMPTY_ANSWER else part["text"]}
                 for part in turn["content"]
             ],
         }
@@ -187,13 +202,15 @@ def to_messages(history: list[dict], message: dict | None = None) -> list[dict]:
 
 def make_page(engine: Engine) -> gr.Blocks:
     """The page in front of an engine."""
+    image_processor = engine.processor.image_processor
+    trained_side = image_processor.size["height"]
 
     def show(look: Look, seconds: float | None, encoded: str) -> tuple:
         views = (
             gr.update(value=look.low_res, label=f"Low-resolution view, {look.low_res_side} px"),
             gr.update(value=look.high_res, label=f"High-resolution view, {look.high_res.width} px"),
         )
-        return draw_facts(look, seconds, encoded), gr.update(visible=True), *views, look.heat_map, draw_gates(look)
+        return draw_facts(look, seconds, encoded), *views, look.heat_map, draw_gates(look)
 
     def check(message: dict) -> dict:
         try:
@@ -203,10 +220,10 @@ def make_page(engine: Engine) -> gr.Blocks:
             return gr.validate(False, str(error))
         return gr.validate(bool(message["text"].strip()), "Write a question about the image.")
 
-    def answer(message: dict, history: list[dict], side: int) -> Iterator[tuple]:
-        misses, encoded, look = engine.look.cache_info().misses, None, None
-        try:
-            for text, look, seconds in engine.answer(to_messages(history, message), side):
+    def answer(message: dict, history: list[dict], side: int, request: gr.Request) -> Iterator[tuple]:
+        misses, encoded, text, look = engine.look.cache_info().misses, None, "", None
+        with errors_shown():
+            for text, look, seconds in engine.answer(to_messages(history, message), side, request.session_hash):
                 if look is None:
                     yield text, *[gr.skip()] * len(panel)
                 elif encoded is None:
@@ -214,49 +231,61 @@ def make_page(engine: Engine) -> gr.Blocks:
                     yield text, *show(look, None, encoded)
                 else:
                     yield text, draw_facts(look, seconds, encoded), *[gr.skip()] * (len(panel) - 1)
-            if look is not None:  # again, as a page that was still being built may have missed the first
-                yield text, *show(look, seconds, encoded)
-        except ValueError as error:
-            raise to_error(error) from error
-        except torch.OutOfMemoryError as error:
-            raise gr.Error(OUT_OF_MEMORY) from error
+        # views again, as a page that was still being built may have missed the first
+        yield text or EMPTY_ANSWER, *(show(look, seconds, encoded) if look else [gr.skip()] * len(panel))
 
-    def look_again(history: list[dict], side: int) -> tuple:
+    def look_again(history: list[dict], side: int, request: gr.Request) -> tuple:
         images = [part for turn in to_messages(history) for part in turn["content"] if part["type"] == "image"]
         if not images:
-            return tuple([gr.skip()] * len(panel))
-        try:
-            return show(engine.look(engine.read(images[-1]["path"]), side), None, "new")
-        except ValueError as error:
-            raise to_error(error) from error
-        except torch.OutOfMemoryError as error:
-            raise gr.Error(OUT_OF_MEMORY) from error
+            return look_at_example(side)
+        with errors_shown():
+            return show(engine.look(engine.read(images[-1]["path"])[0], side, request.session_hash), None, "new")
 
-    with gr.Blocks(title="LLaVA-HR", analytics_enabled=False, delete_cache=(KEEP_UPLOADS, KEEP_UPLOADS)) as page:
-        gr.HTML(HEAD, elem_id="head")
+    def look_at_example(side: int = trained_side) -> tuple:
+        return show(engine.look(engine.read(str(HERE / "street.jpg"))[0], side), None, "example")
+
+    def compare(history: list[dict]) -> Iterator[str]:
+        messages = to_messages(history)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not any(part["type"] == "image" for message in messages for part in message["content"]):
+            raise gr.Error("Ask a question about an image first.", print_exception=False)
+        done = ""
+        with errors_shown():
+            for side in engine.sides:
+                start, card = time.perf_counter(), ""
+                for text, look, _ in engine.answer(messages, side):
+                    card = draw_answer(side, look, text, time.perf_counter() - start)
+                    yield f"<div class='facts answers'>{done}{card}</div>"
+                done += card
+
+    with gr.Blocks(title="LLaVA-HR", fill_width=True, analytics_enabled=False, delete_cache=(KEEP_UPLOADS,) * 2) as page:
+        head = HEAD.format(model=html.escape(engine.describe()))
+        gr.HTML(head + TINY_MODEL_HINT * (Path(engine.name).name == TINY_MODEL), elem_id="head")
         with gr.Row():
             with gr.Column(scale=5, min_width=340):
+                chat_column = gr.Column()
+                most = "at most " if image_processor.unpad else ""
                 side = gr.Radio(
-                    [(f"{side} px", side) for side in engine.sides],
-                    value=engine.processor.image_processor.size["height"],
+                    [(f"{side} px, {most}{engine.get_num_tokens(side)} tokens", side) for side in engine.sides],
+                    value=trained_side,
                     label="High-resolution side",
-                    info=describe_tokens(engine),
+                    info=COST_UNPAD if image_processor.unpad else COST,
                     elem_id="side",
                 )
-                chat_column = gr.Column()
+                compare_button = gr.Button("Compare resolutions: the last question at all sides", elem_id="compare")
+                answers = gr.HTML(elem_id="answers")
             with gr.Column(scale=4, min_width=340):
-                facts = gr.HTML(EMPTY, elem_id="facts")
-                with gr.Column(visible=False) as seen:
-                    with gr.Row(elem_classes="pair"):
-                        options = {"interactive": False, "buttons": ["fullscreen"], "format": "png"}
-                        low_res = gr.Image(label="Low-resolution view", elem_id="low-res", **options)
-                        high_res = gr.Image(label="High-resolution view", elem_id="high-res", **options)
-                    with gr.Row(elem_classes="pair"):
-                        with gr.Column():
-                            heat_map = gr.Image(label="High-resolution contribution", elem_id="heat-map", **options)
-                            gr.HTML(HEAT_HINT)
-                        gates = gr.HTML(elem_id="gates")
-        panel = [facts, seen, low_res, high_res, heat_map, gates]
+                facts = gr.HTML(elem_id="facts")
+                options = {"interactive": False, "buttons": ["fullscreen"], "format": "png"}
+                with gr.Row(elem_classes="pair"):
+                    low_res = gr.Image(label="Low-resolution view", elem_id="low-res", **options)
+                    high_res = gr.Image(label="High-resolution view", elem_id="high-res", **options)
+                with gr.Row(elem_classes="pair"):
+                    heat_map = gr.Image(label="High-resolution contribution", elem_id="heat-map", **options)
+                    gates = gr.HTML(elem_id="gates")
+                gr.HTML(HINTS)
+        panel = [facts, low_res, high_res, heat_map, gates]
         with chat_column:
             chat = gr.ChatInterface(
                 answer,
@@ -264,7 +293,7 @@ def make_page(engine: Engine) -> gr.Blocks:
                 chatbot=show_plain_text(
                     gr.Chatbot(
                         elem_id="chat",
-                        height="min(52vh, 560px)",
+                        height="min(40vh, 560px)",
                         show_label=False,
                         render_markdown=False,
                         buttons=["copy"],
@@ -289,25 +318,31 @@ def make_page(engine: Engine) -> gr.Blocks:
                 flagging_mode="never",
                 api_visibility="private",
             )
-        side.change(look_again, [chat.chatbot, side], panel, concurrency_limit=1, api_visibility="private")
+        options = {"concurrency_limit": 1, "api_visibility": "private"}
+        side.change(look_again, [chat.chatbot, side], panel, **options)
+        compare_button.click(compare, chat.chatbot, answers, scroll_to_output=True, **options)
+        # not queued, so that nobody waits for others; it computes nothing that a visitor chooses
+        page.load(look_at_example, None, panel, queue=False, show_progress="hidden", api_visibility="private")
     return page.queue(max_size=MAX_WAITING)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A page to chat with LLaVA-HR about images.")
-    parser.add_argument("--model", default=os.environ.get("MODEL", TINY_MODEL), help="folder or Hub id")
+    parser.add_argument("--model", default=os.environ.get("MODEL", DEFAULT_MODEL), help="folder or Hub id")
     parser.add_argument("--port", type=int, default=None, help="7860 if free, or the next")
     # None: this machine only, except in a Space, which sets GRADIO_SERVER_NAME
     parser.add_argument("--host", default=None, help="127.0.0.1, this machine only; 0.0.0.0 for all")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer")
     arguments = parser.parse_args()
-    if not HAS_PACKAGE and not TRUST_REMOTE_CODE:
+    model = Path(arguments.model).resolve()  # a folder beside this file is as trusted as this file
+    trust = os.environ.get("TRUST_REMOTE_CODE") == "1" or (model.is_dir() and model.parent == HERE)
+    if not HAS_PACKAGE and not trust:
         sys.exit(
             "error: the package modeling_llava_hr is not installed, so the model needs the code published with "
             "it. If you trust that code, set the variable TRUST_REMOTE_CODE to 1 (in a Space: Settings, Variables)."
         )
     try:
-        engine = Engine(str(arguments.model), arguments.max_new_tokens)
+        engine = Engine(str(arguments.model), arguments.max_new_tokens, trust)
     except (OSError, ValueError) as error:
         sys.exit(f"error: `--model` (or the variable MODEL) must name a folder or Hub id of a LLaVA-HR: {error}")
     make_page(engine).launch(
@@ -324,6 +359,16 @@ def main() -> None:
         # no fonts from elsewhere: a visitor's browser contacts this server only
         theme=gr.themes.Soft(
             primary_hue="orange", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+        ).set(
+            # a contrast of at least 4.5:1
+            body_text_color_subdued="*neutral_600",
+            block_info_text_color="*neutral_600",
+            input_placeholder_color="*neutral_600",
+            input_placeholder_color_dark="*neutral_300",
+            checkbox_label_background_fill_selected="*primary_700",
+            checkbox_label_background_fill_selected_dark="*primary_700",
+            block_label_text_color="*primary_700",
+            button_secondary_background_fill_hover_dark="*neutral_600",
         ),
     )
 

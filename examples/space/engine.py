@@ -5,11 +5,9 @@ contributed.
 """
 
 import importlib.util
-import math
-import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +28,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
-# Encoded images that are kept: 8 MB each for a 7B model at 1024 pixels
+# Encoded images that are kept in all: 8 MB of features each for a 7B model at 1024 pixels, and 10 MB of views
 MAX_ENCODED = 16
 # The choices of the high-resolution side, by the side that the model was trained with: 384 to 1536 for 1024 pixels
 SIDES = (3 / 8, 1 / 2, 3 / 4, 1, 3 / 2)
@@ -40,11 +38,12 @@ HEAT_COLOR = (255, 122, 0)
 # Upper bound for any tokenizer; the longest tokens in use are runs of spaces
 MAX_CHARACTERS_PER_TOKEN = 128
 
-# Where the package is not installed, the code that was published with the weights runs, if the variable allows it
 HAS_PACKAGE = importlib.util.find_spec("modeling_llava_hr") is not None
-TRUST_REMOTE_CODE = not HAS_PACKAGE and os.environ.get("TRUST_REMOTE_CODE") == "1"
 if HAS_PACKAGE:
     import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
+# On ZeroGPU there is a GPU only while a function that this decorates runs, in a process of its own
+HAS_ZERO_GPU = importlib.util.find_spec("spaces") is not None
+run_on_gpu: Callable = importlib.import_module("spaces").GPU if HAS_ZERO_GPU else lambda function: function
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Look:
     An encoded image.
 
     Args:
-        features (`torch.Tensor` of shape `(1, tokens, D)`): Input of the language model.
+        features (`torch.Tensor` of shape `(tokens, D)`): Input of the language model, on the CPU.
         low_res, high_res (`PIL.Image.Image`): The two views, both at the high-resolution side.
         heat_map (`PIL.Image.Image`): The image in grey, coloured where the high-resolution pathway contributed.
         low_res_side (`int`): Side of the low-resolution view in pixels.
@@ -71,7 +70,7 @@ class Look:
     @property
     def num_tokens(self) -> int:
         """Visual tokens."""
-        return self.features.shape[1]
+        return len(self.features)
 
 
 def get_quantization(num_parameters: int, memory: int) -> BitsAndBytesConfig | None:
@@ -87,22 +86,17 @@ def get_quantization(num_parameters: int, memory: int) -> BitsAndBytesConfig | N
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
-def load_model(name: str) -> torch.nn.Module:
-    """
-    A model for the machine at hand: float32 on a CPU, bfloat16 on a GPU, 4-bit on a small one.
-
-    Args:
-        name (`str`): Folder or Hub id.
-    """
+def load_model(name: str, trust_remote_code: bool) -> torch.nn.Module:
+    """A model for the machine at hand: float32 on a CPU, bfloat16 on a GPU, 4-bit on a small one."""
+    options = {"trust_remote_code": trust_remote_code}
     if not torch.cuda.is_available():
-        options = {"dtype": torch.float32, "trust_remote_code": TRUST_REMOTE_CODE}
-        return AutoModelForImageTextToText.from_pretrained(name, **options)
-    config = AutoConfig.from_pretrained(name, trust_remote_code=TRUST_REMOTE_CODE)
+        return AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32, **options)
+    config = AutoConfig.from_pretrained(name, **options)
     with torch.device("meta"):
-        empty = AutoModelForImageTextToText.from_config(config, trust_remote_code=TRUST_REMOTE_CODE)
+        empty = AutoModelForImageTextToText.from_config(config, **options)
     quantization = get_quantization(empty.num_parameters(), torch.cuda.mem_get_info()[1])
-    options = {"dtype": torch.bfloat16, "device_map": "auto", "quantization_config": quantization}
-    return AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=TRUST_REMOTE_CODE, **options)
+    options |= {"dtype": torch.bfloat16, "device_map": "auto", "quantization_config": quantization}
+    return AutoModelForImageTextToText.from_pretrained(name, **options)
 
 
 @contextmanager
@@ -119,7 +113,10 @@ def high_res_silenced(vision_tower: torch.nn.Module) -> Iterator[None]:
 
 @torch.inference_mode()
 def get_high_res_contribution(
-    model: torch.nn.Module, pixel_values: torch.Tensor, low_res_pixel_values: torch.Tensor
+    model: torch.nn.Module,
+    pixel_values: torch.Tensor,
+    low_res_pixel_values: torch.Tensor,
+    image_sizes: torch.Tensor | None = None,
 ) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
     """
     Encodes images, and finds where the high-resolution pathway contributed. No other thread may use the model's vision
@@ -129,12 +126,14 @@ def get_high_res_contribution(
         model ([`LlavaHrForConditionalGeneration`]): The model.
         pixel_values (`torch.Tensor` of shape `(images, 3, H, H)`): Images as the high-resolution pathway sees them.
         low_res_pixel_values (`torch.Tensor` of shape `(images, 3, L, L)`): Low-resolution views.
+        image_sizes (`torch.Tensor` of shape `(images, 2)`, *optional*): Sizes of the images, with which padding is
+            dropped.
 
     Returns:
         What `get_image_features` returns, and the heat `(images, g, g)`: the length by which each fused feature
         (equation 2 of the paper) moves if the high-resolution pathway is zeroed.
     """
-    encoded = model.get_image_features(pixel_values, low_res_pixel_values, return_dict=True)
+    encoded = model.get_image_features(pixel_values, low_res_pixel_values, image_sizes, return_dict=True)
     vision_tower = model.model.vision_tower
     stride = vision_tower.high_res_tower.stride  # the smallest view will do, as it is zeroed
     with high_res_silenced(vision_tower):
@@ -171,23 +170,49 @@ class Engine:
     Args:
         name (`str`): Folder or Hub id of a model with its processor.
         max_new_tokens (`int`, *optional*, defaults to 256): Longest answer.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether the code that was published with the
+            weights may run, if the package is not installed.
     """
 
-    def __init__(self, name: str, max_new_tokens: int = 256):
+    def __init__(self, name: str, max_new_tokens: int = 256, trust_remote_code: bool = False):
+        self.name = name
         self.max_new_tokens = max_new_tokens
-        self.model = load_model(name)
-        self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=TRUST_REMOTE_CODE)
+        trust_remote_code = trust_remote_code and not HAS_PACKAGE
+        self.model = load_model(name, trust_remote_code)
+        self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
         self.sides = get_sides(self.processor.image_processor)
         self.look = lru_cache(maxsize=MAX_ENCODED)(self._look)
         self._lock = threading.Lock()  # one image at a time, as the hooks above affect the whole model
+        self._encode, self._generate = run_on_gpu(self._encode), run_on_gpu(self._generate)
 
-    def get_num_tokens(self, side: int) -> int:
-        """Visual tokens of an image at a high-resolution side in pixels."""
-        return (self.sides[side] // self.processor.image_processor.patch_size) ** 2
+    def describe(self) -> str:
+        """Model, size, precision and device, such as `"me/llava-hr-7b, 7.1 B parameters, bfloat16, NVIDIA L4"`."""
+        millions, device = self.model.num_parameters() / 1e6, self.model.device
+        size = f"{millions:.1f} M" if millions < 1000 else f"{millions / 1000:.1f} B"
+        quantization = self.model.config.to_dict().get("quantization_config")
+        precision = str(self.model.dtype).removeprefix("torch.")
+        if quantization:
+            precision = "4 bit" if quantization.get("load_in_4bit") else quantization["quant_method"]
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+        name = Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
+        return f"{name}, {size} parameters, {precision}, {where}"
 
-    def read(self, path: str) -> bytes:
+    def get_num_tokens(self, side: int, size: list[int] | None = None) -> int:
         """
-        The content of an image file.
+        Visual tokens of an image.
+
+        Args:
+            side (`int`): High-resolution side in pixels.
+            size (`list[int]`, *optional*): Height and width of the image in pixels, which matter with `unpad` alone; a
+                square by default, which has the most tokens.
+        """
+        sizes = {"image_sizes": [size or (1, 1)]} if self.processor.image_processor.unpad else {}
+        text = self.processor.replace_image_token(sizes, 0, size=side, low_res_size=self.sides[side])
+        return text.count(self.processor.image_token)
+
+    def read(self, path: str) -> tuple[bytes, list[int] | None]:
+        """
+        The content of an image file and, with `unpad`, the image's height and width in pixels.
 
         Raises:
             ValueError: If it is not an image that the model can use, whatever its name says.
@@ -203,48 +228,55 @@ class Engine:
         except ValueError as error:
             raise ValueError(f"{name} is not an image that can be read. Send a PNG, JPEG or WebP file.") from error
         try:
-            image_processor(image, size=side, low_res_size=self.sides[side])
+            views = image_processor(image, size=side, low_res_size=self.sides[side])
         except ValueError as error:
             raise ValueError(f"{name} cannot be used. {error}") from error
-        return content
+        return content, views["image_sizes"][0].tolist() if image_processor.unpad else None
 
-    @torch.inference_mode()
-    def _look(self, content: bytes, side: int) -> Look:
-        """Encodes the image of a file's content at a high-resolution side in pixels; `look` caches the results."""
+    def _look(self, content: bytes, side: int, session: str | None = None) -> Look:
+        """
+        Encodes the image of a file's content at a high-resolution side in pixels. `look` caches the results, those of
+        each session for itself: nobody can tell from the time which images others have sent.
+        """
         image_processor = self.processor.image_processor
-        low_res_side = self.sides[side]
         image = image_processor.fetch_images(content)
-        views = image_processor(image, size=side, low_res_size=low_res_side, return_tensors="pt")
-        high_res, low_res = (views[n].to(self.model.device) for n in ("pixel_values", "low_res_pixel_values"))
-        with self._lock:
-            encoded, heat = get_high_res_contribution(self.model, high_res, low_res)
-        sharp = self._to_image(high_res, side)
+        views = image_processor(image, size=side, low_res_size=self.sides[side], return_tensors="pt")
+        features, heat, gates = self._encode(dict(views))
+        sharp = self._to_image(views["pixel_values"], side)
         return Look(
-            features=encoded.pooler_output,
-            low_res=self._to_image(low_res, side),
+            features=features,
+            low_res=self._to_image(views["low_res_pixel_values"], side),
             high_res=sharp,
-            heat_map=draw_heat_map(sharp, heat[0].cpu()),
-            low_res_side=low_res_side,
-            gates=tuple(
-                (layer, gate.float().mean().item())
-                for layer, gate in zip(self.model.config.mr_adapter_layers, encoded.mr_adapter_gates, strict=True)
-            ),
+            heat_map=draw_heat_map(sharp, heat),
+            low_res_side=self.sides[side],
+            gates=tuple(zip(self.model.config.mr_adapter_layers, gates, strict=True)),
         )
+
+    def _encode(self, views: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+        """Features `(tokens, D)`, heat `(g, g)` and gates of one image, on the CPU."""
+        views = {name: view.to(self.model.device) for name, view in views.items()}
+        with self._lock:
+            encoded, heat = get_high_res_contribution(self.model, **views)
+        gates = [gate.float().mean().item() for gate in encoded.mr_adapter_gates]
+        return encoded.pooler_output[0].cpu(), heat[0].cpu(), gates
 
     def _to_image(self, view: torch.Tensor, side: int) -> Image.Image:
         """A normalised view `(1, 3, L, L)` as an image of another side, without smoothing."""
         image_processor = self.processor.image_processor
         mean, std = view.new_tensor(image_processor.image_mean), view.new_tensor(image_processor.image_std)
         pixels = (view[0].permute(1, 2, 0) * std + mean).clamp(0, 1) * 255  # (L, L, 3)
-        return Image.fromarray(pixels.round().byte().cpu().numpy()).resize((side, side), Image.Resampling.NEAREST)
+        return Image.fromarray(pixels.round().byte().numpy()).resize((side, side), Image.Resampling.NEAREST)
 
-    def answer(self, messages: list[dict], side: int) -> Iterator[tuple[str, Look | None, float | None]]:
+    def answer(
+        self, messages: list[dict], side: int, session: str | None = None
+    ) -> Iterator[tuple[str, Look | None, float | None]]:
         """
         Answers a conversation, greedily.
 
         Args:
             messages (`list[dict]`): In the chat template's form; an image is `{"type": "image", "path": PATH}`.
             side (`int`): High-resolution side in pixels.
+            session (`str`, *optional*): Whose cached encodings are used; without one, images are encoded anew.
 
         Yields:
             The answer so far, the last image's [`Look`] (`None` without images), and the seconds to the first token
@@ -254,14 +286,32 @@ class Engine:
             ValueError: If an image cannot be used or the conversation is longer than the model's context.
         """
         start = time.perf_counter()
-        inputs = self._get_prompt(messages, side)  # first, as it bounds the number of images
-        paths = [part["path"] for message in messages for part in message["content"] if part["type"] == "image"]
-        looks = [self.look(self.read(path), side) for path in paths]
-        last = looks[-1] if looks else None
+        parts = [part for message in messages for part in message["content"]]
+        paths = [part["path"] for part in parts if part["type"] == "image"]
+        num_characters = sum(len(part["text"]) for part in parts if part["type"] == "text")
+        # before very many images are read and texts tokenized
+        fewest = self.get_num_tokens(side, [1, 10**9])  # with `unpad`, an image of one line has the fewest
+        self._check_length(len(paths) * fewest + num_characters // MAX_CHARACTERS_PER_TOKEN)
+        unpad = self.processor.image_processor.unpad
+        sizes = [self.read(path)[1] if unpad else None for path in paths]
+        inputs = self._get_prompt(messages, side, [self.get_num_tokens(side, size) for size in sizes])
+        look, last, features = self.look if session else self._look, None, []
+        for path in paths:
+            last = look(self.read(path)[0], side, session)
+            features.append(last.features)  # nothing else is kept of earlier images
         yield "", last, None
 
-        if looks:
-            features = torch.cat([look.features for look in looks])
+        text, seconds = "", None
+        for piece in self._generate(inputs, features):
+            seconds = seconds or time.perf_counter() - start
+            text += piece
+            yield text.strip(), last, seconds
+
+    def _generate(self, inputs: dict[str, torch.Tensor], features: list[torch.Tensor]) -> Iterator[str]:
+        """The pieces of the answer to a prompt with images of these features, each `(tokens, D)`."""
+        inputs = {name: values.to(self.model.device) for name, values in inputs.items()}
+        if features:
+            features = [image.to(self.model.device) for image in features]
             inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stopped = threading.Event()
@@ -276,35 +326,29 @@ class Engine:
             )
             # also after an error, where the loop would wait forever
             generation.add_done_callback(lambda _: streamer.end())
-            text, seconds = "", None
             try:
-                for piece in streamer:
-                    seconds = seconds or time.perf_counter() - start
-                    text += piece
-                    yield text.strip(), last, seconds
+                yield from streamer
             finally:
                 stopped.set()  # the visitor may have left
             generation.result()
 
-    def _get_prompt(self, messages: list[dict], side: int) -> dict[str, torch.Tensor]:
-        """Ids and mask. They depend on the low-resolution side alone, so blank images replace the real ones."""
-        longest = self.model.config.context_length or math.inf
-        too_long = ValueError(
-            f"This conversation has become longer than the {longest} tokens of the model's context. Start a new one, "
-            "with fewer images or a smaller high-resolution side."
-        )
-        parts = [part for message in messages for part in message["content"]]
-        num_images = sum(part["type"] == "image" for part in parts)
-        num_characters = sum(len(part["text"]) for part in parts if part["type"] == "text")
-        # before tokenizing, which takes long for very long texts
-        if num_images * self.get_num_tokens(side) + num_characters // MAX_CHARACTERS_PER_TOKEN > longest:
-            raise too_long
-        blank = {"type": "image", "image": Image.new("RGB", (32, 32))}
+    def _check_length(self, num_tokens: int) -> None:
+        longest = self.model.config.context_length
+        if longest is not None and num_tokens > longest:
+            raise ValueError(
+                f"This conversation has become longer than the {longest} tokens of the model's context. Start a new "
+                "one, with fewer images or a smaller high-resolution side."
+            )
+
+    def _get_prompt(self, messages: list[dict], side: int, num_tokens: list[int]) -> dict[str, torch.Tensor]:
+        """Ids and mask for images of these numbers of tokens. Blank images of one pixel per token replace them."""
+        image_processor = self.processor.image_processor
+        grid = self.sides[side] // image_processor.patch_size
+        blanks = iter([{"type": "image", "image": Image.new("RGB", (grid, n // grid))} for n in num_tokens])
         messages = [
-            {**message, "content": [part if part["type"] == "text" else blank for part in message["content"]]}
+            {**message, "content": [part if part["type"] == "text" else next(blanks) for part in message["content"]]}
             for message in messages
         ]
-        image_processor = self.processor.image_processor
         inputs = self.processor.apply_chat_template(
             messages,
             add_generation_prompt=True,
@@ -313,9 +357,8 @@ class Engine:
             return_tensors="pt",
             processor_kwargs={"size": image_processor.high_res_stride, "low_res_size": self.sides[side]},
         )
-        if inputs["input_ids"].shape[1] + self.max_new_tokens > longest:
-            raise too_long
-        return {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        self._check_length(inputs["input_ids"].shape[1] + self.max_new_tokens)
+        return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
 def draw_heat_map(image: Image.Image, heat: torch.Tensor) -> Image.Image:

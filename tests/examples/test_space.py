@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Space: what answers, without the page; and the page, in a real browser that talks with a real server."""
 
+import json
+import re
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from space_page import (
+    FIND_FLAWS,
     MAX_NEW_TOKENS,
     PATIENCE,
     SPACE,
@@ -22,11 +28,14 @@ from space_page import (
 )
 from transformers import pipeline
 
+from examples.publish import PublishArguments, publish
 from modeling_llava_hr import LlavaHrImageProcessorPil
 
 
+DESKTOP, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
 STREET, SHELF = str(SPACE / "street.jpg"), str(SPACE / "shelf.jpg")
 QUESTION = "What does the green sign say?"
+EMPTY_ANSWER = "(The answer is empty: the model ended it before the first word.)"
 ANSWER = "7778"  # training.tiny.fineprint's draw_sample(FinePrintConfig(size=256, min_signs=2), "test", 18)
 
 
@@ -44,8 +53,22 @@ def side(engine) -> int:
     return min(engine.sides)
 
 
-def ask(text: str, path: str | None = None) -> dict:
-    images = [{"type": "image", "path": path}] if path else []
+@pytest.fixture
+def unpad_model(tiny_model, tmp_path) -> Path:
+    """The tiny model, saved so that images cost no tokens for their padding."""
+    folder = shutil.copytree(tiny_model, tmp_path / "unpad")
+    change_json(folder / "processor_config.json", lambda values: values["image_processor"].update(unpad=True))
+    return folder
+
+
+def change_json(file: Path, change) -> None:
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+
+
+def ask(text: str, *paths: str) -> dict:
+    images = [{"type": "image", "path": path} for path in paths]
     return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
 
 
@@ -53,8 +76,8 @@ def reply(text: str) -> dict:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
-def get_answer(engine, messages: list[dict], side: int) -> str:
-    return list(engine.answer(messages, side))[-1][0]
+def get_answer(engine, messages: list[dict], side: int, session: str | None = None) -> str:
+    return list(engine.answer(messages, side, session))[-1][0]
 
 
 def get_trained_side(engine) -> int:
@@ -119,17 +142,49 @@ def test_trained_model_reads_the_example(engine):
     assert get_answer(engine, [ask(QUESTION, STREET)], get_trained_side(engine)) == ANSWER
 
 
-def test_each_image_is_encoded_once(engine, side):
+def test_each_image_is_encoded_once_in_a_session(engine, side):
     engine.look.cache_clear()
     turns = [ask("What is shown?", SHELF)]
     with Counter(engine.model.model.vision_tower.layers[0]) as vit:
         for text in ("And now?", "And then?"):
-            turns += [reply(get_answer(engine, turns, side)), ask(text)]
+            turns += [reply(get_answer(engine, turns, side, "one")), ask(text)]
         assert vit.calls == 2  # as usual and with the high-resolution pathway silenced
-        get_answer(engine, [*turns[:-1], ask("And here?", STREET)], side)
+        get_answer(engine, [*turns[:-1], ask("And here?", STREET)], side, "one")
         assert vit.calls == 4
-        get_answer(engine, turns, sorted(engine.sides)[1])
+        get_answer(engine, turns, sorted(engine.sides)[1], "one")
         assert vit.calls == 6
+        get_answer(engine, turns, side, "two")
+        assert vit.calls == 8
+        for _ in range(2):  # times that are compared must not depend on what was asked before
+            get_answer(engine, turns, side)
+        assert vit.calls == 12
+
+
+def test_memory_for_encodings_does_not_grow_with_the_visitors(engine, side):
+    for number in range(space.MAX_ENCODED + 3):
+        engine.look(Path(SHELF).read_bytes(), side, str(number))
+    assert engine.look.cache_info().currsize == space.MAX_ENCODED
+
+
+def test_unpad(unpad_model, tmp_path):
+    unpadding = space.Engine(str(unpad_model), MAX_NEW_TOKENS)
+    pipe = pipeline("image-text-to-text", model=str(unpad_model), dtype=torch.float32)
+    options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "return_full_text": False}
+    with Image.open(STREET) as street:
+        street.crop((0, 78, 256, 178)).save(tmp_path / "wide.png")
+        street.crop((78, 0, 111, 256)).save(tmp_path / "tall.png")
+    wide, tall = str(tmp_path / "wide.png"), str(tmp_path / "tall.png")
+    trained = get_trained_side(unpadding)
+    # 100 of 256 pixels from 78 on: parts of rows 2 to 5 of 8 of 32 pixels each; 33 from 111 on: columns 3 and 4
+    for paths, num_tokens in (([wide], 4 * 8), ([tall], 2 * 8), ([tall, STREET, wide], 4 * 8)):
+        expected = pipe([ask(QUESTION, *paths)], **options)
+        *_, (text, look, _) = unpadding.answer([ask(QUESTION, *paths)], trained)
+        assert text == expected[0]["generated_text"].strip()
+        assert look.num_tokens == num_tokens
+    longest = unpadding.model.config.context_length
+    # a line has 8 tokens, so more than these do not fit for certain, and none of them is read
+    with pytest.raises(ValueError, match=f"longer than the {longest} tokens"):
+        get_answer(unpadding, [ask(QUESTION, *["not there"] * (longest // 8 + 1))], trained)
 
 
 def test_first_token_is_timed_and_tokens_are_counted(engine, side):
@@ -258,12 +313,193 @@ def test_wrong_file_gives_a_message_and_html_stays_text(page, engine, tmp_path):
     assert page.locator("#injected").count() == 0
 
 
-def test_phone(page):
-    page.set_viewport_size({"width": 390, "height": 844})
-    box = page.locator("#ask textarea").bounding_box()
-    assert box["y"] + box["height"] <= 844
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    assert box["x"] >= 0 and box["x"] + box["width"] <= 390
+COUNT_LINES = """element => {
+    const range = new Range();
+    range.selectNodeContents(element);
+    return range.getClientRects().length;
+}"""
+
+
+def test_page_starts_with_an_example_and_says_what_answers(page, engine, tiny_model):
+    page.wait_for_function("/example/.test(document.querySelector('#facts').innerText)")
+    for view in ("low-res", "high-res", "heat-map"):
+        page.wait_for_selector(f"#{view} img")
+    with safe_open(tiny_model / "model.safetensors", "pt") as weights:
+        size = sum(weights.get_tensor(name).numel() for name in weights.keys()) / 1e6
+    assert f"tiny-llava-hr, {size:.1f} M parameters, float32, CPU" in page.inner_text("#head")
+    assert "It cannot describe photographs" in page.inner_text("#head")
+    page.set_viewport_size(DESKTOP)
+    hints = page.locator(".hint")
+    assert hints.all_inner_texts()[1] == "Gate: the factor, -1 to 1, of the high-resolution view in an adapter."
+    # one line each, as is what the model can do
+    for line in (*hints.all(), page.locator("#head p").last):
+        assert line.evaluate(COUNT_LINES) == 1
+
+
+def test_buttons_say_what_a_side_costs(page, engine):
+    labels = [label.inner_text().strip() for label in page.locator("#side label").all()]
+    costs = []
+    for side, low_res_side in engine.sides.items():
+        sizes = {"size": side, "low_res_size": low_res_side}
+        ids = engine.processor(images=Image.open(STREET), text="<image>", **sizes)["input_ids"][0]
+        costs.append(ids.count(engine.model.config.image_token_id))
+    assert labels == [f"{side} px, {cost} tokens" for side, cost in zip(engine.sides, costs, strict=True)]
+    assert len(set(costs)) > 1  # so a sentence that all sides cost the same would be wrong
+    assert "sides with as many tokens cost it the same" in page.inner_text("#side")
+
+
+def test_resolutions_are_compared(page, engine):
+    page.click("#compare")
+    page.wait_for_selector("text=Ask a question about an image first")
+    send(page, QUESTION, STREET)
+    wait_for_answer(page, 0, ANSWER)
+    page.click("#compare")
+    page.wait_for_function(f"document.querySelectorAll('#answers .answers > div').length == {len(engine.sides)}")
+    cards = page.locator("#answers .answers > div")
+    for card, side in zip(cards.all(), engine.sides, strict=True):
+        expected = get_answer(engine, [ask(QUESTION, STREET)], side)
+        card.locator(f"p:text-is('{expected}')").wait_for()
+        said = rf"{side} px\s+{engine.get_num_tokens(side)} tokens, \d+\.\d\d s\s+{re.escape(expected)}"
+        assert re.fullmatch(said, card.inner_text().strip())
+    tops = [card.bounding_box()["y"] for card in cards.all()]
+    assert max(tops) - min(tops) < 1  # side by side
+
+
+def test_encodings_are_not_shared_between_visitors(browser, address):
+    for _ in range(2):
+        with open_page(browser, address) as page:
+            send(page, QUESTION, SHELF)
+            page.wait_for_function("/new/.test(document.querySelector('#facts').innerText)")
+            page.wait_for_selector("#chat .bot.message")
+
+
+def test_empty_answer_and_unpad(browser, unpad_model, tmp_path):
+    all_but_end = [token for token in range(512) if token != 2]
+    change_json(unpad_model / "generation_config.json", lambda values: values.update(suppress_tokens=all_but_end))
+    Image.new("RGB", (256, 64), "navy").save(tmp_path / "wide.png")
+    with run_page(unpad_model, tmp_path) as (address, _), open_page(browser, address) as page:
+        assert "unpad, 4.7 M parameters" in page.inner_text("#head")
+        assert "photographs" not in page.inner_text("#head")  # another model may well
+        assert page.locator("#side label").first.inner_text().strip() == "96 px, at most 64 tokens"
+        assert "not square have fewer" in page.inner_text("#side")
+        send(page, "What is shown?", str(tmp_path / "wide.png"))
+        wait_for_answer(page, 0, EMPTY_ANSWER)
+        assert page.inner_text("#facts b >> nth=0") == "16"  # 2 of 8 rows
+        send(page, "And now?")
+        wait_for_answer(page, 1, EMPTY_ANSWER)
+        page.click("#compare")
+        page.wait_for_function("document.querySelectorAll('#answers p').length == 5")
+        assert set(page.locator("#answers p").all_inner_texts()) == {EMPTY_ANSWER}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_contrast_and_targets(browser, address, viewport, scheme):
+    """WCAG 2.2: a contrast of 4.5:1 (1.4.3, for icons as well), and targets of 40 pixels, more than 2.5.8 asks for."""
+    with open_page(browser, address, viewport=viewport, color_scheme=scheme) as page:
+        page.wait_for_selector("#high-res img")
+        page.wait_for_selector("#chat .example")
+        flaws = [page.evaluate(FIND_FLAWS)]
+        page.set_input_files("#ask input[type=file]", STREET)
+        page.wait_for_selector("#ask .thumbnail-item")
+        flaws.append(page.evaluate(FIND_FLAWS))
+        page.fill("#ask textarea", QUESTION)
+        page.press("#ask textarea", "Enter")
+        wait_for_answer(page, 0, ANSWER)
+        page.click("#compare")
+        page.wait_for_function("document.querySelectorAll('#answers p').length == 5")
+        page.wait_for_selector("#chat [aria-label=Retry]")
+        flaws.append(page.evaluate(FIND_FLAWS))
+        assert [found for found, _ in flaws] == [[], [], []]
+        assert flaws[0][1]["texts"] > 20 and flaws[2][1]["targets"] > 15  # so it did look
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, re.findall(r"\d+", background)[:3])) > 384) == (scheme == "light")
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_images_in_full_screen_fit_the_window(browser, address, viewport):
+    with open_page(browser, address, viewport=viewport) as page:
+        send(page, QUESTION, STREET)
+        wait_for_answer(page, 0, ANSWER)
+        for image in ("#low-res", "#high-res", "#heat-map", "#chat .user.message:has(img)"):
+            page.click(f"{image} [aria-label*=ullscreen]")
+            page.wait_for_selector(f"{image} [aria-label='Exit fullscreen mode']")
+            page.wait_for_timeout(500)  # gradio's animation
+            box = page.locator(f"{image} img").bounding_box()
+            assert box["x"] >= 0 and box["x"] + box["width"] <= viewport["width"], image
+            assert box["y"] >= 0 and box["y"] + box["height"] <= viewport["height"], image
+            assert min(box["width"], box["height"]) >= 256
+            page.click(f"{image} [aria-label='Exit fullscreen mode']")
+            page.wait_for_timeout(500)
+
+
+def test_phone_shows_the_chat_first(browser, address):
+    with open_page(browser, address, viewport=PHONE) as page:
+        page.wait_for_selector("#high-res img")
+        names = ("#head", "#chat", "#ask", "#side", "#compare", "#facts", "#low-res", "#gates")
+        tops = [page.locator(name).bounding_box()["y"] for name in names]
+        assert tops == sorted(tops)
+        box = page.locator("#ask textarea").bounding_box()
+        assert box["y"] + box["height"] <= 844
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 390
+
+
+# A stub of `spaces`, the package of ZeroGPU, without a GPU: as there, a decorated function runs in a forked process of
+# its own, and whatever goes in or out is pickled
+SPACES = """
+import inspect, multiprocessing, os, pickle
+
+def GPU(function):
+    def work(results, arguments):
+        print("GPU:", function.__name__, os.getpid(), flush=True)
+        value = function(*pickle.loads(arguments))
+        for part in value if inspect.isgeneratorfunction(function) else [value]:
+            results.put(pickle.dumps([part]))
+        results.put(pickle.dumps([]))
+
+    def generate(*arguments):
+        context = multiprocessing.get_context("fork")
+        results = context.SimpleQueue()
+        context.Process(target=work, args=(results, pickle.dumps(arguments)), daemon=True).start()
+        while part := pickle.loads(results.get()):
+            yield part[0]
+
+    return generate if inspect.isgeneratorfunction(function) else lambda *arguments: list(generate(*arguments))[0]
+"""
+
+
+@pytest.mark.parametrize("has_zero_gpu", [False, True], ids=["cpu", "zero-gpu"])
+def test_prepared_folder_answers_by_itself(browser, tiny_model, tmp_path, has_zero_gpu):
+    """As on the Hub: the folder alone, no package `modeling_llava_hr`, and no variable that allows foreign code."""
+    publish(PublishArguments(model=str(tiny_model), space=str(tmp_path / "space")))
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "sitecustomize.py").write_text("import sys; sys.modules['modeling_llava_hr'] = None")
+    if has_zero_gpu:
+        (tmp_path / "path" / "spaces.py").write_text(SPACES)
+    environment = {"PYTHONPATH": str(tmp_path / "path"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    with run_page(None, tmp_path, space=tmp_path / "space", **environment) as (address, process):
+        with open_page(browser, address) as page:
+            page.wait_for_selector("#high-res img")
+            assert "tiny-llava-hr, 4.7 M parameters" in page.inner_text("#head")
+            send(page, QUESTION, STREET)
+            wait_for_answer(page, 0, ANSWER)
+            send(page, QUESTION)
+            wait_for_answer(page, 1, ANSWER)
+            page.wait_for_function("/reused/.test(document.querySelector('#facts').innerText)")
+    assert list((tmp_path / "modules").rglob("modeling_llava_hr.py"))  # that code ran
+    calls = re.findall(r"GPU: (\w+) (\d+)", (tmp_path / "log").read_text())
+    # the example and the image are encoded, and two answers generated, none of it in the page's own process
+    assert [name for name, _ in calls] == ["_encode", "_encode", "_generate", "_generate"] * has_zero_gpu
+    assert str(process.pid) not in {number for _, number in calls}
+
+
+def test_folder_of_a_space_must_be_new(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match=f"--space: {tmp_path} exists"):
+        publish(PublishArguments(model=str(tiny_model), space=str(tmp_path)))
+    with pytest.raises(ValueError, match="--repo NAMESPACE/NAME to publish the model, or --space FOLDER"):
+        publish(PublishArguments(model=str(tiny_model)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_model_that_is_not_there_is_one_sentence(tmp_path):

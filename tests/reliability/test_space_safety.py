@@ -41,8 +41,8 @@ ECHO = """
 import app
 
 class Echo(app.Engine):
-    def answer(self, messages, side):
-        for text, look, seconds in super().answer(messages, side):
+    def answer(self, messages, *args):
+        for text, look, seconds in super().answer(messages, *args):
             yield text and text + " " + messages[-1]["content"][-1]["text"], look, seconds
 
 app.Engine = Echo
@@ -60,7 +60,8 @@ HOSTILE = [
     "</div></body><b class=harm>bold</b>",
     "&lt;b&gt; &amp;amp; $x^2$ `code`",
 ]
-HARM = "document.querySelectorAll('.harm, #chat script, #chat iframe, #chat a').length + (window.harmed ?? 0)"
+HARM = """document.querySelectorAll('.harm, #chat script, #chat iframe, #chat a:not([download]), #answers a').length
+    + (window.harmed ?? 0)"""
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,8 @@ def test_code_of_a_repository_runs_only_if_whoever_set_up_the_page_says_so(tmp_p
         shutil.copy(file, tmp_path)
     hidden = "import importlib.util; importlib.util.find_spec = lambda *a, f=importlib.util.find_spec: "
     hidden += "None if a[0] == 'modeling_llava_hr' else f(*a); import app; app.main()"
-    ended = subprocess.run([sys.executable, "-c", hidden], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-c", hidden, "--model", "a-repository-that-might-be-a-folder-here"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 1 and "set the variable TRUST_REMOTE_CODE to 1" in ended.stderr
 
 
@@ -270,11 +272,16 @@ def test_nothing_that_is_written_is_html(browser, address):
         engine = import_engine().Engine(str(TINY_MODEL), MAX_NEW_TOKENS)
         side = engine.processor.image_processor.size["height"]
         text = "\n".join(HOSTILE)
-        messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+        image = str(SPACE / "shelf.jpg")
+        messages = [{"role": "user", "content": [{"type": "image", "path": image}, {"type": "text", "text": text}]}]
         *_, (said, _, _) = engine.answer(messages, side)
-        send(page, text)
+        send(page, text, image)
         wait_for_answer(page, 0, f"{said} {text}")
-        assert squeeze(page.inner_text("#chat .user.message")) == squeeze(text)
+        assert squeeze(page.locator("#chat .user.message").last.inner_text()) == squeeze(text)
+        page.click("#compare")
+        page.wait_for_function(f"document.querySelectorAll('#answers .answers > div').length == {len(engine.sides)}")
+        for answer in page.locator("#answers p").all():
+            assert squeeze(answer.inner_text()).endswith(squeeze(text))
         assert page.evaluate(HARM) == 0
 
 

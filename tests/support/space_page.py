@@ -52,25 +52,30 @@ def serves(address: str) -> bool:
 
 
 @contextlib.contextmanager
-def run_page(model: Path, folder: Path, *program: str) -> Iterator[tuple[str, psutil.Process]]:
+def run_page(
+    model: Path | None, folder: Path, *program: str, space: Path = SPACE, **environment: str
+) -> Iterator[tuple[str, psutil.Process]]:
     """
     Serves the page as `make space` does.
 
     Args:
-        model (`Path`): Folder of the model.
+        model (`Path`, *optional*): Folder of the model; the page's default one without.
         folder (`Path`): Where the log and, in `uploads`, what users send goes.
         program (`str`): What Python runs in `examples/space` instead of `app.py`.
+        space (`Path`): Another folder than `examples/space`.
+        environment (`str`): More variables.
 
     Yields:
         The page's address, and its process.
     """
     require_gradio()
     port = get_free_port()
-    options = ["--model", model, "--port", port, "--max_new_tokens", MAX_NEW_TOKENS]
+    options = [*(["--model", model] if model else []), "--port", port, "--max_new_tokens", MAX_NEW_TOKENS]
     command = [sys.executable, *(program or ["app.py"]), *options]
-    environment = {**os.environ, "GRADIO_TEMP_DIR": str(folder / "uploads"), "GRADIO_ANALYTICS_ENABLED": "False"}
+    environment = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "False", **environment}
+    environment["GRADIO_TEMP_DIR"] = str(folder / "uploads")
     with open(folder / "log", "w+", encoding="utf-8") as log:
-        server = subprocess.Popen(list(map(str, command)), cwd=SPACE, env=environment, stdout=log, stderr=log)
+        server = subprocess.Popen(list(map(str, command)), cwd=space, env=environment, stdout=log, stderr=log)
         end = time.time() + PATIENCE
         try:
             while not serves(f"http://127.0.0.1:{port}"):
@@ -99,11 +104,12 @@ def run_browser() -> Iterator:
 
 
 @contextlib.contextmanager
-def open_page(browser, address: str) -> Iterator:
+def open_page(browser, address: str, **options) -> Iterator:
     """
     The page in a session of its own. Whatever it asks of another machine fails the test, as do errors of its scripts.
+    Options are playwright's, such as `viewport`.
     """
-    context = browser.new_context(reduced_motion="reduce")
+    context = browser.new_context(reduced_motion="reduce", **options)
     context.set_default_timeout(PATIENCE * 1000)
     page, problems = context.new_page(), []
     page.on("pageerror", lambda error: problems.append(str(error)))
@@ -142,3 +148,44 @@ def wait_for_answer(page, number: int, expected: str) -> None:
         }""",
         arg=[number, squeeze(expected)],
     )
+
+
+# Colours under text are those of the elements around it, from the page's down; transparent ones let the next through
+FIND_FLAWS = """() => {
+    const rgba = color => {
+        const [r, g, b, a = 1] = color.match(/[\\d.]+/g).map(Number);
+        return [...[r, g, b].map(value => color.startsWith('color(') ? 255 * value : value), a];
+    };
+    const cover = (under, over) => over.slice(0, 3).map((value, i) => value * over[3] + under[i] * (1 - over[3]));
+    const luminance = color => color.map(value => value / 255)
+        .map(value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, value, i) => sum + value * [0.2126, 0.7152, 0.0722][i], 0);
+    const background = element => {
+        const layers = [];
+        for (; element; element = element.parentElement) layers.push(rgba(getComputedStyle(element).backgroundColor));
+        return layers.reduceRight(cover, [255, 255, 255]);
+    };
+    const isShown = element => element.checkVisibility({ opacityProperty: true, visibilityProperty: true })
+        && Math.min(element.getBoundingClientRect().width, element.getBoundingClientRect().height) > 1;
+    const name = element => `${element.tagName} ${element.closest('[id]')?.id} ${element.getAttribute('aria-label')} `
+        + (element.innerText ?? '').slice(0, 30);
+    const flaws = [], seen = { texts: 0, targets: 0 };
+    for (const element of [...document.body.querySelectorAll('*')].filter(isShown)) {
+        const isText = [...element.childNodes].some(node => node.nodeType === 3 && node.textContent.trim());
+        const isEmpty = element.placeholder && !element.value;
+        if (isText || isEmpty || element.tagName === 'svg') {
+            const under = background(element);
+            const color = getComputedStyle(element, isEmpty ? '::placeholder' : null).color;
+            const [dark, light] = [luminance(under), luminance(cover(under, rgba(color)))].sort((a, b) => a - b);
+            const contrast = (light + 0.05) / (dark + 0.05);
+            seen.texts += 1;
+            if (contrast < 4.5) flaws.push(`contrast ${contrast.toFixed(2)}: ${name(element)}`);
+        }
+        if (element.matches('button, a[href], textarea, label:has(input[type=radio])')) {
+            const { width, height } = element.getBoundingClientRect();
+            seen.targets += 1;
+            if (Math.min(width, height) < 40) flaws.push(`${width} x ${height} px: ${name(element)}`);
+        }
+    }
+    return [flaws, seen];
+}"""
