@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
-from engine import HAS_PACKAGE, Engine, Look
+from engine import HERE, Engine, Look
 
 
 try:
@@ -29,7 +29,6 @@ except ImportError as error:
     sys.exit(f'error: the page needs gradio ({error}): pip install ".[space]" in the checkout')
 
 
-HERE = Path(__file__).resolve().parent
 TINY_MODEL = "tiny-llava-hr"
 # Beside this file in a Space that `examples.publish` prepared, otherwise in the checkout
 DEFAULT_MODEL = next((config.parent for config in HERE.glob("*/config.json")), HERE.parent / TINY_MODEL)
@@ -239,10 +238,10 @@ def make_page(engine: Engine) -> gr.Blocks:
         if not images:
             return look_at_example(side)
         with errors_shown():
-            return show(engine.look(engine.read(images[-1]["path"])[0], side, request.session_hash), None, "new")
+            return show(engine.look(engine.read(images[-1]["path"]), side, request.session_hash), None, "new")
 
     def look_at_example(side: int = trained_side) -> tuple:
-        return show(engine.look(engine.read(str(HERE / "street.jpg"))[0], side), None, "example")
+        return show(engine.look(engine.read(str(HERE / "street.jpg")), side), None, "example")
 
     def compare(history: list[dict]) -> Iterator[str]:
         messages = to_messages(history)
@@ -259,7 +258,9 @@ def make_page(engine: Engine) -> gr.Blocks:
                     yield f"<div class='facts answers'>{done}{card}</div>"
                 done += card
 
-    with gr.Blocks(title="LLaVA-HR", fill_width=True, analytics_enabled=False, delete_cache=(KEEP_UPLOADS,) * 2) as page:
+    with gr.Blocks(
+        title="LLaVA-HR", fill_width=True, analytics_enabled=False, delete_cache=(KEEP_UPLOADS,) * 2
+    ) as page:
         head = HEAD.format(model=html.escape(engine.describe()))
         gr.HTML(head + TINY_MODEL_HINT * (Path(engine.name).name == TINY_MODEL), elem_id="head")
         with gr.Row():
@@ -334,15 +335,8 @@ def main() -> None:
     parser.add_argument("--host", default=None, help="127.0.0.1, this machine only; 0.0.0.0 for all")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer")
     arguments = parser.parse_args()
-    model = Path(arguments.model).resolve()  # a folder beside this file is as trusted as this file
-    trust = os.environ.get("TRUST_REMOTE_CODE") == "1" or (model.is_dir() and model.parent == HERE)
-    if not HAS_PACKAGE and not trust:
-        sys.exit(
-            "error: the package modeling_llava_hr is not installed, so the model needs the code published with "
-            "it. If you trust that code, set the variable TRUST_REMOTE_CODE to 1 (in a Space: Settings, Variables)."
-        )
     try:
-        engine = Engine(str(arguments.model), arguments.max_new_tokens, trust)
+        engine = Engine(str(arguments.model), arguments.max_new_tokens)
     except (OSError, ValueError) as error:
         sys.exit(f"error: `--model` (or the variable MODEL) must name a folder or Hub id of a LLaVA-HR: {error}")
     make_page(engine).launch(

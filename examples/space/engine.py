@@ -5,6 +5,7 @@ contributed.
 """
 
 import importlib.util
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +39,10 @@ HEAT_COLOR = (255, 122, 0)
 # Upper bound for any tokenizer; the longest tokens in use are runs of spaces
 MAX_CHARACTERS_PER_TOKEN = 128
 
+HERE = Path(__file__).resolve().parent
+# Where the package is not installed, the code that was published with the weights runs, if `Engine` may run it
 HAS_PACKAGE = importlib.util.find_spec("modeling_llava_hr") is not None
+TRUST_REMOTE_CODE = not HAS_PACKAGE
 if HAS_PACKAGE:
     import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
 # On ZeroGPU there is a GPU only while a function that this decorates runs, in a process of its own
@@ -86,9 +90,9 @@ def get_quantization(num_parameters: int, memory: int) -> BitsAndBytesConfig | N
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
-def load_model(name: str, trust_remote_code: bool) -> torch.nn.Module:
+def load_model(name: str) -> torch.nn.Module:
     """A model for the machine at hand: float32 on a CPU, bfloat16 on a GPU, 4-bit on a small one."""
-    options = {"trust_remote_code": trust_remote_code}
+    options = {"trust_remote_code": TRUST_REMOTE_CODE}
     if not torch.cuda.is_available():
         return AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32, **options)
     config = AutoConfig.from_pretrained(name, **options)
@@ -170,16 +174,23 @@ class Engine:
     Args:
         name (`str`): Folder or Hub id of a model with its processor.
         max_new_tokens (`int`, *optional*, defaults to 256): Longest answer.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether the code that was published with the
-            weights may run, if the package is not installed.
+
+    Raises:
+        ValueError: If the model needs its own code, and neither is that beside this file nor does the variable
+            `TRUST_REMOTE_CODE` allow it.
     """
 
-    def __init__(self, name: str, max_new_tokens: int = 256, trust_remote_code: bool = False):
+    def __init__(self, name: str, max_new_tokens: int = 256):
+        is_own = Path(name).is_dir() and Path(name).resolve().parent == HERE  # its code is as trusted as this file
+        if TRUST_REMOTE_CODE and not is_own and os.environ.get("TRUST_REMOTE_CODE") != "1":
+            raise ValueError(
+                "the package modeling_llava_hr is not installed, so the model needs the code published with it. If "
+                "you trust that code, set the variable TRUST_REMOTE_CODE to 1 (in a Space: Settings, Variables)."
+            )
         self.name = name
         self.max_new_tokens = max_new_tokens
-        trust_remote_code = trust_remote_code and not HAS_PACKAGE
-        self.model = load_model(name, trust_remote_code)
-        self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+        self.model = load_model(name)
+        self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=TRUST_REMOTE_CODE)
         self.sides = get_sides(self.processor.image_processor)
         self.look = lru_cache(maxsize=MAX_ENCODED)(self._look)
         self._lock = threading.Lock()  # one image at a time, as the hooks above affect the whole model
@@ -210,9 +221,9 @@ class Engine:
         text = self.processor.replace_image_token(sizes, 0, size=side, low_res_size=self.sides[side])
         return text.count(self.processor.image_token)
 
-    def read(self, path: str) -> tuple[bytes, list[int] | None]:
+    def read(self, path: str) -> bytes:
         """
-        The content of an image file and, with `unpad`, the image's height and width in pixels.
+        The content of an image file.
 
         Raises:
             ValueError: If it is not an image that the model can use, whatever its name says.
@@ -228,10 +239,16 @@ class Engine:
         except ValueError as error:
             raise ValueError(f"{name} is not an image that can be read. Send a PNG, JPEG or WebP file.") from error
         try:
-            views = image_processor(image, size=side, low_res_size=self.sides[side])
+            image_processor(image, size=side, low_res_size=self.sides[side])
         except ValueError as error:
             raise ValueError(f"{name} cannot be used. {error}") from error
-        return content, views["image_sizes"][0].tolist() if image_processor.unpad else None
+        return content
+
+    def _get_size(self, content: bytes) -> list[int]:
+        """Height and width in pixels of a file's image, upright, where the number of tokens depends on them."""
+        image_processor, side = self.processor.image_processor, min(self.sides)
+        image = image_processor.fetch_images(content)
+        return image_processor(image, size=side, low_res_size=self.sides[side])["image_sizes"][0].tolist()
 
     def _look(self, content: bytes, side: int, session: str | None = None) -> Look:
         """
@@ -293,11 +310,11 @@ class Engine:
         fewest = self.get_num_tokens(side, [1, 10**9])  # with `unpad`, an image of one line has the fewest
         self._check_length(len(paths) * fewest + num_characters // MAX_CHARACTERS_PER_TOKEN)
         unpad = self.processor.image_processor.unpad
-        sizes = [self.read(path)[1] if unpad else None for path in paths]
+        sizes = [self._get_size(self.read(path)) if unpad else None for path in paths]
         inputs = self._get_prompt(messages, side, [self.get_num_tokens(side, size) for size in sizes])
         look, last, features = self.look if session else self._look, None, []
         for path in paths:
-            last = look(self.read(path)[0], side, session)
+            last = look(self.read(path), side, session)
             features.append(last.features)  # nothing else is kept of earlier images
         yield "", last, None
 
