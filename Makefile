@@ -17,7 +17,7 @@ PYTEST_ARGS ?= -q --numprocesses 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup suites lint types licences audit check format docs test test-long test-oldest test-gpu-image test-lmms-eval test-vllm \
-	coverage bench demo space train-tiny build clean
+	coverage bench demo notebooks space train-tiny build clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -130,6 +130,9 @@ $(VLLM)/.installed: setup.cfg pyproject.toml
 
 demo: setup ## Let the tiny model read fine print
 	$(VENV)/bin/python -m examples.demo
+
+notebooks: setup ## Run the notebooks with the tiny model and save their outputs
+	$(VENV)/bin/python -m examples.notebooks.execute
 
 space: setup ## Talk with a model about images in the browser; MODEL=folder or Hub id, else the tiny model
 	$(VENV)/bin/python examples/space/app.py $(if $(MODEL),--model $(MODEL))
