@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Every Python and bash block of the README and the guides, in a folder that looks like the checkout.
+
+Python blocks run as pasted, those of a group of documents in one namespace. bash blocks are run by bash itself, whose
+programs only note how they were called; `python -m MODULE ...` then runs in this process, with the tiny model in the
+place of real ones and fewer steps (`REPLACE`). What cannot run here (`NOT_RUN`) goes through the parser of its module.
+"""
+
+import argparse
+import configparser
+import contextlib
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import typer
+from accelerate.commands.launch import launch_command_parser
+from converted_checkpoints import REFERENCE, TINY_MODEL
+from loopback_server import run_server
+from packaging.requirements import Requirement
+from PIL import Image
+from torch.distributed.run import get_args_parser
+from transformers import HfArgumentParser
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+
+ROOT = Path(__file__).parents[2]
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg")
+# Documents of a group share a folder and a Python namespace
+GROUPS = [
+    ("README.md", "docs/performance.md", "docs/training.md"),
+    ("docs/getting_started.md",),
+    ("docs/finetune.md",),
+    ("docs/serving.md",),
+    ("docs/convert.md", "docs/evaluation.md", "docs/export.md", "docs/publish.md", "docs/quantization.md"),
+    ("docs/results.md", "examples/README.md"),
+]
+TINY_TRAINING = (
+    "--use_cpu true --bf16 false --dtype float32 --size 256 --low_res_size 56 --max_steps 1 --report_to none "
+    "--per_device_train_batch_size 1 --gradient_accumulation_steps 1 --dataloader_num_workers 0 --disable_tqdm true"
+)
+CONVERT = "--checkpoint favor123/llava-hr-7b-sft-1024 --output "
+# What makes commands and snippets fit here. Each text must occur in its document.
+REPLACE = {
+    "README.md": {
+        f"{CONVERT}llava-hr-7b-sft-1024-hf": f"--checkpoint {REFERENCE}/stage2-1024/checkpoint --output converted",
+        "--output_dir llava-hr-7b-mine": f"--output_dir llava-hr-7b-mine {TINY_TRAINING}",
+        "--output results": "--output results --max_questions 1 --device cpu",
+    },
+    "docs/training.md": {"FILE": "images/questions.jsonl", "DIR": "images", "MODEL": "examples/tiny-llava-hr"},
+    "docs/finetune.md": {
+        "range(200)": "range(24)",
+        "lines[:40]": "lines[:4]",
+        "lines[40:]": "lines[4:]",
+        "--max_steps 200": "--max_steps 30 --report_to none --disable_tqdm true",
+        "--per_device_train_batch_size 8": "--per_device_train_batch_size 4",
+        "--max_new_tokens 32": "--max_new_tokens 24",
+        "max_tokens=20": "max_tokens=4",
+    },
+    "docs/convert.md": {
+        f"{CONVERT}llava-hr-7b-sft-1024-hf": f"--checkpoint {REFERENCE}/stage2-1024/checkpoint --output converted"
+    },
+    "docs/evaluation.md": {
+        "--model MODEL": "--max_questions 1 --device cpu --model examples/tiny-llava-hr",
+        "results/base": "results/model",
+    },
+    "docs/publish.md": {"--model llava-hr-7b-sft-1024 ": "--model llava-hr-7b-sft-1024-hf "},
+}
+# Commands that are parsed instead, as patterns of their beginning, and why
+NOT_RUN = {
+    "benchmarks": "minutes; tests/benchmarks runs them",
+    "conversion.assemble": "downloads from the Hub; tests/conversion/test_assemble.py has local parts",
+    "examples.export_onnx": "tests/examples/test_examples.py runs it",
+    "modeling_llava_hr.integrations.serve": "does not end; the Python blocks of its document ask such a server",
+    "training.tiny.": "minutes to hours, or a GPU; tests/training/tiny runs them",
+    "training.train --config training/configs/pretrain_7b": "7B; tests/training trains this stage",
+    r"training.train --config \S*qlora.yaml($|.*receipts)": "7B; test_notebooks.py trains the tiny model with it",
+    "training.train --config training/tiny/": "an hour of training",
+    "venv": "the tests run in one",
+}
+# Programs that are not in the tests' environment, and where they are tried
+NOT_HERE = {
+    "docker": "no test environment has a daemon: tests/reliability/test_dockerfile.py",
+    "lmms-eval": "its packages conflict with those of the tests: `make test-lmms-eval`",
+    "ray": "as vllm",
+    "vllm": "its packages conflict with those of the tests: `make test-vllm`",
+}
+# What a group prints, in this order, among other lines
+PRINTED = {
+    "README.md": ["1471", "1471", "1471", " street"],
+    "docs/getting_started.md": ["1471", "[' 1471', ' 2.58']", "64", "1471", "4144", "triangle"],
+    "docs/results.md": ["You:   Model:  street", "You:   Model:  1471"],
+}
+# Files that a group leaves
+WRITTEN = {
+    "README.md": [
+        "converted/model.safetensors",
+        "llava-hr-4bit/model.safetensors",
+        "llava-hr-4bit/processor_config.json",
+    ]
+    + ["results/report.html", "llava-hr-7b-sft-1024/model.safetensors"],
+    "docs/finetune.md": ["receipts/after/report.html", "receipts/merged/model.safetensors"],
+    "docs/convert.md": ["converted/model.safetensors", "results/comparison/report.html"],
+}
+# Notes its name, its arguments and what is piped into it. `python -c` computes values, and does run.
+PROGRAM = f"""#!{sys.executable} -SE
+import json, os, sys
+if sys.argv[1:2] == ["-c"]:
+    os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])
+with open(os.environ["CALLS"], "a") as file:
+    file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:], sys.stdin.read()]) + "\\n")
+"""
+PROGRAMS = ("accelerate", "make", "pip", "python", "python3", "torchrun", *NOT_HERE)
+
+
+class Accepted(BaseException):
+    """A parser has accepted a command line."""
+
+
+def get_blocks(document: str) -> list[tuple[str, str]]:
+    return re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / document).read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def run_module(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m MODULE ...` in this process."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [module, *arguments])
+        patch.delitem(sys.modules, module, raising=False)  # runpy warns if it was imported
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            assert not end.code, f"{module} {arguments}: {end.code}"
+
+
+def parse_module(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m MODULE ...` up to where its own parser has read the command line."""
+    parse_known_args = argparse.ArgumentParser.parse_known_args
+
+    def parse(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        namespace, unknown = parse_known_args(parser, *args, **kwargs)
+        assert not unknown, f"{module}: {unknown}"
+        if type(parser) is HfArgumentParser:  # whose dataclasses look at the values
+            parser.parse_dict(vars(namespace))
+        raise Accepted
+
+    def invoke(command: typer.core.TyperCommand, context: Any) -> None:
+        raise Accepted
+
+    with monkeypatch.context() as patch, pytest.raises(Accepted):
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+        patch.setattr(typer.core.TyperCommand, "invoke", invoke)
+        run_module(module, arguments, monkeypatch)
+
+
+def handle(words: list[str], piped: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs, parses or looks at a command."""
+    program, *arguments = words
+    if program.startswith("python"):
+        assert arguments[0] == "-m", words
+        module, arguments = arguments[1], arguments[2:]
+        if any(re.match(pattern, " ".join((module, *arguments))) for pattern in NOT_RUN):
+            parse_module(module, arguments, monkeypatch)
+        else:
+            file = Path("piped")
+            file.write_text(piped)
+            with file.open() as stream, monkeypatch.context() as patch:
+                patch.setattr(sys, "stdin", stream)
+                run_module(module, arguments, monkeypatch)
+    elif program in ("accelerate", "torchrun"):
+        launcher = get_args_parser() if program == "torchrun" else launch_command_parser()
+        parsed = launcher.parse_args(arguments[program == "accelerate" :])
+        assert parsed.module and Path(getattr(parsed, "config_file", None) or ROOT).exists()
+        parse_module(parsed.training_script, parsed.training_script_args, monkeypatch)
+    elif program == "pip":
+        assert arguments[0] == "install"
+        for requirement in arguments[1:]:
+            here = re.sub(r"^\.", "modeling-llava-hr", requirement)
+            assert Requirement(here).extras <= {*SETUP["options.extras_require"]}, requirement
+    elif program == "make":
+        subprocess.run(["make", "--dry-run", "--directory", ROOT, *arguments], check=True, capture_output=True)
+    else:
+        assert program in NOT_HERE
+        if program == "docker" and arguments[0] == "run":  # what follows the image's name is for the server
+            served = arguments[arguments.index("llava-hr") + 1 :] or ["/model"]
+            parse_module("modeling_llava_hr.integrations.serve", served, monkeypatch)
+        if "--include_path" in arguments:
+            assert Path(arguments[arguments.index("--include_path") + 1]).is_dir(), words
+
+
+def run_bash(block: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Handles each command of a block as bash expands it."""
+    calls = Path("calls.jsonl")
+    calls.write_text("")
+    path = f"{Path('bin').absolute()}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "CALLS": str(calls.absolute())}
+    subprocess.run(["bash", "-euc", block], env=environment, stdin=subprocess.DEVNULL, check=True)
+    noted = [json.loads(line) for line in calls.read_text().splitlines()]
+    assert noted
+    for *words, piped in noted:
+        handle(words, piped, monkeypatch)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    """A folder like the checkout, with what the documents name as the reader's own."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    for name in ("Dockerfile", "benchmarks", "conversion", "examples", "modeling_llava_hr", "training"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "llava-hr-7b-sft-1024-hf").symlink_to(TINY_MODEL)
+    (tmp_path / "llava-hr-7b-sft-1024-qlora").symlink_to("llava-hr-7b-mine")  # which the README trains
+    pictures = ROOT / "examples" / "pictures"
+    (tmp_path / "images").symlink_to(pictures)
+    Image.open(pictures / "street.jpg").save(tmp_path / "street.png")
+    shutil.copy(pictures / "receipt.jpg", tmp_path)
+    (tmp_path / "data").mkdir()
+    rows = (pictures / "questions.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "mine.jsonl").write_text(rows[0])
+    rows = [json.loads(row) for row in rows[:2]]
+    for row in rows:
+        row["image"] = f"images/{row['image']}"
+    (tmp_path / "test.jsonl").write_text(json.dumps(rows[1]))
+    (tmp_path / "data" / "images").symlink_to(pictures)
+    (tmp_path / "data" / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
+    (tmp_path / "bin").mkdir()
+    for name in PROGRAMS:
+        (tmp_path / "bin" / name).write_text(PROGRAM)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "bin").symlink_to(tmp_path / "bin")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run_client(checkout, monkeypatch) -> Iterator[Callable[[str, dict], None]]:
+    """Runs a block with a client, which asks a server of the model that the block names."""
+    connect, addresses = openai.OpenAI, {}
+
+    def run(block: str, namespace: dict) -> None:
+        model = re.search(r'model="(.*?)"', block)[1]
+        if model not in addresses:
+            addresses[model], _ = servers.enter_context(run_server(checkout / model, checkout, cwd=checkout))
+        with monkeypatch.context() as patch:
+            options = {"base_url": f"{addresses[model]}/v1", "api_key": "none"}
+            patch.setattr(openai, "OpenAI", lambda **_: connect(**options))
+            if "response_format" in block:  # which vLLM takes, and this package's server refuses
+                with pytest.raises(openai.BadRequestError, match="response_format"):
+                    exec(block, namespace)
+            else:
+                exec(block, namespace)
+
+    with contextlib.ExitStack() as servers:
+        yield run
+
+
+@pytest.mark.filterwarnings("ignore")  # of whole commands, which have tests of their own
+@pytest.mark.parametrize("documents", GROUPS, ids=lambda documents: documents[0])
+def test_blocks_run_in_their_order(documents, checkout, run_client, monkeypatch, capsys):
+    namespace: dict[str, Any] = {}
+    for document in documents:
+        blocks, used = get_blocks(document), set()
+        for language, block in blocks:
+            for text, other in REPLACE.get(document, {}).items():
+                used |= {text} if text in block else set()
+                block = block.replace(text, other)
+            if language == "bash":
+                run_bash(block, monkeypatch)
+            elif "OpenAI(" in block:
+                run_client(block, namespace)
+            else:
+                if not hasattr(BaseModelOutputWithPast(), "cache"):  # transformers before 5.24, as the comment says
+                    block = block.replace("cache=cache,", "past_key_values=cache,")
+                exec(block, namespace)
+        assert used == REPLACE.get(document, {}).keys()
+    lines = iter(capsys.readouterr().out.splitlines())
+    for expected in PRINTED.get(documents[0], []):
+        assert expected in lines
+    for name in WRITTEN.get(documents[0], []):
+        assert Path(name).exists(), name
+    if documents[0] == "docs/finetune.md":  # it has learned to answer with JSON
+        comparison = json.loads(Path("receipts/comparison/results.json").read_text())["comparison"]["anls"]
+        assert comparison["questions"] == 8 and comparison["difference"] > 0
+
+
+def test_no_document_is_left_out():
+    documents = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} | {"README.md", "examples/README.md"}
+    assert {name for name in documents if get_blocks(name)} == {name for group in GROUPS for name in group}
