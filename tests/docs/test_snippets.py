@@ -11,7 +11,6 @@ import argparse
 import configparser
 import contextlib
 import json
-import os
 import re
 import runpy
 import shutil
@@ -29,12 +28,12 @@ from converted_checkpoints import REFERENCE, TINY_MODEL
 from loopback_server import run_server
 from packaging.requirements import Requirement
 from PIL import Image
+from snippets import ROOT, expand, get_blocks
 from torch.distributed.run import get_args_parser
 from transformers import HfArgumentParser
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
-ROOT = Path(__file__).parents[2]
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
 # Documents of a group share a folder and a Python namespace
@@ -89,12 +88,12 @@ NOT_RUN = {
     "training.train --config training/tiny/": "an hour of training",
     "venv": "the tests run in one",
 }
-# Programs that are not in the tests' environment, and where they are tried
+# Programs that are not in this environment, and what looks at their commands
 NOT_HERE = {
-    "docker": "no test environment has a daemon: tests/reliability/test_dockerfile.py",
-    "lmms-eval": "its packages conflict with those of the tests: `make test-lmms-eval`",
-    "ray": "as vllm",
-    "vllm": "its packages conflict with those of the tests: `make test-vllm`",
+    "docker": "tests/reliability/test_dockerfile.py, without Docker itself",
+    "lmms-eval": "tests/modeling_llava_hr/integrations/test_lmms_eval.py, by its own parser",
+    "ray": "nothing",
+    "vllm": "tests/vllm/test_commands.py, by its own parser",
 }
 # What a group prints, in this order, among other lines
 PRINTED = {
@@ -104,32 +103,15 @@ PRINTED = {
 }
 # Files that a group leaves
 WRITTEN = {
-    "README.md": [
-        "converted/model.safetensors",
-        "llava-hr-4bit/model.safetensors",
-        "llava-hr-4bit/processor_config.json",
-    ]
-    + ["results/report.html", "llava-hr-7b-sft-1024/model.safetensors"],
+    "README.md": ["converted/model.safetensors", "llava-hr-4bit/model.safetensors", "results/report.html"]
+    + ["llava-hr-4bit/processor_config.json", "llava-hr-7b-sft-1024/model.safetensors"],
     "docs/finetune.md": ["receipts/after/report.html", "receipts/merged/model.safetensors"],
     "docs/convert.md": ["converted/model.safetensors", "results/comparison/report.html"],
 }
-# Notes its name, its arguments and what is piped into it. `python -c` computes values, and does run.
-PROGRAM = f"""#!{sys.executable} -SE
-import json, os, sys
-if sys.argv[1:2] == ["-c"]:
-    os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])
-with open(os.environ["CALLS"], "a") as file:
-    file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:], sys.stdin.read()]) + "\\n")
-"""
-PROGRAMS = ("accelerate", "make", "pip", "python", "python3", "torchrun", *NOT_HERE)
 
 
 class Accepted(BaseException):
     """A parser has accepted a command line."""
-
-
-def get_blocks(document: str) -> list[tuple[str, str]]:
-    return re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / document).read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 def run_module(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,19 +180,6 @@ def handle(words: list[str], piped: str, monkeypatch: pytest.MonkeyPatch) -> Non
             assert Path(arguments[arguments.index("--include_path") + 1]).is_dir(), words
 
 
-def run_bash(block: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Handles each command of a block as bash expands it."""
-    calls = Path("calls.jsonl")
-    calls.write_text("")
-    path = f"{Path('bin').absolute()}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "CALLS": str(calls.absolute())}
-    subprocess.run(["bash", "-euc", block], env=environment, stdin=subprocess.DEVNULL, check=True)
-    noted = [json.loads(line) for line in calls.read_text().splitlines()]
-    assert noted
-    for *words, piped in noted:
-        handle(words, piped, monkeypatch)
-
-
 @pytest.fixture
 def checkout(tmp_path, monkeypatch) -> Path:
     """A folder like the checkout, with what the documents name as the reader's own."""
@@ -234,12 +203,6 @@ def checkout(tmp_path, monkeypatch) -> Path:
     (tmp_path / "test.jsonl").write_text(json.dumps(rows[1]))
     (tmp_path / "data" / "images").symlink_to(pictures)
     (tmp_path / "data" / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
-    (tmp_path / "bin").mkdir()
-    for name in PROGRAMS:
-        (tmp_path / "bin" / name).write_text(PROGRAM)
-        (tmp_path / "bin" / name).chmod(0o755)
-    (tmp_path / ".venv").mkdir()
-    (tmp_path / ".venv" / "bin").symlink_to(tmp_path / "bin")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -277,7 +240,10 @@ def test_blocks_run_in_their_order(documents, checkout, run_client, monkeypatch,
                 used |= {text} if text in block else set()
                 block = block.replace(text, other)
             if language == "bash":
-                run_bash(block, monkeypatch)
+                commands = expand(block, checkout)
+                assert commands, block
+                for *words, piped in commands:
+                    handle(words, piped, monkeypatch)
             elif "OpenAI(" in block:
                 run_client(block, namespace)
             else:
