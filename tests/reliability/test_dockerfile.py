@@ -44,6 +44,7 @@ class Image:
 
     def __init__(self, root: Path):
         self.root, self.folder, self.user, self.unprivileged = root, root, "root", []
+        # "0" is how pip spells that there is no isolation
         self.environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PYTHONPATH": ""}
         self.metadata: dict[str, str] = {}
         venv.create(root / "python", symlinks=True)
