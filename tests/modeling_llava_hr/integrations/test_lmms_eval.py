@@ -16,12 +16,14 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
+from snippets import expand, get_blocks
 
 import modeling_llava_hr
 
 
 pytest.importorskip("lmms_eval", reason="make test-lmms-eval")
 
+from lmms_eval.__main__ import parse_eval_args  # noqa: E402
 from lmms_eval.api.instance import Instance  # noqa: E402
 from lmms_eval.api.task import ConfigurableTask  # noqa: E402
 from lmms_eval.tasks import TaskManager  # noqa: E402
@@ -34,8 +36,8 @@ from modeling_llava_hr.integrations.lmms_eval import (  # noqa: E402
 )
 
 
-ROOT = Path(__file__).parent.parent.parent
-TASKS = Path(modeling_llava_hr.__file__).parent / "tasks"
+ROOT = Path(__file__).parents[3]
+TASKS = Path(modeling_llava_hr.__file__).parent / "integrations" / "tasks"
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions."
@@ -341,6 +343,17 @@ def test_command_gives_the_accuracy_of_the_tiny_models_evaluation(tmp_path):
         assert answers[sample["question"], sample["expected"]] == sample["answer"]
 
 
+def test_documented_commands_are_accepted(tmp_path, monkeypatch):
+    """By lmms-eval's own parser."""
+    blocks = [block for language, block in get_blocks("docs/evaluation.md") if "lmms-eval --" in block]
+    commands = [words[:-1] for block in blocks for words in expand(block, tmp_path) if words[0] == "lmms-eval"]
+    assert len(commands) == 3
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", command)
+        _, arguments = parse_eval_args()  # ends the process for an unknown option or value
+        assert arguments.model == "llava_hr" and arguments.tasks
+
+
 def test_without_lmms_eval_the_extra_is_named(monkeypatch):
     """And what fails within an installed lmms-eval is named itself."""
     monkeypatch.delitem(sys.modules, "modeling_llava_hr.integrations.lmms_eval")
@@ -361,7 +374,7 @@ def test_lmms_eval_finds_the_installed_package(tmp_path):
     shutil.copytree(ROOT / "modeling_llava_hr", source / "modeling_llava_hr")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     run(*pip, "--target", str(target), str(source), cwd=tmp_path)
-    installed = {path.name for path in (target / "modeling_llava_hr" / "tasks").iterdir() if path.is_file()}
+    installed = {path.name for path in (target / TASKS.relative_to(ROOT)).iterdir() if path.is_file()}
     assert installed == {path.name for path in TASKS.iterdir() if path.is_file()}
     code = (
         "from lmms_eval.models import get_model\n"
