@@ -44,15 +44,19 @@ def execute(name: str, folder: Path, replace: dict[str, str] | None = None) -> n
                 if old not in cell.source:
                     raise ValueError(f"`replace` has {old!r}, which is not in the settings of {name}.ipynb.")
                 cell.source = cell.source.replace(old, new)
-    client = NotebookClient(notebook, timeout=1800, kernel_name="python3", record_timing=False, coalesce_streams=True)
-    client.execute(cwd=str(folder))
+    patience = {"timeout": 1800, "startup_timeout": 300, "iopub_timeout": 60}  # seconds, on a busy machine
+    NotebookClient(notebook, kernel_name="python3", record_timing=False, **patience).execute(cwd=str(folder))
     for cell, source in zip(notebook.cells, sources, strict=True):
         cell.source = source
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-            for output in cell.outputs:
+            outputs, cell.outputs = cell.outputs, []
+            for output in outputs:
                 if "image/jpeg" in output.get("data", {}):  # Pillow shows an image in both formats
                     del output.data["image/png"]
+                if output.get("name") == "stdout" and cell.outputs and cell.outputs[-1].get("name") == "stdout":
+                    cell.outputs[-1].text += output.text  # prints arrive in pieces, with warnings between them
+                elif output.get("name") != "stderr":
+                    cell.outputs.append(output)
     notebook.metadata.language_info = {"name": "python"}
     return notebook
 
