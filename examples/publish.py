@@ -34,7 +34,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 import modeling_llava_hr
 from conversion.checkpoints import find_weight_files, read_json
 from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration, LlavaHrProcessor
-from modeling_llava_hr.utils import get_4bit_config, run_command
+from modeling_llava_hr.utils import check_new_folder, get_4bit_config, new_folder, run_command
 
 from .model_card import CardArguments, make_card, read_results
 
@@ -79,8 +79,7 @@ def check_arguments(arguments: PublishArguments, card_arguments: CardArguments) 
             "Give --repo NAMESPACE/NAME to publish the model, or --space FOLDER to write a Space with it."
         )
     if arguments.space is not None:
-        if Path(arguments.space).exists():
-            raise ValueError(f"--space: {arguments.space} exists. Name a new folder.")
+        check_new_folder(arguments.space, "--space")
         return
     if arguments.repo.count("/") != 1:
         raise ValueError(
@@ -195,10 +194,11 @@ def write_space(arguments: PublishArguments) -> None:
     model, processor = load(folder)
     is_quantized = model.config.to_dict().get("quantization_config") is not None
     weights = find_weights(folder, model, is_quantized)
-    shutil.copytree(SPACE, space, ignore=shutil.ignore_patterns("__pycache__"))
-    collect(folder, space / folder.name, processor, weights)
-    for file in weights:
-        shutil.copy(file, space / folder.name)
+    with new_folder(space, "--space") as partial:
+        shutil.copytree(SPACE, partial, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+        collect(folder, partial / folder.name, processor, weights)
+        for file in weights:
+            shutil.copy(file, partial / folder.name)
     print(f"written: {space}. Upload it: hf upload NAMESPACE/NAME {space} . --type space")
 
 

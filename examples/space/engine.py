@@ -91,11 +91,13 @@ def get_quantization(num_parameters: int, memory: int) -> BitsAndBytesConfig | N
 
 
 def load_model(name: str) -> torch.nn.Module:
-    """A model for the machine at hand: float32 on a CPU, bfloat16 on a GPU, 4-bit on a small one."""
+    """A model for the machine at hand: as saved if quantized, else float32 on a CPU, bfloat16 or 4-bit on a GPU."""
     options = {"trust_remote_code": TRUST_REMOTE_CODE}
+    config = AutoConfig.from_pretrained(name, **options)
+    if "quantization_config" in config.to_dict():
+        return AutoModelForImageTextToText.from_pretrained(name, device_map="auto", **options)
     if not torch.cuda.is_available():
         return AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32, **options)
-    config = AutoConfig.from_pretrained(name, **options)
     with torch.device("meta"):
         empty = AutoModelForImageTextToText.from_config(config, **options)
     quantization = get_quantization(empty.num_parameters(), torch.cuda.mem_get_info()[1])

@@ -30,6 +30,7 @@ from transformers import pipeline
 
 from examples.publish import PublishArguments, publish
 from modeling_llava_hr import LlavaHrImageProcessorPil
+from modeling_llava_hr.utils import get_4bit_config
 
 
 DESKTOP, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
@@ -125,6 +126,16 @@ def test_weights_are_4_bit_where_bfloat16_leaves_no_room():
     assert space.get_quantization(7_000_000_000, 24 * gigabyte) is None  # 13 GB
     assert space.get_quantization(7_000_000_000, 16 * gigabyte).load_in_4bit
     assert space.get_quantization(13_000_000_000, 24 * gigabyte).load_in_4bit
+
+
+def test_folder_with_4_bit_weights_answers(engine, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="4-bit loading needs the extra [quantization]")
+    options = {"quantization_config": get_4bit_config(), "dtype": torch.bfloat16}
+    type(engine.model).from_pretrained(engine.name, **options).save_pretrained(tmp_path)
+    engine.processor.save_pretrained(tmp_path)
+    quantized = space.Engine(str(tmp_path), MAX_NEW_TOKENS)
+    assert ", 4 bit, " in quantized.describe()
+    assert get_answer(quantized, [ask(QUESTION, STREET)], get_trained_side(quantized)) == ANSWER
 
 
 def test_answer_is_the_pipelines(engine, side, tiny_model):
@@ -495,11 +506,12 @@ def test_prepared_folder_answers_by_itself(browser, tiny_model, tmp_path, has_ze
 
 
 def test_folder_of_a_space_must_be_new(tiny_model, tmp_path):
+    (tmp_path / "app.py").touch()
     with pytest.raises(ValueError, match=f"--space: {tmp_path} exists"):
         publish(PublishArguments(model=str(tiny_model), space=str(tmp_path)))
     with pytest.raises(ValueError, match="--repo NAMESPACE/NAME to publish the model, or --space FOLDER"):
         publish(PublishArguments(model=str(tiny_model)))
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "app.py"]
 
 
 def test_model_that_is_not_there_is_one_sentence(tmp_path):

@@ -313,6 +313,10 @@ def test_flash_attention(tmp_path, mini):
         torch.testing.assert_close(flash(**inputs).logits[kept], sdpa(**inputs).logits[kept], atol=0.1, rtol=0.05)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."),
+    reason="torch 2.11 does not trace `torch_compilable_check` of transformers 5.24, in its own LLaVA either",
+)
 def test_compiles_as_one_graph(mini):
     model, inputs = mini.model(), mini.inputs(1, 1)
     with torch.no_grad():
