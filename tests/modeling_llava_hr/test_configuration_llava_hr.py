@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from tiny_configs import make_config
 from transformers import BloomConfig, CLIPVisionConfig, GPT2Config, LlamaConfig, SiglipVisionConfig, TimmWrapperConfig
 
 from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration, get_num_image_tokens
@@ -16,8 +17,8 @@ def test_defaults_are_the_released_7b():
     assert (config.mr_adapter_gate, config.mr_adapter_gate_act, config.fusion) == ("scalar", "tanh", "sum")
 
 
-def test_round_trip(tmp_path, mini):
-    config = mini.config(mr_adapter_gate="channel", fusion="concat", mr_adapter_layers=[0, 3])
+def test_round_trip(tmp_path):
+    config = make_config(mr_adapter_gate="channel", fusion="concat", mr_adapter_layers=[0, 3])
     config.save_pretrained(tmp_path)
     again = LlavaHrConfig.from_pretrained(tmp_path)
     assert again.to_dict()["mr_adapter_layers"] == [0, 3]
@@ -59,9 +60,9 @@ def test_dicts_become_configs_and_siglip_works():
         ({"high_res_vision_config": CLIPVisionConfig()}, "TimmWrapperConfig"),
     ],
 )
-def test_contradictions_are_value_errors_that_say_what_to_change(mini, values, expected):
+def test_contradictions_are_value_errors_that_say_what_to_change(values, expected):
     with pytest.raises(ValueError, match=expected) as error:
-        mini.config(**values)
+        make_config(**values)
     assert next(iter(values)) in str(error.value)
 
 

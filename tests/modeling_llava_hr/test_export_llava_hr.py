@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from tiny_configs import IMAGE_TOKEN_ID, VIT_SIZES, make_inputs, make_model
 from transformers import CLIPVisionConfig, DynamicCache
 
 
@@ -26,12 +27,10 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("openvino", "exe
 
 
 @pytest.fixture
-def small(mini):
+def small():
     """The miniature with half of its layers: tracing takes longer than anything else here."""
-    vision_config = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
-    )
-    return mini.model(vision_config=vision_config, mr_adapter_layers=[1])
+    vision_config = CLIPVisionConfig(**{**VIT_SIZES, "num_hidden_layers": 2})
+    return make_model(vision_config=vision_config, mr_adapter_layers=[1])
 
 
 @pytest.fixture(params=["dynamo", "onnx", *SLOW])
@@ -57,8 +56,8 @@ class ImageFeatures(torch.nn.Module):
         return self.model.get_image_features(pixel_values, return_dict=True).pooler_output
 
 
-def test_image_features_have_a_dynamic_number_of_images(mini):
-    module, images = ImageFeatures(mini.model()), torch.randn(5, 3, 128, 128)
+def test_image_features_have_a_dynamic_number_of_images():
+    module, images = ImageFeatures(make_model()), torch.randn(5, 3, 128, 128)
     with torch.no_grad():
         program = torch.export.export(
             module, (images[:2],), dynamic_shapes=({0: torch.export.Dim("images", min=1, max=64)},)
@@ -72,27 +71,27 @@ def test_image_features_have_a_dynamic_number_of_images(mini):
 @pytest.mark.parametrize(
     "dynamic", [pytest.param(False, id="static", marks=pytest.mark.slow), pytest.param(True, id="dynamic")]
 )
-def test_exported_models_have_equal_logits(small, mini, backend, dynamic):
+def test_exported_models_have_equal_logits(small, backend, dynamic):
     exporter, config, options, tolerance = backend
-    traced = mini.inputs(2, 3)
+    traced = make_inputs(2, 3)
     exported = exporter.export(small, traced, config(dynamic=dynamic, **options))
     # other samples, other lengths, and another number of images
-    for inputs in (traced, mini.inputs(1, 0, 2, seed=1))[: 1 + dynamic]:
+    for inputs in (traced, make_inputs(1, 0, 2, seed=1))[: 1 + dynamic]:
         kept = inputs["attention_mask"].bool()
         logits = exported(**inputs).logits[kept]
         torch.testing.assert_close(logits, small(**inputs).logits[kept], rtol=0, atol=tolerance)
 
 
 @torch.no_grad()
-def test_exported_stages_generate_equal_greedy_tokens(small, mini, backend):
+def test_exported_stages_generate_equal_greedy_tokens(small, backend):
     exporter, config, options, _ = backend
-    inputs = mini.inputs(1)
+    inputs = make_inputs(1)
     stages = exporter.export_for_generation(small, inputs, config(dynamic=True, **options)).runners
     # transformers encodes images before the graphs begin, as for its own LLaVA
     assert set(stages) == {"language_model", "lm_head", "decode"}
     embeds = small.get_input_embeddings()(inputs["input_ids"])
     features = small.get_image_features(inputs["pixel_values"]).pooler_output
-    embeds[inputs["input_ids"] == mini.image_token_id] = features.flatten(0, 1)
+    embeds[inputs["input_ids"] == IMAGE_TOKEN_ID] = features.flatten(0, 1)
 
     length, cache = embeds.shape[1], DynamicCache(config=small.config.text_config)
     prompt = stages["language_model"](

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from tiny_configs import IMAGE_TOKEN_ID, make_inputs, make_model, take_sample
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache, TextIteratorStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -32,37 +33,41 @@ BATCH = (1, 3, 0, 2)  # images in each sample
 
 
 @pytest.fixture
-def model(mini):
-    model = mini.model()
-    model.generation_config.suppress_tokens = [mini.image_token_id]
+def model():
+    model = make_model()
+    model.generation_config.suppress_tokens = [IMAGE_TOKEN_ID]
     return model
 
 
 @pytest.fixture
-def batch(mini):
-    return mini.inputs(*BATCH)
+def batch():
+    return make_inputs(*BATCH)
 
 
-def test_greedy_in_a_padded_mixed_batch_equals_single_runs(mini, model, batch):
+@pytest.mark.parametrize("images", [BATCH, (0, 0)])
+def test_greedy_in_a_padded_batch_equals_single_runs(model, images):
+    batch = make_inputs(*images)
     tokens = generate(model, batch)
     assert len({tuple(row) for row in tokens.tolist()}) > 1
-    for index in range(len(BATCH)):
-        single = mini.sample(batch, BATCH, index)
-        assert tokens[index].tolist() == greedy_by_hand(model, single)[0].tolist()
+    for index in range(len(images)):
+        assert tokens[index].tolist() == greedy_by_hand(model, take_sample(batch, images, index))[0].tolist()
 
 
-def test_batch_of_text_alone(mini, model):
-    inputs = mini.inputs(0, 0)
-    assert generate(model, inputs)[1].tolist() == greedy_by_hand(model, mini.sample(inputs, (0, 0), 1))[0].tolist()
+@pytest.mark.parametrize(
+    ("images", "kwargs"),
+    [
+        (BATCH, {"cache_implementation": "dynamic"}),
+        (BATCH, {"cache_implementation": "static"}),
+        (BATCH, {"use_cache": False}),
+        ((2,), {"prompt_lookup_num_tokens": 3}),
+    ],
+)
+def test_caches_and_lookups_give_the_same_tokens(model, images, kwargs):
+    inputs = make_inputs(*images)
+    assert torch.equal(generate(model, inputs, **kwargs), generate(model, inputs))
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
-def test_caches_give_the_same_tokens(model, batch, cache):
-    kwargs = {"use_cache": False} if cache == "none" else {"cache_implementation": cache}
-    assert torch.equal(generate(model, batch, **kwargs), generate(model, batch))
-
-
-def test_one_static_cache_decodes_all_prompts_in_one_graph(mini, model):
+def test_one_static_cache_decodes_all_prompts_in_one_graph(model):
     """As transformers compiles decoding on a GPU; here by its switch for all devices, and without inductor."""
     model.generation_config.compile_config = CompileConfig(backend="aot_eager", mode=None)
     model.generation_config.compile_config._compile_all_devices = True
@@ -70,65 +75,60 @@ def test_one_static_cache_decodes_all_prompts_in_one_graph(mini, model):
     torch._dynamo.reset()
     counters.clear()
     for images in (1, 3, 0):
-        inputs = mini.inputs(images)
+        inputs = make_inputs(images)
         cache.reset()
         assert torch.equal(generate(model, inputs, **{CACHE_NAME: cache}), generate(model, inputs))
     assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("num_beams", [2, 3])
-def test_beams_keep_each_sample_with_its_images(mini, model, batch, num_beams):
+def test_beams_keep_each_sample_with_its_images(model, batch, num_beams):
     tokens = generate(model, batch, num_beams=num_beams)
     for index in range(len(BATCH)):
         # Independent: the images are put into the embeddings by hand, so that there is nothing to repeat wrongly
-        single = mini.sample(batch, BATCH, index)
+        single = take_sample(batch, BATCH, index)
         embeds = model.get_input_embeddings()(single["input_ids"]).detach()
         if "pixel_values" in single:
-            embeds[single["input_ids"] == mini.image_token_id] = encode(model, single).pooler_output.flatten(0, 1)
+            embeds[single["input_ids"] == IMAGE_TOKEN_ID] = encode(model, single).pooler_output.flatten(0, 1)
         expected = model.generate(
             inputs_embeds=embeds, num_beams=num_beams, max_new_tokens=NEW_TOKENS, do_sample=False
         )
         assert tokens[index].tolist() == expected[0].tolist()
 
 
-def test_sampling_several_answers_an_image(mini, model):
-    inputs = mini.inputs(2, 1)
+def test_sampling_several_answers_an_image(model):
+    inputs = make_inputs(2, 1)
     torch.manual_seed(0)
     tokens = generate(model, inputs, do_sample=True, num_return_sequences=3, top_k=20)
     assert tokens.shape == (6, NEW_TOKENS)
     # a temperature near zero samples the best token: every copy of a sample must see that sample's images
     cold = generate(model, inputs, do_sample=True, num_return_sequences=3, temperature=1e-4)
     for index in range(2):
-        expected = greedy_by_hand(model, mini.sample(inputs, (2, 1), index))[0].tolist()
+        expected = greedy_by_hand(model, take_sample(inputs, (2, 1), index))[0].tolist()
         assert cold[3 * index : 3 * index + 3].tolist() == [expected] * 3
 
 
-def test_prompt_lookup_decoding(mini, model):
-    inputs = mini.inputs(2)
-    assert torch.equal(generate(model, inputs, prompt_lookup_num_tokens=3), generate(model, inputs))
-
-
-def test_assisted_decoding(mini, model):
-    inputs = mini.inputs(1)
-    assistant = mini.model()
+def test_assisted_decoding(model):
+    inputs = make_inputs(1)
+    assistant = make_model()
     with torch.no_grad():
         assistant.lm_head.weight.add_(0.05 * torch.randn_like(assistant.lm_head.weight))
     assert torch.equal(generate(model, inputs, assistant_model=assistant), generate(model, inputs))
 
 
-def test_streaming(mini, model):
+def test_streaming(model):
     class Letters:
         def decode(self, ids, **kwargs):
             return " ".join(str(int(token)) for token in ids) + " "
 
     streamer = TextIteratorStreamer(Letters(), skip_prompt=True)
-    inputs = mini.inputs(1)
+    inputs = make_inputs(1)
     expected = generate(model, inputs, streamer=streamer)
     assert "".join(streamer).split() == [str(token) for token in expected[0].tolist()]
 
 
-def test_embeddings_in_place_of_ids(mini, model):
-    inputs = mini.inputs(1)
+def test_embeddings_in_place_of_ids(model):
+    inputs = make_inputs(1)
     expected = generate(model, inputs)
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     others = {name: value for name, value in inputs.items() if name != "input_ids"}
@@ -144,32 +144,27 @@ def encode(model, inputs):
 @pytest.mark.parametrize(
     "kwargs", [{}, {"num_beams": 2}, {"use_cache": False}, {"do_sample": True, "temperature": 1e-4}]
 )
-def test_an_encoded_image_serves_many_questions(mini, model, kwargs):
-    """The features are computed once, reused by several calls, and no call changes them."""
-    inputs = mini.inputs(2)
+@pytest.mark.parametrize("form", [None, list, tuple])
+def test_an_encoded_image_serves_many_questions(model, form, kwargs):
+    """
+    The features are computed once, reused by several calls, and no call changes them. A list or tuple has one tensor
+    for each image, as transformers' Llava returns them.
+    """
+    inputs = make_inputs(2)
     encoded = encode(model, inputs)
     features = encoded.pooler_output.clone()
+    if form is not None:
+        encoded = BaseModelOutputWithPooling(pooler_output=form(features))
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     for _ in range(2):
         tokens = generate(model, text, mm_encoder_outputs={"image": encoded}, **kwargs)
         assert torch.equal(tokens, generate(model, inputs, **kwargs))
-        assert torch.equal(encoded.pooler_output, features)
-
-
-@pytest.mark.parametrize("form", [list, tuple])
-def test_features_of_other_origin_can_be_given(mini, model, form):
-    """Just the features, as a list with one tensor an image: what transformers' Llava returns."""
-    inputs = mini.inputs(2)
-    features = BaseModelOutputWithPooling(pooler_output=form(encode(model, inputs).pooler_output))
-    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    for kwargs in ({}, {"num_beams": 2}):
-        tokens = generate(model, text, mm_encoder_outputs={"image": features}, **kwargs)
-        assert torch.equal(tokens, generate(model, inputs, **kwargs))
+        assert torch.equal(torch.stack(tuple(encoded.pooler_output)), features)
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
-def test_what_does_not_fit_is_named_before_generation(mini, model, num_beams):
-    inputs = mini.inputs(1)
+def test_what_does_not_fit_is_named_before_generation(model, num_beams):
+    inputs = make_inputs(1)
     two = {"pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)}
     with pytest.raises(ValueError, match="tokens: 16, features: 32"):
         generate(model, {**inputs, **two}, num_beams=num_beams)
@@ -178,18 +173,18 @@ def test_what_does_not_fit_is_named_before_generation(mini, model, num_beams):
         generate(model, without, num_beams=num_beams)
 
 
-def test_the_towers_run_once_per_generation(mini, model):
+def test_the_towers_run_once_per_generation(model):
     calls = []
     model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
-    generate(model, mini.inputs(1, 2), num_beams=2)
+    generate(model, make_inputs(1, 2), num_beams=2)
     assert len(calls) == 1
 
 
 @pytest.mark.parametrize("given", ["text", "pixels", "encoded"])
 @pytest.mark.parametrize("new_images", [0, 1])
-def test_conversation_over_turns_with_a_kept_cache(mini, model, given, new_images):
+def test_conversation_over_turns_with_a_kept_cache(model, given, new_images):
     """The second turn adds to the first turn's cache; without new images nothing is encoded again."""
-    inputs, more = mini.inputs(2), mini.inputs(new_images, seed=1)
+    inputs, more = make_inputs(2), make_inputs(new_images, seed=1)
     first = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True)
     ids = torch.cat([first.sequences, more["input_ids"]], dim=1)
     pixel_values = torch.cat([inputs["pixel_values"], *([more["pixel_values"]] if new_images else [])])
@@ -209,26 +204,17 @@ def test_conversation_over_turns_with_a_kept_cache(mini, model, given, new_image
     assert sum(calls) == {"text": new_images, "pixels": 3 * new_images, "encoded": 0}[given]
 
 
-def test_a_cache_may_end_inside_an_image(mini, model):
-    inputs = mini.inputs(1)
+def test_a_cache_may_end_inside_an_image(model):
+    inputs = make_inputs(1)
     first = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
     cache = first[CACHE_NAME]
     cache.crop(10 - cache.get_seq_length())
     assert torch.equal(generate(model, inputs, **{CACHE_NAME: cache}), generate(model, inputs))
 
 
-def test_image_tokens_are_never_generated(mini):
-    model = mini.model()
-    with torch.no_grad():
-        model.lm_head.weight[mini.image_token_id] = 100 * model.lm_head.weight.abs().max()
-    inputs = mini.inputs(1)
-    model.generation_config.suppress_tokens = [mini.image_token_id]
-    assert mini.image_token_id not in generate(model, inputs)
-
-
 @pytest.mark.parametrize("form", ["ids", "embeddings"])
-def test_answers_end_where_the_context_does(mini, model, form):
-    inputs = mini.inputs(0)
+def test_answers_end_where_the_context_does(model, form):
+    inputs = make_inputs(0)
     length = inputs["input_ids"].shape[1]
     model.config.text_config.max_position_embeddings = length + 3
     prompt = inputs if form == "ids" else {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}

@@ -6,6 +6,7 @@ reloadable. docs/quantization.md has a row for each name of `CONFIGS`.
 
 import pytest
 import torch
+from tiny_configs import make_inputs, make_model
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
@@ -46,8 +47,8 @@ SAVED = [name for name in CONFIGS if not name.startswith("quanto")]  # which tra
 
 
 @pytest.fixture
-def folder(tmp_path, mini):
-    mini.model().save_pretrained(tmp_path / "full")
+def folder(tmp_path):
+    make_model().save_pretrained(tmp_path / "full")
     return tmp_path / "full"
 
 
@@ -83,8 +84,8 @@ def test_the_users_own_list_adds_to_the_vision_side(folder):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_generates_and_stays_near_the_full_model(folder, mini, name):
-    full, model, inputs = mini.model(), load(folder, name), mini.inputs(1, 0, 2)
+def test_generates_and_stays_near_the_full_model(folder, name):
+    full, model, inputs = make_model(), load(folder, name), make_inputs(1, 0, 2)
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     kept = inputs["attention_mask"].bool()
     with torch.no_grad():
@@ -96,7 +97,7 @@ def test_generates_and_stays_near_the_full_model(folder, mini, name):
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_saved_checkpoints_reload_to_the_same_logits(tmp_path, folder, mini, name):
+def test_saved_checkpoints_reload_to_the_same_logits(tmp_path, folder, name):
     model = load(folder, name)
     model.save_pretrained(tmp_path / "quantized")
     reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "quantized")
@@ -106,15 +107,15 @@ def test_saved_checkpoints_reload_to_the_same_logits(tmp_path, folder, mini, nam
     assert state.keys() == again.keys() and plain and all(torch.equal(state[key], again[key]) for key in plain)
     # Text alone: the towers stay in floating point and round differently with the alignment of loaded weights in
     # memory, which the rounding of activations to 8 bits would make large
-    inputs = {name: value.to(model.device) for name, value in mini.inputs(0, 0).items()}
+    inputs = {name: value.to(model.device) for name, value in make_inputs(0, 0).items()}
     with torch.no_grad():
         torch.testing.assert_close(reloaded(**inputs).logits, model(**inputs).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_a_repacked_4bit_model_is_not_saved(tmp_path, folder, mini):
+def test_a_repacked_4bit_model_is_not_saved(tmp_path, folder):
     model = load(folder, "bitsandbytes-4bit")
     with torch.no_grad():
-        model(**{name: value.to(model.device) for name, value in mini.inputs(0).items()})
+        model(**{name: value.to(model.device) for name, value in make_inputs(0).items()})
     states = [model.get_submodule(name).weight.quant_state for name in quantized_modules(model)]
     if not any(getattr(state, "packing_format_for_cpu", False) for state in states):
         pytest.skip("bitsandbytes repacks on CPUs with AVX512-BF16 alone")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import torch
+from tiny_configs import make_inputs, make_model
 
 
 SCRIPT = """
@@ -41,8 +42,9 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_give_the_result_of_one(tmp_path, mini):
-    model, inputs = mini.model(), mini.inputs(1, 2)
+def test_two_processes_give_the_result_of_one(tmp_path):
+    model, inputs = make_model(), make_inputs(1, 2)
+    assert model.tp_plan["lm_head"] == "colwise_gather_output"
     folder = tmp_path / "model"  # not beside the script, which would import the code that is saved there
     model.save_pretrained(folder)
     torch.save(inputs, folder / "inputs.pt")
