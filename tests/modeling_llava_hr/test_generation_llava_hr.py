@@ -202,6 +202,8 @@ def test_conversation_over_turns_with_a_kept_cache(model, given, new_images):
     second = model.generate(**whole, max_new_tokens=NEW_TOKENS, do_sample=False, **cache)
     assert second[:, ids.shape[1] :].tolist() == expected.tolist()
     assert sum(calls) == {"text": new_images, "pixels": 3 * new_images, "encoded": 0}[given]
+    if given == "encoded":  # the caller's features stay as they were
+        assert len(whole["mm_encoder_outputs"]["image"].pooler_output) == 2 + new_images
 
 
 def test_a_cache_may_end_inside_an_image(model):
@@ -216,10 +218,10 @@ def test_a_cache_may_end_inside_an_image(model):
 def test_answers_end_where_the_context_does(model, form):
     inputs = make_inputs(0)
     length = inputs["input_ids"].shape[1]
-    model.config.text_config.max_position_embeddings = length + 3
+    model.config.text_config.max_position_embeddings = length + 1
     prompt = inputs if form == "ids" else {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}
-    tokens = model.generate(**prompt, max_new_tokens=9, min_new_tokens=3, do_sample=False)
-    assert tokens.shape[1] == (length + 3 if form == "ids" else 3)
+    tokens = model.generate(**prompt, max_new_tokens=9, min_new_tokens=1, do_sample=False)
+    assert tokens.shape[1] == (length + 1 if form == "ids" else 1)
     model.config.text_config.max_position_embeddings = length
     with pytest.raises(ValueError, match=f"{length} tokens, but with an answer at most {length}"):
         model.generate(**prompt, max_new_tokens=9)

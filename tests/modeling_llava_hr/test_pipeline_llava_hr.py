@@ -5,19 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from chats import chat, tokenize
 from transformers import pipeline
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
 
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-IMAGES = [{"type": "image", "path": str(EXAMPLES / "pictures" / f"{name}.jpg")} for name in ("street", "receipt")]
-
-
-def chat(text, *images):
-    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
-
-
+IMAGES = [EXAMPLES / "pictures" / f"{name}.jpg" for name in ("street", "receipt")]
 SIGN, SHOWN = "What does the green sign say?", "What is shown?"
 CHATS = [chat(SIGN, IMAGES[0]), chat(SHOWN, IMAGES[1]), chat(SHOWN, *IMAGES), chat(SIGN, *reversed(IMAGES))]
 
@@ -47,14 +42,7 @@ def test_chats_with_and_without_images_are_not_mixed(pipe):
     chats = [CHATS[0], chat("Say hello.")]
     with pytest.raises(ValueError, match="different keys"):
         pipe(chats, batch_size=2, max_new_tokens=8)
-    inputs = pipe.processor.apply_chat_template(
-        chats,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True},
-    )
+    inputs = tokenize(pipe.processor, chats, processor_kwargs={"padding": True})
     output = pipe.model.generate(**inputs, max_new_tokens=8, do_sample=False)
     answers = pipe.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answers == [pipe(chat, max_new_tokens=8, return_full_text=False)[0]["generated_text"] for chat in chats]

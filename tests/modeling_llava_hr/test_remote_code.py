@@ -1,91 +1,131 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever is saved loads with `trust_remote_code=True` without this package, and can be saved again."""
+"""
+What is saved, converted or uploaded by `push_to_hub` loads with `trust_remote_code=True` without this package, and can
+be saved and uploaded again.
+"""
 
-import subprocess
-import sys
-import textwrap
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load, load_file
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+
+import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
 
 
-# Runs in a process of its own in which `import modeling_llava_hr` fails
-SCRIPT = """
+ROOT = Path(__file__).parent.parent.parent
+PUSH = """
+import sys
+
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import modeling_llava_hr
+
+folder, name = sys.argv[1:]
+AutoModelForImageTextToText.from_pretrained(folder).push_to_hub(name)
+AutoProcessor.from_pretrained(folder).push_to_hub(name)
+"""
+
+# Runs where `import modeling_llava_hr` fails. Arguments: a folder or repository, a file for the weights, and, if it is
+# to be saved again, `save_pretrained` or `push_to_hub` and the name
+LOAD = """
 import sys
 sys.modules["modeling_llava_hr"] = None
 
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor,
     AutoTokenizer, pipeline
 )
 
-folder, output = sys.argv[1:]
+source, output, *again = sys.argv[1:]
 trust = {"trust_remote_code": True}
-image = Image.new("RGB", (50, 40), "teal")
 
-config = AutoConfig.from_pretrained(folder, **trust)
-assert type(config).__module__.startswith("transformers_modules."), type(config)
-assert type(AutoModel.from_pretrained(folder, **trust)).__name__ == "LlavaHrModel"
-name = "LlavaHrForConditionalGeneration"
-assert type(AutoModelForMultimodalLM.from_pretrained(folder, **trust)).__name__ == name
-tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
-model = AutoModelForImageTextToText.from_pretrained(folder, **trust)
-processor = AutoProcessor.from_pretrained(folder, **trust)
+def load(auto_class, name, **kwargs):
+    loaded = auto_class.from_pretrained(source, **trust, **kwargs)
+    assert type(loaded).__name__ == name, type(loaded)
+    assert type(loaded).__module__.startswith("transformers_modules."), type(loaded)
+    return loaded
+
+config = load(AutoConfig, "LlavaHrConfig")
+processor = load(AutoProcessor, "LlavaHrProcessor")
+base = load(AutoModel, "LlavaHrModel").state_dict()
+load(AutoModelForMultimodalLM, "LlavaHrForConditionalGeneration")
+model = load(AutoModelForImageTextToText, "LlavaHrForConditionalGeneration")
+assert all(torch.equal(base[name], weight) for name, weight in model.model.state_dict().items())
+save_file({name: weight.clone() for name, weight in model.state_dict().items()}, output)
+
+image = Image.new("RGB", (50, 40), "teal")
 for backend, name in (("torchvision", "LlavaHrImageProcessor"), ("pil", "LlavaHrImageProcessorPil")):
-    image_processor = AutoImageProcessor.from_pretrained(folder, backend=backend, **trust)
-    assert type(image_processor).__name__ == name, type(image_processor)
-    assert image_processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 1024, 1024)
+    image_processor = load(AutoImageProcessor, name, backend=backend)
+    side = image_processor.size["height"]
+    assert image_processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, side, side)
+tokenizer = AutoTokenizer.from_pretrained(source, **trust)
+assert tokenizer.decode(tokenizer("Hi", add_special_tokens=False)["input_ids"]) == "Hi"
 
 messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Hi"}]}]
-pipe = pipeline("image-text-to-text", model=folder, **trust)
-text = pipe(messages, max_new_tokens=4, return_full_text=False)[0]["generated_text"]
-inputs = processor.apply_chat_template(
-    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-)
-tokens = model.generate(**inputs, max_new_tokens=4)[0, inputs["input_ids"].shape[1]:]
-print("TOKENS", tokens.tolist())
+pipe = pipeline("image-text-to-text", model=source, **trust)
+text = pipe(messages, max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
+assert text
+print("ANSWER", repr(text))
 
-model.save_pretrained(output)
-processor.save_pretrained(output)
-AutoConfig.from_pretrained(folder, **trust).save_pretrained(output + "-config")
-image_processor.save_pretrained(output + "-pil")
+if again:
+    method, name = again
+    for part, suffix in ((model, ""), (processor, ""), (config, "-config"), (image_processor, "-pil")):
+        getattr(part, method)(name + suffix)
 """
 
 
-def run(script, tmp_path, *arguments):
-    """Output of a script, with a cache of its own for remote code and nothing of the checkout on its path."""
-    (tmp_path / "script.py").write_text(textwrap.dedent(script))
-    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
-    result = subprocess.run(
-        [sys.executable, str(tmp_path / "script.py"), *map(str, arguments)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout
+@pytest.mark.parametrize("backend", ["torchvision", "pil", "as converted"])
+def test_folders_load_without_the_package_and_can_be_saved_again(hub, tmp_path, converted_stage2, backend):
+    source, first = converted_stage2, tmp_path / "first.safetensors"
+    if backend != "as converted":
+        source = tmp_path / "source"
+        processor = AutoProcessor.from_pretrained(converted_stage2)
+        processor.image_processor = AutoImageProcessor.from_pretrained(converted_stage2, backend=backend)
+        AutoModelForImageTextToText.from_pretrained(converted_stage2).save_pretrained(source)
+        processor.save_pretrained(source)
+    again = tmp_path / "again"
+    answer = hub.run(LOAD, source, first, "save_pretrained", again, folder=tmp_path / "load")
+    assert answer.startswith("ANSWER")
+    assert_same_weights(load_file(first), source)
+    second = (again, tmp_path / "second.safetensors", "save_pretrained", tmp_path / "third")
+    assert hub.run(LOAD, *second, folder=tmp_path / "load_again") == answer
+    assert {path.name for path in (tmp_path / "third").glob("*.py")} == {path.name for path in source.glob("*.py")}
 
 
-@pytest.mark.parametrize("backend", ["torchvision", "pil"])
-def test_saved_folders_load_without_the_package_and_can_be_saved_again(tmp_path, converted_stage2, backend):
-    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
-
-    source = tmp_path / "source"
-    processor = AutoProcessor.from_pretrained(converted_stage2)
-    processor.image_processor = AutoImageProcessor.from_pretrained(converted_stage2, backend=backend)
-    AutoModelForImageTextToText.from_pretrained(converted_stage2).save_pretrained(source)
-    processor.save_pretrained(source)
-
-    (tmp_path / "first").mkdir()
-    (tmp_path / "second").mkdir()
-    first = run(SCRIPT, tmp_path / "first", source, tmp_path / "again")
-    second = run(SCRIPT, tmp_path / "second", tmp_path / "again", tmp_path / "third")
-    assert first.startswith("TOKENS") and second == first
-    files = {path.name for path in source.glob("*.py")}
-    assert {path.name for path in (tmp_path / "third").glob("*.py")} == files
+def assert_holds(files: dict[str, bytes], expected: Path):
+    """The repository holds the weights of a converted folder and this checkout's code."""
+    assert_same_weights(load(files["model.safetensors"]), expected)
+    code = {path: content for path, content in files.items() if path.endswith(".py")}
+    assert code == {path.name: path.read_bytes() for path in (ROOT / "modeling_llava_hr").glob("*_llava_hr*.py")}
 
 
-def test_the_converter_writes_remote_code_as_well(tmp_path, converted_stage2):
-    assert run(SCRIPT, tmp_path, converted_stage2, tmp_path / "out").startswith("TOKENS")
+def assert_same_weights(actual: dict[str, torch.Tensor], folder: Path):
+    expected = load_file(folder / "model.safetensors")
+    assert actual.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert actual[name].dtype == weight.dtype and actual[name].equal(weight), name
+
+
+def test_pushed_models_load_by_name_without_the_package_and_can_be_pushed_again(hub, converted_stage1, tmp_path):
+    token = {"HF_TOKEN": hub.token}
+    hub.run(PUSH, converted_stage1, "llava-hr", folder=tmp_path / "push", PYTHONPATH=str(ROOT), **token)
+    assert list(hub.commits) == ["someone/llava-hr"]
+    assert_holds(hub.read("someone/llava-hr")[1], converted_stage1)
+
+    first = tmp_path / "first.safetensors"
+    answer = hub.run(LOAD, "someone/llava-hr", first, "push_to_hub", "again", folder=tmp_path / "load", **token)
+    assert answer.startswith("ANSWER")
+    assert_same_weights(load_file(first), converted_stage1)
+    assert_holds(hub.read("someone/again")[1], converted_stage1)
+
+    # what was pushed from a downloaded model must not point back to where that came from
+    del hub.commits["someone/llava-hr"]
+    second = tmp_path / "second.safetensors"
+    assert hub.run(LOAD, "someone/again", second, folder=tmp_path / "load_again") == answer
+    assert_same_weights(load_file(second), converted_stage1)
+    assert hub.unknown == []

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chats import chat, tokenize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
@@ -16,6 +17,7 @@ from modeling_llava_hr import LlavaHrImageProcessor, LlavaHrImageProcessorPil, g
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STREET = Image.open(EXAMPLES / "pictures" / "street.jpg").convert("RGB")
+QUESTION = "What does the green sign say?"
 WIDE, TALL, SQUARE = STREET.crop((0, 60, 256, 204)), STREET.crop((80, 0, 165, 256)), STREET
 
 
@@ -31,20 +33,8 @@ def processor():
     return processor
 
 
-def chat(*images, text="What does the green sign say?"):
-    parts = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-
-
 def encode(processor, *chats, **kwargs):
-    return processor.apply_chat_template(
-        list(chats),
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left", **kwargs},
-    )
+    return tokenize(processor, list(chats), processor_kwargs={"padding": True, "padding_side": "left", **kwargs})
 
 
 sides = st.integers(1, 3000)
@@ -90,7 +80,7 @@ def test_the_image_processor_returns_sizes_and_the_same_views(backend):
 
 
 def test_visible_tokens_are_what_they_were(model, processor):
-    inputs = encode(processor, chat(WIDE, TALL, SQUARE))
+    inputs = encode(processor, chat(QUESTION, WIDE, TALL, SQUARE))
     with torch.no_grad():
         features = model.get_image_features(inputs["pixel_values"], image_sizes=inputs["image_sizes"]).pooler_output
         padded = model.get_image_features(inputs["pixel_values"]).pooler_output
@@ -107,7 +97,7 @@ def test_visible_tokens_are_what_they_were(model, processor):
 
 @pytest.mark.parametrize("kwargs", [{}, {"num_beams": 2}, {"use_cache": False}, {"prefill_chunk_size": 16}])
 def test_batches_of_mixed_shapes_give_the_single_answers(model, processor, kwargs):
-    chats = [chat(WIDE), chat(TALL, SQUARE), chat(text="Hello?"), chat(SQUARE, WIDE)]
+    chats = [chat(QUESTION, WIDE), chat(QUESTION, TALL, SQUARE), chat("Hello?"), chat(QUESTION, SQUARE, WIDE)]
     options = {"max_new_tokens": 6, "do_sample": False, **kwargs}
     inputs = encode(processor, *chats)
     answers = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
@@ -118,7 +108,7 @@ def test_batches_of_mixed_shapes_give_the_single_answers(model, processor, kwarg
 
 
 def test_an_encoded_image_serves_many_questions(model, processor):
-    inputs = encode(processor, chat(WIDE, TALL))
+    inputs = encode(processor, chat(QUESTION, WIDE, TALL))
     expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     views = [inputs.pop(name) for name in ("pixel_values", "image_sizes")]
     encoded = model.get_image_features(views[0], image_sizes=views[1])
@@ -130,8 +120,8 @@ def test_an_encoded_image_serves_many_questions(model, processor):
 def test_it_is_saved_and_can_be_set_per_call(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
-    padded = encode(loaded, chat(WIDE), unpad=False)
-    unpadded = encode(loaded, chat(WIDE))
+    padded = encode(loaded, chat(QUESTION, WIDE), unpad=False)
+    unpadded = encode(loaded, chat(QUESTION, WIDE))
     assert "image_sizes" not in padded and unpadded["image_sizes"].tolist() == [[WIDE.height, WIDE.width]]
     assert unpadded["input_ids"].shape[1] < padded["input_ids"].shape[1]
     assert "image_sizes" in loaded.model_input_names
@@ -139,7 +129,7 @@ def test_it_is_saved_and_can_be_set_per_call(processor, tmp_path):
 
 def test_the_pipeline_batches_it(model, processor):
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
-    chats = [chat(WIDE), chat(TALL), chat(WIDE, SQUARE)]
+    chats = [chat(QUESTION, WIDE), chat(QUESTION, TALL), chat(QUESTION, WIDE, SQUARE)]
     options = {"max_new_tokens": 6, "return_full_text": False}
     expected = [pipe([one], **options)[0][0]["generated_text"] for one in chats]
     answers = [answer[0]["generated_text"] for answer in pipe(chats, batch_size=2, **options)]
@@ -147,7 +137,7 @@ def test_the_pipeline_batches_it(model, processor):
 
 
 def test_sizes_that_do_not_fit_are_named(model, processor):
-    inputs = encode(processor, chat(WIDE, TALL))
+    inputs = encode(processor, chat(QUESTION, WIDE, TALL))
     with pytest.raises(ValueError, match=r"`image_sizes` must have the shape \(2, 2\).*got \(1, 2\)"):
         model.get_image_features(inputs["pixel_values"], image_sizes=inputs["image_sizes"][:1])
     del inputs["image_sizes"]
@@ -165,7 +155,7 @@ def test_models_trained_with_padding_give_finite_logits_without_it(source, conve
     for image in (WIDE, TALL):
         logits = []
         for unpad in (False, True):
-            inputs = encode(processor, chat(image), unpad=unpad)
+            inputs = encode(processor, chat(QUESTION, image), unpad=unpad)
             with torch.no_grad():
                 logits.append(model(**inputs).logits[0])
             assert logits[-1].shape == (inputs["input_ids"].shape[1], model.config.text_config.vocab_size)

@@ -44,18 +44,6 @@ def model(converted, tmp_path) -> Path:
     return shutil.copytree(converted["stage2-1024"], tmp_path / "model")
 
 
-@pytest.fixture
-def checkpoint(tmp_path) -> Path:
-    """A recorded checkpoint of the released code that a test may change."""
-    return shutil.copytree(CHECKPOINT, tmp_path / "checkpoint")
-
-
-def replace_weights(checkpoint: Path, tensors: dict) -> None:
-    for file in checkpoint.glob("pytorch_model*"):
-        file.unlink()
-    torch.save(tensors, checkpoint / "pytorch_model.bin")
-
-
 def change_json(file: Path, *path: str, value) -> None:
     """Puts a value where `path` leads in a JSON file."""
     content = part = json.loads(file.read_text())
@@ -106,10 +94,10 @@ def test_assemble_refuses_a_pickle_that_would_run_code(part, tmp_path):
     assert (tmp_path / name).read_bytes() == before
 
 
-def test_the_converter_refuses_a_pickle_that_would_run_code(checkpoint, tmp_path):
-    replace_weights(checkpoint, read_original("stage2-1024") | {"harmless": RunsCode(tmp_path / "was here")})
+def test_the_converter_refuses_a_pickle_that_would_run_code(write_original, tmp_path):
+    tensors = read_original("stage2-1024") | {"harmless": RunsCode(tmp_path / "was here")}
     with pytest.raises(ValueError, match="pickle that would run code, which is refused.*mkdir"):
-        convert(str(checkpoint), str(tmp_path / "out"))
+        convert(str(write_original(tensors=tensors)), str(tmp_path / "out"))
     assert not (tmp_path / "was here").exists() and not (tmp_path / "out").exists()
 
 
@@ -127,24 +115,23 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
 # --- weights ---
 
 
-def test_the_converter_names_tensors_with_values_that_are_not_numbers(checkpoint, tmp_path):
+def test_the_converter_names_tensors_with_values_that_are_not_numbers(write_original, tmp_path):
     tensors = read_original("stage2-1024")
     tensors["model.norm.weight"][3] = float("nan")
     tensors["lm_head.weight"][7, 5] = -float("inf")
-    replace_weights(checkpoint, tensors)
     with pytest.raises(ValueError, match="not a number in 2 tensors: .*language_model.norm.weight.*damaged") as error:
-        convert(str(checkpoint), str(tmp_path / "out"))
+        convert(str(write_original(tensors=tensors)), str(tmp_path / "out"))
     assert "lm_head.weight (" in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_converter_refuses_a_dtype_in_which_weights_would_be_infinite(checkpoint, tmp_path):
+def test_the_converter_refuses_a_dtype_in_which_weights_would_be_infinite(write_original, tmp_path):
     tensors = read_original("stage2-1024")
     tensors["model.norm.weight"][3] = 1e6  # float16 ends at 65504
-    replace_weights(checkpoint, tensors)
+    checkpoint = str(write_original(tensors=tensors))
     with pytest.raises(ValueError, match=r"1 tensors: .*norm.weight \(float16\).*another --dtype"):
-        convert(str(checkpoint), str(tmp_path / "out"), dtype="float16")
-    convert(str(checkpoint), str(tmp_path / "out"), dtype="bfloat16")
+        convert(checkpoint, str(tmp_path / "out"), dtype="float16")
+    convert(checkpoint, str(tmp_path / "out"), dtype="bfloat16")
 
 
 # --- sizes ---
@@ -183,10 +170,9 @@ def test_absurd_sizes_are_an_error_before_memory_is_allocated(path, value, model
 @pytest.mark.parametrize(
     ("field", "value"), [("num_hidden_layers", 10**6), ("hidden_size", 10**9), ("vocab_size", 10**12)]
 )
-def test_the_converter_refuses_absurd_sizes(field, value, checkpoint, tmp_path):
-    change_json(checkpoint / "config.json", field, value=value)
+def test_the_converter_refuses_absurd_sizes(field, value, write_original, tmp_path):
     with pytest.raises(ValueError, match=rf"config.json: `text_config.{field}` must be from 1 to"):
-        convert(str(checkpoint), str(tmp_path / "out"))
+        convert(str(write_original(**{field: value})), str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
@@ -200,12 +186,10 @@ def test_the_converter_refuses_absurd_sizes(field, value, checkpoint, tmp_path):
         ("stages.3.blocks.0.conv_dw.bias", (10**12,), "dims"),
     ],
 )
-def test_the_converter_refuses_absurd_tensors(name, shape, message, checkpoint, tmp_path):
-    tensors = read_original("stage2-1024")
+def test_the_converter_refuses_absurd_tensors(name, shape, message, write_original, tmp_path):
     prefix = "fast_vision_tower" if name.startswith("vision_model") else "slow_vision_tower"
-    name = f"model.vision_tower.{prefix}.vision_tower.{name}"
-    tensors[name] = torch.zeros(1, dtype=torch.bfloat16).expand(shape)
-    replace_weights(checkpoint, tensors)
+    absurd = {f"model.vision_tower.{prefix}.vision_tower.{name}": torch.zeros(1, dtype=torch.bfloat16).expand(shape)}
+    checkpoint = write_original(tensors=read_original("stage2-1024") | absurd)
     with peak_growth_below(50), pytest.raises(ValueError, match=message):
         convert(str(checkpoint), str(tmp_path / "out"))
 
@@ -264,12 +248,10 @@ def test_names_of_images_stay_in_their_folder(name, tmp_path):
     assert is_inside(folder, "images/a..b.png") and is_inside(folder, "images/../a.png")
 
 
-def test_links_are_read_and_replaced_but_nothing_behind_them_is_touched(checkpoint, tmp_path):
+def test_links_are_read_and_replaced_but_nothing_behind_them_is_touched(tmp_path):
     # as in the Hub's cache: each file is a link to a blob
-    linked = tmp_path / "linked"
-    linked.mkdir()
-    for file in checkpoint.iterdir():
-        (linked / file.name).symlink_to(file)
+    checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "checkpoint")
+    linked = shutil.copytree(checkpoint, tmp_path / "linked", copy_function=os.symlink)
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "kept").write_text("kept")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chats import chat
 from command_lines import CHECKPOINT, caption, convert, evaluate, make_images, publish, train
 from converted_checkpoints import TINY_MODEL
 from forked_commands import assert_one_message
@@ -180,11 +181,11 @@ def full_memory() -> AutoModelForImageTextToText:
 
 def test_the_same_call_works_once_there_is_memory(full_memory):
     processor = AutoProcessor.from_pretrained(TINY_MODEL)
-    content = [{"type": "image", "image": Image.new("RGB", (40, 40))}, {"type": "text", "text": "What is shown?"}]
+    messages = chat("What is shown?", Image.new("RGB", (40, 40)))
     pipe = pipeline("image-text-to-text", model=full_memory, processor=processor)
     with pytest.raises(torch.OutOfMemoryError):
-        pipe([{"role": "user", "content": content}], max_new_tokens=4, do_sample=False)
-    answer = pipe([{"role": "user", "content": content}], max_new_tokens=4, do_sample=False)
+        pipe(messages, max_new_tokens=4, do_sample=False)
+    answer = pipe(messages, max_new_tokens=4, do_sample=False)
     assert answer[0]["generated_text"][-1]["role"] == "assistant"
 
 
