@@ -31,17 +31,9 @@ def train(model: Path, data: Path, output: Path, *options: str) -> tuple:
 
 def evaluate(data: Path, output: Path) -> tuple:
     """Answers of the tiny model on `train.jsonl` of [`small_training.make_data`]."""
+    paths = ("--model", TINY_MODEL, "--data_path", data / "train.jsonl", "--output", output)
     options = ("--batch_size", "2", "--max_new_tokens", "4", "--max_questions", "12", "--device", "cpu")
-    return (
-        "training.evaluate",
-        "--model",
-        TINY_MODEL,
-        "--data_path",
-        data / "train.jsonl",
-        "--output",
-        output,
-        *options,
-    )
+    return ("training.evaluate", *paths, *options)
 
 
 def publish(model: Path, repo: str) -> tuple:

@@ -3,7 +3,6 @@
 
 import base64
 import contextlib
-import io
 import os
 import re
 import subprocess
@@ -12,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import image_views
 import psutil
 from PIL import Image
 
@@ -22,10 +22,8 @@ PATIENCE = 300  # seconds for start and end on a busy machine
 
 
 def encode(image: Image.Image) -> str:
-    """A image as a data URL."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return to_data_url(buffer.getvalue())
+    """An image as a data URL."""
+    return to_data_url(image_views.encode(image))
 
 
 def to_data_url(file: bytes, media_type: str = "image/png") -> str:

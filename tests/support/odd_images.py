@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from image_views import encode
 from PIL import Image, ImageCms, ImageDraw, PngImagePlugin
 
 
@@ -56,13 +57,6 @@ def draw(mode: str = "RGB", width: int = WIDTH, height: int = HEIGHT) -> Image.I
             profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
             return ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
     return image.convert(mode)
-
-
-def encode(image: Image.Image, format: str, **options) -> bytes:
-    """The content of a file with the image."""
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 def _exif(orientation: int) -> Image.Exif:
