@@ -89,33 +89,26 @@ def llava_hr(language_model, text_hidden, dims, depths, d=1024):
     return language_model + image_token_rows + clip + convnext(dims, depths) + 3 * adapter + fusion + projector
 
 
-def count_on_meta(config):
+X_13B = {
+    "high_res_vision_config": TimmWrapperConfig(architecture="convnext_xxlarge", do_pooling=False),
+    "text_config": LlamaConfig(
+        vocab_size=32064, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "millions"),  # of favor123/llava-hr-*, each with its image token and without heads
+    [
+        ({}, llava_hr(6_738_415_616, 4096, (192, 384, 768, 1536), (3, 3, 27, 3)), 7281),  # 7b-sft-1024
+        (X_13B, llava_hr(13_015_864_320, 5120, (384, 768, 1536, 3072), (3, 4, 30, 3)), 14243),  # 13b-x-sft-1024
+    ],
+)
+def test_parameters_of_the_released_models(options, expected, millions):
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in LlavaHrForConditionalGeneration(config).parameters())
-
-
-def test_parameters_of_llava_hr_7b():
-    expected = llava_hr(6_738_415_616, 4096, (192, 384, 768, 1536), (3, 3, 27, 3))
-    assert round(expected / 1e6) == 7281  # million; favor123/llava-hr-7b-sft-1024 with its image token, without heads
-    assert count_on_meta(LlavaHrConfig()) == expected
-
-
-def test_parameters_of_llava_hr_x_13b():
-    config = LlavaHrConfig(
-        high_res_vision_config=TimmWrapperConfig(architecture="convnext_xxlarge", do_pooling=False),
-        text_config=LlamaConfig(
-            vocab_size=32064,
-            hidden_size=5120,
-            intermediate_size=13824,
-            num_hidden_layers=40,
-            num_attention_heads=40,
-            max_position_embeddings=4096,
-            rms_norm_eps=1e-5,
-        ),
-    )
-    expected = llava_hr(13_015_864_320, 5120, (384, 768, 1536, 3072), (3, 4, 30, 3))
-    assert round(expected / 1e6) == 14243  # million; favor123/llava-hr-13b-x-sft-1024, likewise
-    assert count_on_meta(config) == expected
+        model = LlavaHrForConditionalGeneration(LlavaHrConfig(**options))
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+    assert round(expected / 1e6) == millions
 
 
 @pytest.mark.parametrize(("size", "tokens"), [(336, 576), (448, 1024), (672, 2304)])

@@ -2,6 +2,7 @@
 """What image processors accept as an image: modes of PIL, arrays, paths, bytes, URLs; and every refusal."""
 
 import base64
+import functools
 import http.server
 import io
 import threading
@@ -243,15 +244,8 @@ def test_without_conversion_images_must_be_rgb(processor):
 @pytest.fixture
 def server(tmp_path):
     """Address of an HTTP server on this machine that serves `tmp_path`."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(tmp_path))
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{httpd.server_port}"
         httpd.shutdown()
