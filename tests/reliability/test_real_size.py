@@ -5,6 +5,7 @@ one step with QLoRA, all on a CPU. `-s` prints the seconds.
 """
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -125,7 +126,7 @@ def run(module: str, *options: str | Path) -> None:
 
 
 def generate(folder: Path) -> None:
-    """Loads the model and generates four tokens at 384 px."""
+    """Loads the model and generates four tokens at 384 px, in a process of its own: training needs the memory."""
     start = time.monotonic()
     quantization = None if DTYPE == torch.bfloat16 else get_4bit_config(DTYPE)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=DTYPE, quantization_config=quantization)
@@ -169,7 +170,9 @@ def test_a_checkpoint_of_real_size_is_converted_run_and_trained(folder):
     extended = 2 * (VOCABULARY + 64) * TEXT["hidden_size"]  # embeddings, beside those of the shard
     assert shards[1] < 5.1e9 and peak < sum(shards) + libraries + extended
     shutil.rmtree(folder / "original")
-    generate(folder / "model")
+    subprocess.run(
+        [sys.executable, __file__, folder / "model"], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True
+    )
 
     row = {"id": "0", "image": IMAGE.name, "conversations": []}
     for role, text in (("human", "<image>\nWhat is shown?"), ("gpt", "A street.")):
@@ -192,3 +195,7 @@ def test_a_checkpoint_of_real_size_is_converted_run_and_trained(folder):
     print(f"loss {entry['loss']:.3f}")
     assert 5 < entry["loss"] < 20  # near ln 32001 = 10.4: random weights know nothing
     assert (checkpoint / "adapter_model.safetensors").stat().st_size > 1e6
+
+
+if __name__ == "__main__":
+    generate(Path(sys.argv[1]))
