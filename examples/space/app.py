@@ -163,8 +163,7 @@ def draw_gates(look: Look) -> str:
 def draw_answer(side: int, look: Look, text: str, seconds: float) -> str:
     """One of the compared answers, as HTML."""
     return (
-        f"<div><b>{side} px</b><span>{look.num_tokens} tokens, {seconds:.2f} s</span>"
-        f"<p>{html.escape(text or EMPTY_ANSWER)}</p></div>"
+        f"<div><b>{side} px</b><span>{look.num_tokens} tokens, {seconds:.2f} s</span><p>{html.escape(text)}</p></div>"
     )
 
 
@@ -252,11 +251,13 @@ def make_page(engine: Engine) -> gr.Blocks:
         done = ""
         with errors_shown():
             for side in engine.sides:
-                start, card = time.perf_counter(), ""
+                start, text, look, seconds = time.perf_counter(), "", None, 0.0
                 for text, look, _ in engine.answer(messages, side):
-                    card = draw_answer(side, look, text, time.perf_counter() - start)
-                    yield f"<div class='facts answers'>{done}{card}</div>"
-                done += card
+                    seconds = time.perf_counter() - start
+                    card = draw_answer(side, look, text, seconds)
+                    yield f"<div class='facts answers' aria-busy='true'>{done}{card}</div>"
+                done += draw_answer(side, look, text or EMPTY_ANSWER, seconds)
+        yield f"<div class='facts answers'>{done}</div>"
 
     with gr.Blocks(
         title="LLaVA-HR", fill_width=True, analytics_enabled=False, delete_cache=(KEEP_UPLOADS,) * 2

@@ -279,7 +279,8 @@ def test_nothing_that_is_written_is_html(browser, address):
         wait_for_answer(page, 0, f"{said} {text}")
         assert squeeze(page.locator("#chat .user.message").last.inner_text()) == squeeze(text)
         page.click("#compare")
-        page.wait_for_function(f"document.querySelectorAll('#answers .answers > div').length == {len(engine.sides)}")
+        page.wait_for_selector("#answers .answers:not([aria-busy])")
+        assert page.locator("#answers p").count() == len(engine.sides)
         for answer in page.locator("#answers p").all():
             assert squeeze(answer.inner_text()).endswith(squeeze(text))
         assert page.evaluate(HARM) == 0
