@@ -295,7 +295,7 @@ class Engine:
         Args:
             messages (`list[dict]`): In the chat template's form; an image is `{"type": "image", "path": PATH}`.
             side (`int`): High-resolution side in pixels.
-            session (`str`, *optional*): Whose cached encodings are used; without one, images are encoded anew.
+            session (`str`, *optional*): Whose cached encodings are used; without one, images are encoded again.
 
         Yields:
             The answer so far, the last image's [`Look`] (`None` without images), and the seconds to the first token

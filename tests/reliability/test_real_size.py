@@ -28,7 +28,7 @@ IMAGE = ROOT / "examples" / "pictures" / "street.jpg"
 TEXT = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
 VOCABULARY = 32000
 CONVERTER = "conversion.convert_llava_hr_weights_to_hf"
-# A CPU without instructions for bfloat16 takes a hundred times as long: there the model runs in 4 bits, too, and
+# A CPU without instructions for bfloat16 would take hours: there the model runs in 4 bits, too, and
 # computes in float32
 DTYPE = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 SHARDS = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
