@@ -22,11 +22,11 @@ from transformers import PreTrainedTokenizerBase
 # Keys of a message's part that may hold its image
 IMAGE_KEYS = ("image", "url", "path", "base64")
 
-# Stage 2 and inference of the released models ("vicuna_v1"). Images come first in their message, each on a line of its
-# own, wherever their parts are: so the models were trained. If a user's message is one string, its tags stay where
-# they are; in all other text a tag is text, and a space keeps it from being tokenized as an image. The space after the
-# start token and `image_suffix`, see [`get_chat_template`], give the token ids of the released code. vLLM recognises
-# contents as lists of parts by the loop over `message['content']`.
+# Stage 2 and inference of the released models ("vicuna_v1"). Images come first in their message, each on its own line,
+# wherever their parts are, as in the training of these models. If a user's message is one string, its tags stay in
+# place; in all other text a tag is plain text, and a space keeps it from being tokenized as an image. The space after
+# the start token and `image_suffix`, see [`get_chat_template`], give the token ids of the released code. vLLM detects
+# from the loop over `message['content']` that contents are lists of parts.
 VICUNA_V1_CHAT_TEMPLATE = """\
 {%- set image_suffix = ' ' -%}
 {%- macro text_of(content) -%}
@@ -92,9 +92,9 @@ PLAIN_CHAT_TEMPLATE = """\
 
 def get_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str = VICUNA_V1_CHAT_TEMPLATE) -> str:
     """
-    A chat template of this file for a tokenizer. The released code tokenizes the text after an image as the start of a
-    text, to which Llama's sentencepiece tokenizer adds a space: the templates' `image_suffix`. Other tokenizers get
-    none.
+    Adapts a chat template of this file to a tokenizer. The released code tokenizes the text after an image separately,
+    so Llama's sentencepiece tokenizer puts a space before it: the templates' `image_suffix`, which is empty for other
+    tokenizers.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
@@ -105,7 +105,7 @@ def get_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str = V
 
 
 def _is_object(value: Any) -> bool:
-    """Whether transformers makes a dict of this message, or part of one: of dataclasses and pydantic's models."""
+    """Whether transformers converts this message or part to a dict, as it does dataclasses and pydantic models."""
     return is_dataclass(value) or hasattr(value, "model_dump")
 
 
@@ -120,11 +120,11 @@ def is_unicode(text: str) -> bool:
 
 def check_messages(messages: Any, name: str) -> list:
     """
-    The one check of the structure of a conversation.
+    Checks the structure of a conversation.
 
     Args:
         messages (`list[dict]`): The messages.
-        name (`str`): What errors call them.
+        name (`str`): Name of the conversation in error messages.
 
     Returns:
         `list`: The messages without keys that are `None`.

@@ -45,8 +45,8 @@ _CHOICES = {
     "fusion": ("sum", "concat"),
 }
 
-# The largest values taken for real, each many times that of any model there is. Beyond them a config.json of a few
-# bytes would take hours and all memory before the first weight is compared with it.
+# Upper bounds of sizes, each many times that of any existing model. Without them a config.json of a few bytes could
+# take hours and all memory before the first weight is compared with it.
 _LARGEST = {
     "hidden_size": 2**17,
     "intermediate_size": 2**20,
@@ -60,9 +60,9 @@ _LARGEST = {
     "image_size": 2**14,
     "patch_size": 2**8,
 }
-# Ways of RoPE whose factor lies beyond `max_position_embeddings`; for the others that is the stretched length
+# RoPE types whose factor extends `max_position_embeddings`; for the others that field is the extended length
 _STRETCHING_ROPE_TYPES = ("linear", "dynamic", "yarn")
-# What makes timm read a file or the network. A configuration says what to build, not what to load.
+# Arguments that make timm read a file or the network. A configuration says what to build, not what to load.
 _TIMM_SOURCES = ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
 
 
@@ -75,12 +75,12 @@ def get_low_res_size(
     min_low_res_size: int = 336,
 ) -> int:
     """
-    The one rule for the sides of the two views (section 4.1 of the paper and the released code). By default the ViT's
+    The rule for the sides of the two views (section 4.1 of the paper and the released code). By default the ViT's
     grid is as large as the high-resolution feature map, but not smaller than the grid that the ViT was trained with.
 
     Args:
         size (`int`): Side H of the image in pixels, as the high-resolution pathway sees it.
-        low_res_size (`int`, *optional*): Side L of the low-resolution view in pixels if it is not to follow the rule.
+        low_res_size (`int`, *optional*): Side L of the low-resolution view in pixels if it does not follow the rule.
         patch_size (`int`): Side of a ViT patch in pixels.
         stride (`int`): Pixels of the image per position of the high-resolution feature map.
         min_low_res_size (`int`): Smallest side that the rule gives in pixels: the ViT's own image size.
@@ -136,8 +136,8 @@ def get_num_image_tokens(low_res_size: int, patch_size: int) -> int:
 
 def get_unpadded_cells(height: int, width: int, grid: int) -> tuple[slice, slice]:
     """
-    The one rule for the tokens that `unpad` keeps: those of all grid cells that show a part of the image, which is in
-    the middle of the padded square.
+    The tokens that `unpad` keeps: those of all grid cells that show a part of the image, which is in the middle of the
+    padded square.
 
     Args:
         height, width (`int`): Size of the image in pixels, before it is padded.
@@ -163,8 +163,8 @@ def get_mr_adapter_layers(num_hidden_layers: int) -> list[int]:
         num_hidden_layers (`int`): Layers of the ViT.
 
     Returns:
-        `list[int]`: Indices of layers, e.g. `[6, 12, 18]` for 24. Stages of a number that four does not divide differ
-        by one layer.
+        `list[int]`: Indices of layers, e.g. `[6, 12, 18]` for 24. If four does not divide the number of layers, the
+        stages differ by one layer.
     """
     return sorted({num_hidden_layers * stage // 4 for stage in (1, 2, 3)})
 
@@ -181,9 +181,9 @@ class LlavaHrVisionConfig(PreTrainedConfig):
             The high-resolution pathway: a CNN of timm by its name (`architecture`), with `model_args` for other depths
             and widths. Defaults to `convnext_large_mlp`.
         mr_adapter_layers (`list[int]`, *optional*):
-            Indices of the ViT layers before which an MR-Adapter stands, ascending. Defaults to the starts of the last
-            three of four equal stages (section 5.2), `[6, 12, 18]` of 24 layers. `[]` is a model after stage 1: two
-            pathways, joined after the ViT alone.
+            Indices of the ViT layers that are preceded by an MR-Adapter, ascending. Defaults to the starts of the last
+            three of four equal stages (section 5.2), `[6, 12, 18]` of 24 layers. `[]` is a model after stage 1, whose
+            two pathways meet only after the ViT.
         mr_adapter_gate (`str`, *optional*, defaults to `"scalar"`):
             `"scalar"` as released: one gate per image, computed from the low-resolution tokens with their residual.
             `"channel"` as equation 4 of the paper: one gate per channel, computed without the residual.
@@ -194,8 +194,8 @@ class LlavaHrVisionConfig(PreTrainedConfig):
         mr_adapter_high_res_mapping (`str`, *optional*, defaults to `"mlp"`):
             f_h of equation 3: `"mlp"` or `"conv"`.
         fusion (`str`, *optional*, defaults to `"sum"`):
-            How an MR-Adapter joins the two mapped views: `"sum"` (equation 3) or `"concat"` (table 3): both side by
-            side through one linear layer, which starts as the sum.
+            How an MR-Adapter joins the two mapped views: `"sum"` (equation 3) or `"concat"` (table 3), a linear layer
+            over both, which is initialised as the sum.
         low_res_size (`int`, *optional*):
             Side of the low-resolution view in pixels, a multiple of the patch size. `None`, the default, is the
             released rule: as many patches as the high-resolution feature map has positions, but at least
@@ -207,7 +207,7 @@ class LlavaHrVisionConfig(PreTrainedConfig):
 
     model_type = "llava_hr_vision"
     sub_configs = {"vision_config": AutoConfig, "high_res_vision_config": TimmWrapperConfig}
-    # Not a field, so not saved without the code: TRL reads it to find the class of a model
+    # Not a field, so that it is not saved without the code. TRL reads it to find the model class.
     auto_map = VISION_AUTO_MAP
     _auto_class = "AutoConfig"
 
@@ -272,7 +272,7 @@ class LlavaHrVisionConfig(PreTrainedConfig):
         layers = list(self.mr_adapter_layers or [])
         if any(not isinstance(layer, int) or not 0 <= layer < vision.num_hidden_layers for layer in layers):
             raise ValueError(
-                f"`mr_adapter_layers` are indices of ViT layers before which an adapter stands, from 0 to "
+                f"`mr_adapter_layers` are indices of the ViT layers that follow an adapter, from 0 to "
                 f"{vision.num_hidden_layers - 1} (`vision_config.num_hidden_layers` - 1), but got {layers}."
             )
         if layers != sorted(set(layers)):
@@ -296,7 +296,7 @@ class LlavaHrVisionConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Like [`PreTrainedConfig.get_config_dict`]; takes the vision fields of a whole LLaVA-HR's configuration."""
+        """Like [`PreTrainedConfig.get_config_dict`]; takes the vision fields from a complete LLaVA-HR's."""
         values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if values.get("model_type") == LlavaHrConfig.model_type and cls.model_type != LlavaHrConfig.model_type:
             names = {*LlavaHrVisionConfig.__annotations__, "dtype"} & set(values)
@@ -316,7 +316,7 @@ class LlavaHrConfig(LlavaHrVisionConfig):
     r"""
     Configuration of a [`LlavaHrForConditionalGeneration`] ("Mixture-of-Resolution Adaptation for Multimodal Large
     Language Models", arXiv 2403.03003). The defaults describe LLaVA-HR-7B as released; where paper and released code
-    differ, the released behaviour is the default and the paper's formula is one value away.
+    differ, the released behaviour is the default and the paper's formula is an option.
 
     Args:
         vision_config, high_res_vision_config, mr_adapter_layers, mr_adapter_gate, mr_adapter_gate_act, \
@@ -326,11 +326,11 @@ mr_adapter_low_res_mapping, mr_adapter_high_res_mapping, fusion, low_res_size:
             Any attention-based causal language model of transformers. Defaults to Vicuna-7B v1.5 with an image token
             (vocabulary padded from 32001 to 32064 entries, a multiple of 64).
         image_token_id (`int`, *optional*, defaults to 32000):
-            Id of the token that stands for an image feature in the prompt; must lie inside the vocabulary.
+            Id of the token that marks an image feature in the prompt; must be in the vocabulary.
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation between the projector's two linear layers.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
-            Whether input and output embeddings are one tensor. Follows `text_config` if that says so.
+            Whether input and output embeddings share one tensor. Also true if `text_config` ties them.
 
     Raises:
         ValueError: If the values contradict each other; the message says what to change.
@@ -391,15 +391,15 @@ mr_adapter_low_res_mapping, mr_adapter_high_res_mapping, fusion, low_res_size:
         vocab_size = self.text_config.get_text_config().vocab_size
         if not 0 <= self.image_token_id < vocab_size:
             raise ValueError(
-                f"`image_token_id` ({self.image_token_id}) must lie inside the vocabulary (`text_config.vocab_size` = "
-                f"{vocab_size}). Extend the vocabulary by an image token, or name a token that it has."
+                f"`image_token_id` ({self.image_token_id}) must be in the vocabulary (`text_config.vocab_size` = "
+                f"{vocab_size}). Add an image token to the vocabulary, or name a token that it has."
             )
 
     @property
     def context_length(self) -> int | None:
         """
-        The most tokens that prompt and answer can have together; `None` for a language model without such a limit
-        (ALiBi, as in Bloom). Where `rope_parameters` stretch the positions after training, their factor counts.
+        Largest number of tokens of prompt and answer together; `None` for a language model without such a limit
+        (ALiBi, as in Bloom). Includes the factor by which `rope_parameters` extend the positions after training.
         """
         text_config = self.text_config.get_text_config()
         # not every language model's configuration has these two
@@ -422,14 +422,14 @@ mr_adapter_low_res_mapping, mr_adapter_high_res_mapping, fusion, low_res_size:
 
 def check_sizes(name: str, config: PreTrainedConfig) -> None:
     """
-    Looks at the sizes in a part's configuration before a model is made of it.
+    Validates the sizes in a part's configuration before a model is built from it.
 
     Args:
         name (`str`): The part's name, for the message.
         config (`PreTrainedConfig`): Its configuration.
 
     Raises:
-        ValueError: If a size cannot be that of a model; names it.
+        ValueError: If a size is out of range; names it.
     """
     values = config.to_dict()
     values |= {alias: values.get(original) for alias, original in config.attribute_map.items()}
@@ -445,13 +445,13 @@ def _check_timm(name: str, config: TimmWrapperConfig) -> None:
     if ":" in config.architecture:
         raise ValueError(
             f"`{name}.architecture` must be timm's name of a CNN, such as convnext_large_mlp, but got "
-            f"{config.architecture!r}, a place to load one from."
+            f"{config.architecture!r}, which names a place to load weights from."
         )
     model_args = config.model_args or {}
     if sources := sorted(set(_TIMM_SOURCES) & set(model_args)):
         raise ValueError(
-            f"`{name}.model_args` say what timm builds, but {', '.join(sources)} would make it load something. Leave "
-            "that out: the weights come from the checkpoint."
+            f"`{name}.model_args` say what timm builds, but {', '.join(sources)} would make it load something. "
+            "Remove that: the weights come from the checkpoint."
         )
     for field, values in model_args.items():
         largest = _LARGEST["num_hidden_layers" if field in ("depths", "layers") else "hidden_size"]
@@ -467,7 +467,7 @@ def _config_from_dict(name: str, values: dict, default_model_type: str) -> PreTr
     try:
         return CONFIG_MAPPING[model_type](**values)
     except (StrictDataclassError, ZeroDivisionError) as error:
-        raise ValueError(f"`{name}` is not that of a {model_type}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"`{name}` is not a valid {model_type} config: {' '.join(str(error).split())}") from error
 
 
 __all__ = [

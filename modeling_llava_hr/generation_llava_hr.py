@@ -29,7 +29,7 @@ CACHE_NAME = next(f.name for f in fields(BaseModelOutputWithPast) if f.name in (
 
 
 def deprecate_old_name(forward: Callable) -> Callable:
-    """Lets a `forward` that has both names of the cache warn of the old one where there is a new one."""
+    """Makes a `forward` that takes both names of the cache warn about the old one if there is a new one."""
     if CACHE_NAME == "past_key_values":
         return forward
     return deprecate_kwarg("past_key_values", version="5.40.0", new_name="cache")(forward)
@@ -56,7 +56,7 @@ class LlavaHrGenerationMixin(GenerationMixin):
     def _prepare_generated_length(
         self, generation_config: GenerationConfig, *, input_ids_length: int, inputs_tensor: torch.Tensor, **kwargs: Any
     ) -> GenerationConfig:
-        """An answer ends where the context does. `max_length` does not count a prompt that is given as embeddings."""
+        """Limits the answer to the context. `max_length` does not count a prompt that is given as embeddings."""
         generation_config = super()._prepare_generated_length(
             generation_config=generation_config,
             input_ids_length=input_ids_length,

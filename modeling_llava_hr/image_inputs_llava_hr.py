@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Any image that a user may bring -> upright 8-bit RGB."""
+"""Converts image inputs of any kind to upright 8-bit RGB."""
 
 import base64
 import itertools
@@ -28,21 +28,21 @@ from PIL import ExifTags, Image, ImageOps
 
 
 DOWNLOAD_TIMEOUT = 60  # seconds
-# A data URI, or text that is too long for a mistyped file name and has only characters of base64
+# A data URI, or a string of base64 characters that is too long for a mistyped file name
 _BASE64 = re.compile(r"data:[^,]*,.*|[A-Za-z0-9+/\s]{50,}[=\s]*", re.DOTALL)
-# How far arithmetic in half precision may carry a value out of its range
+# Tolerance for values that half-precision arithmetic moves out of their range
 _ROUNDING = 1e-3
 
 
 def fetch_images(images: Any) -> Any:
     """
-    Reads whatever is not in memory yet. PIL decodes for both backends, so that modes and the guard against
-    decompression bombs are the same.
+    Reads images that are not in memory yet. Both backends decode with PIL, so that they share its modes and its guard
+    against decompression bombs.
 
     Args:
         images: An image or (nested) lists of images, each of them a `PIL.Image.Image`, an array or tensor (2-D
             grayscale, 3-D, or a 4-D batch), a path, an http(s) URL, a base64 string or data URI, or the bytes of an
-            image file. Of an animation the first frame is taken.
+            image file. Only the first frame of an animation is used.
 
     Returns:
         The same nesting of decoded `PIL.Image.Image` and 3-D arrays.
@@ -88,7 +88,7 @@ def _fetch(image: Any, name: str) -> Any:
         return list(image)
     if image.ndim == 3:
         return image
-    # transformers knows images with a channel axis only
+    # transformers only takes images with a channel axis
     return np.stack([image] * 3) if isinstance(image, np.ndarray) else torch.stack([image] * 3)
 
 
@@ -117,26 +117,26 @@ def _read(source: str | bytes | bytearray | os.PathLike, name: str) -> Image.Ima
 
 
 def _load(image: Image.Image) -> None:
-    """Decodes an image that may have been opened only; does nothing if it was decoded before."""
+    """Decodes an image that was only opened; does nothing if it is decoded already."""
     if image.format == "EPS":
         raise ValueError("it is PostScript, a program that Ghostscript would have to run. Give it as PNG.")
     try:
         image.load()
     except Exception:
-        image.close()  # the next time, Pillow would return what it has of the image without an error
+        image.close()  # a second call would return the partial image without an error
         raise
 
 
 def pil_to_rgb(image: Image.Image, do_convert_rgb: bool | None = True) -> Image.Image:
     """
-    An upright 8-bit RGB image, with white behind what is transparent. 16-bit values are scaled to 8 bits.
+    Converts an image to upright 8-bit RGB, with white behind transparency. 16-bit values are scaled to 8 bits.
 
     Args:
         image (`PIL.Image.Image`): An image of any mode, decoded or not.
-        do_convert_rgb (`bool`, *optional*, defaults to `True`): If not, the image must be RGB already.
+        do_convert_rgb (`bool`, *optional*, defaults to `True`): If off, the image must be RGB already.
 
     Returns:
-        `PIL.Image.Image` of mode RGB; `image` itself if there is nothing to do.
+        `PIL.Image.Image` of mode RGB; `image` itself if nothing has to be done.
 
     Raises:
         ValueError: If PIL cannot decode it, it has no pixels, or its values are not a brightness.
@@ -163,7 +163,7 @@ def pil_to_rgb(image: Image.Image, do_convert_rgb: bool | None = True) -> Image.
 
 
 def get_upright_size(image: Image.Image) -> tuple[int, int]:
-    """Height and width in pixels of an image, which need not be decoded, as its EXIF orientation turns it."""
+    """Height and width in pixels of an image after applying its EXIF orientation; does not decode it."""
     return image.size if _get_orientation(image) in range(5, 9) else image.size[::-1]
 
 
@@ -179,7 +179,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _gray_to_8bit(image: Image.Image) -> Image.Image:
-    """Modes F, I and I;16 as L, or LA if one value stands for transparency. PIL would clip them to white."""
+    """Converts modes F, I and I;16 to L, or LA if one value marks transparency. PIL would clip them to white."""
     array = np.asarray(image)
     if image.mode == "I" and array.min() >= 0 and 255 < array.max() < 2**16:
         array = array.astype(np.uint16)
@@ -196,15 +196,15 @@ def array_to_rgb(
     image: np.ndarray | torch.Tensor, do_convert_rgb: bool | None = True, input_data_format: str | None = None
 ) -> torch.Tensor:
     """
-    An 8-bit RGB tensor of an array. Floats are taken as brightness from 0 to 1 if none is above 1, else from 0 to
-    255; uint16 from 0 to 65535; booleans as black and white; other integers from 0 to 255.
+    Converts an array to an 8-bit RGB tensor. Floats are brightness from 0 to 1 if none is above 1, else from 0 to 255;
+    uint16 is from 0 to 65535; booleans are black and white; other integers are from 0 to 255.
 
     Args:
         image (`np.ndarray` or `torch.Tensor`):
             `(height, width)`, or with 1, 3 or 4 (RGBA, onto white) channels first or last.
-        do_convert_rgb (`bool`, *optional*, defaults to `True`): If not, there must be 3 channels already.
+        do_convert_rgb (`bool`, *optional*, defaults to `True`): If off, there must be 3 channels already.
         input_data_format (`str`, *optional*):
-            `"channels_first"` or `"channels_last"`; inferred where the shape leaves no doubt.
+            `"channels_first"` or `"channels_last"`; inferred where the shape is unambiguous.
 
     Returns:
         `torch.Tensor` of shape `(3, height, width)` and dtype uint8 on the image's device.
@@ -237,7 +237,7 @@ def _channels_first(image: torch.Tensor, input_data_format: str | None) -> torch
         return image[None]
     if image.ndim != 3:
         raise ValueError(f"it must have 2 or 3 dimensions, but has shape {tuple(image.shape)}.")
-    # 3 or 4 are more likely the number of channels than the pixels of a side, if the other end has 1
+    # if one end has 3 or 4 and the other 1, then 3 or 4 is more likely the number of channels
     likely = {1: 1, 3: 2, 4: 2}
     first, last = (likely.get(image.shape[axis], 0) for axis in (0, -1))
     if input_data_format is None and first == last and image.numel() > 1:
@@ -253,7 +253,7 @@ def _channels_first(image: torch.Tensor, input_data_format: str | None) -> torch
 
 
 def _to_uint8(image: torch.Tensor) -> torch.Tensor:
-    """Brightness of any dtype as 8-bit values."""
+    """Converts brightness of any dtype to 8-bit values."""
     if image.dtype == torch.uint8:
         return image
     if image.dtype == torch.bool:
@@ -265,7 +265,7 @@ def _to_uint8(image: torch.Tensor) -> torch.Tensor:
     low, high = image.min().item(), image.max().item()
     if not np.isfinite([low, high]).all():
         raise ValueError("it holds NaN or infinite values.")
-    # A float image from 0 to 255 without a value above 2 would be black: rather one from 0 to 1 that overshoots
+    # In a range of 0 to 255, a float image without a value above 2 would be black: more likely it overshoots [0, 1]
     tolerance = _ROUNDING if is_float else 0
     in_unit_range = is_float and high <= 1 + tolerance
     if low < -tolerance or high > 255 + tolerance or (is_float and not in_unit_range and high < 2):

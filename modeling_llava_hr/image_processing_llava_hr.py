@@ -36,7 +36,7 @@ AUTO_MAP = {
     }
 }
 
-# Of a padded image per band: little enough for a processor's cache
+# Pixels of a padded image per band, few enough for a CPU's cache
 MAX_BAND_PIXELS = 2**20
 
 _IMPORTED_BY = os.getpid()
@@ -71,7 +71,7 @@ class LlavaHrImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[ca
 
 
 class LlavaHrImageProcessorMixin:
-    """What both backends share: arguments, their validation, and the way from any image to the two views."""
+    """What both backends share: arguments, their validation, and the steps from an image to the two views."""
 
     valid_kwargs = LlavaHrImageProcessorKwargs
     model_input_names = ["pixel_values", "low_res_pixel_values", "image_sizes"]
@@ -95,7 +95,7 @@ class LlavaHrImageProcessorMixin:
 
     def __init__(self, **kwargs: Unpack[LlavaHrImageProcessorKwargs]):
         super().__init__(**kwargs)
-        # A configuration that contradicts itself fails when it is loaded, not at the first image
+        # An inconsistent configuration fails when it is loaded, not at the first image
         values: dict[str, Any] = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
         self._validate_preprocess_kwargs(**values)
 
@@ -138,7 +138,7 @@ class LlavaHrImageProcessorMixin:
                 raise ValueError(f'`{name}` has no effect here. Use `image_aspect_ratio="pad"` or `"crop"`.')
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Reads whatever is not in memory yet, see [`~image_inputs_llava_hr.fetch_images`]."""
+        """Reads images that are not in memory yet, see [`~image_inputs_llava_hr.fetch_images`]."""
         return fetch_images(image_url_or_urls)
 
     def _preprocess_image_like_inputs(self, images: Any, **kwargs: Any) -> BatchFeature:
@@ -152,7 +152,7 @@ class LlavaHrImageProcessorMixin:
                     "With `do_rescale=False` either all or none of `images` may be floats in [0, 1]. Leave "
                     "`do_rescale` on: such floats are recognized."
                 )
-            if all(scaled):  # `process_image` makes 8-bit values of them
+            if all(scaled):  # `process_image` converts them to 8 bits
                 kwargs.update(do_rescale=True, rescale_factor=1 / 255)
         processed, sizes = [], []
         for index, image in enumerate(images):
@@ -204,8 +204,8 @@ class LlavaHrImageProcessor(LlavaHrImageProcessorMixin, TorchvisionBackend):
         return_low_res (`bool`, *optional*, defaults to `True`):
             Whether to return `low_res_pixel_values`.
         unpad (`bool`, *optional*, defaults to `False`):
-            Whether to return `image_sizes`, with which the model drops the tokens of the padding: an image then costs
-            what it shows. The towers see the padded square as before. Only with `image_aspect_ratio="pad"`.
+            Whether to return `image_sizes`, with which the model drops the tokens of the padding. The towers still see
+            the padded square. Only with `image_aspect_ratio="pad"`.
         resample (`PILImageResampling`, *optional*, defaults to `BICUBIC`):
             Filter for resizing the image to `size`.
         do_resize (`bool`, *optional*, defaults to `True`):
@@ -240,7 +240,7 @@ class LlavaHrImageProcessor(LlavaHrImageProcessorMixin, TorchvisionBackend):
         device: "str | torch.device | None" = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """An image in memory as 8-bit RGB, `(3, height, width)`; ValueError if it cannot be one."""
+        """Converts an image in memory to 8-bit RGB, `(3, height, width)`. Raises ValueError if that is impossible."""
         if isinstance(image, Image.Image):
             image = torch.from_numpy(np.array(pil_to_rgb(image, do_convert_rgb))).permute(2, 0, 1)
         else:
@@ -291,8 +291,8 @@ class LlavaHrImageProcessor(LlavaHrImageProcessorMixin, TorchvisionBackend):
             new_height, new_width = shortest_edge_size(height, width, side)
             image = self.resize(image, SizeDict(height=new_height, width=new_width), resample)
             return self.center_crop(image, square)
-        # Rows first, then columns, as torchvision does itself for 8 bits: so the first pass can be made before rows of
-        # padding are there, and a few rows at a time
+        # Rows first, then columns, as torchvision itself does for 8 bits. So the first pass can run before rows of
+        # padding are added, and on a few rows at a time.
         longest = max(height, width)
         if width > height:
             top = (longest - height) // 2
@@ -311,12 +311,12 @@ class LlavaHrImageProcessor(LlavaHrImageProcessorMixin, TorchvisionBackend):
 
 
 def _fill(image: torch.Tensor, height: int, width: int, color: tuple[int, ...]) -> torch.Tensor:
-    """`(3, height, width)` of one color, in memory with channels last as images of PIL are: faster to resize."""
+    """`(3, height, width)` of one color. Channels are last in memory, as in PIL images, which is faster to resize."""
     return image.new_tensor(color).repeat(width).repeat(height, 1).unflatten(1, (-1, 3)).permute(2, 0, 1)
 
 
 def _to_side(name: str, size: Any) -> Any:
-    """The side in pixels of a square's size in any form. Raises ValueError if it is not a square's."""
+    """Side in pixels of a square size in any form. Raises ValueError if it is not square."""
     if size is None or isinstance(size, int):
         return size
     sides = size if isinstance(size, SizeDict) else SizeDict(**get_size_dict(size, param_name=name))
@@ -329,7 +329,7 @@ def _check_size(height: int, width: int, side: int, do_resize: bool, aspect_rati
     """
     Raises ValueError if an image is too long to be made square within PIL's limit for decompression bombs (twice
     `PIL.Image.MAX_IMAGE_PIXELS`; six times that where the square is made in bands, which takes time but no memory), or
-    has another size though it is not resized.
+    if it is not resized and does not have the right size.
     """
     if not do_resize:
         if (height, width) != (side, side):
@@ -353,7 +353,7 @@ def _check_size(height: int, width: int, side: int, do_resize: bool, aspect_rati
 
 
 def get_bands(side: int) -> Iterator[tuple[int, int]]:
-    """First and last row (not included) of the pieces in which the rows of a square are resized."""
+    """First row and end (exclusive) of each band of rows in which a square is resized."""
     step = max(1, MAX_BAND_PIXELS // side)
     for top in range(0, side, step):
         yield top, min(top + step, side)
@@ -365,7 +365,7 @@ def shortest_edge_size(height: int, width: int, side: int) -> tuple[int, int]:
 
 
 def padding_color(image_mean: float | tuple[float, ...] | None) -> tuple[int, ...]:
-    """The mean color in 8 bits, cut as in the released code; black without a mean."""
+    """The mean color in 8 bits, truncated as in the released code; black without a mean."""
     return tuple(int(mean * 255) for mean in np.broadcast_to(0 if image_mean is None else image_mean, 3))
 
 

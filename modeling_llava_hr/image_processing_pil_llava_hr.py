@@ -33,7 +33,7 @@ from .image_processing_llava_hr import (
 
 class LlavaHrImageProcessorPil(LlavaHrImageProcessorMixin, PilBackend):
     r"""
-    Makes the two views with PIL, for 8-bit images without transparency bit for bit as the released code does. See
+    Makes the two views with PIL; for 8-bit images without transparency they equal the released code's bit for bit. See
     [`LlavaHrImageProcessor`] for arguments and results.
     """
 
@@ -46,7 +46,7 @@ class LlavaHrImageProcessorPil(LlavaHrImageProcessorMixin, PilBackend):
         input_data_format: str | None = None,
         **kwargs: Any,
     ) -> Image.Image:
-        """An image in memory (PIL, 3-D array or tensor) as 8-bit RGB; ValueError if it cannot be one."""
+        """Converts an image in memory to 8-bit RGB. Raises ValueError if that is impossible."""
         if isinstance(image, Image.Image):
             return pil_to_rgb(image, do_convert_rgb)
         array = array_to_rgb(image, do_convert_rgb, input_data_format)
@@ -93,8 +93,8 @@ class LlavaHrImageProcessorPil(LlavaHrImageProcessorMixin, PilBackend):
             height, width = shortest_edge_size(image.height, image.width, side)
             left, top = (width - side) // 2, (height - side) // 2
             return image.resize((width, height), resample).crop((left, top, left + side, top + side))
-        # PIL resizes rows first, then columns, with 8-bit values between. So the first pass can be made by itself,
-        # before rows of padding are there, and a few rows at a time: the same bits without a square in memory.
+        # PIL resizes rows first, then columns, with 8-bit values between. So the first pass can run by itself, before
+        # rows of padding are added, and on a few rows at a time: the same bits without a square in memory.
         longest = max(image.size)
         if image.width > image.height:
             rows = Image.new("RGB", (side, longest), color)

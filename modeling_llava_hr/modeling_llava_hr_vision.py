@@ -235,7 +235,7 @@ class LlavaHrVisionEmbeddings(nn.Module):
         """`(images, 3, L, L)` -> `(images, g * g, d)` with g = L / patch size."""
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # (images, d, g, g)
         grid = patches.shape[-1]
-        # the module is called, not its weight read: offloaded weights are there during a call only
+        # call the module rather than read its weight: offloaded weights exist only during a call
         positions = self.position_embedding(torch.arange(self.num_positions, device=patches.device))
         if grid * grid != self.num_positions:
             side = math.isqrt(self.num_positions)
@@ -253,7 +253,7 @@ class LlavaHrPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules: list[str] | set[str] = []  # each submodule sets its own: FSDP wants all to exist
+    _no_split_modules: list[str] | set[str] = []  # each submodel sets its own; FSDP requires all of them to exist
     _skip_keys_device_placement = [CACHE_NAME]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -275,11 +275,11 @@ class LlavaHrPreTrainedModel(PreTrainedModel):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether a quantizer of transformers, which sets this first, made layers of this model its own."""
+        """Whether a quantizer of transformers, which sets this first, replaces layers of this model."""
         return self._is_quantized
 
-    # All quantizers leave `_keep_in_fp32_modules` alone. The vision side is small beside the language model, and its
-    # gates and convolutions lose most. Only a quantized model lists it, as the list has another effect on float16.
+    # No quantizer replaces `_keep_in_fp32_modules`. The vision side is small beside the language model, and its gates
+    # and convolutions lose most. Only quantized models list it, because in float16 models the list means float32.
     @is_quantized.setter
     def is_quantized(self, is_quantized: bool) -> None:
         self._is_quantized = is_quantized
@@ -288,14 +288,14 @@ class LlavaHrPreTrainedModel(PreTrainedModel):
         for name in ("vision_tower", "multi_modal_projector"):  # patterns are anchored at the start
             self._keep_in_fp32_modules |= {name, f"model.{name}"}
 
-    # No hook of transformers can stop a save, and files of repacked weights would be wrong silently
+    # transformers has no hook that can stop a save, and files of repacked weights would be silently wrong
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """
         Like [`PreTrainedModel.save_pretrained`].
 
         Raises:
             ValueError: If this is a 4-bit model that already ran on a CPU: bitsandbytes has then repacked its weights
-                with a loss, and the file would not be the model.
+                with a loss, and the file would be another model.
         """
         states = [getattr(getattr(module, "weight", None), "quant_state", None) for module in self.modules()]
         saves_adapter_alone = self._hf_peft_config_loaded
@@ -313,7 +313,7 @@ class LlavaHrHighResVisionModel(TimmWrapperModel):
     (section 4.2; CLIP-ConvNeXt in the released models).
     """
 
-    # A CNN has no attention, so any choice that the user makes for the other parts is fine
+    # A CNN has no attention, so it accepts any implementation that the user chooses for the other parts
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -333,7 +333,7 @@ class LlavaHrHighResVisionModel(TimmWrapperModel):
         self.num_channels = self.timm_model.num_features
         self.stride = self.timm_model.feature_info[-1]["reduction"]
         is_convnext = any(isinstance(module, ConvNeXtBlock) for module in self.modules())
-        # the blocks of other CNNs go by many names: such a tower stays on one device as a whole
+        # the block classes of other CNNs vary, so such a tower is never split across devices
         self._no_split_modules = {(ConvNeXtBlock if is_convnext else type(self)).__name__}
 
     @property
@@ -348,7 +348,7 @@ class LlavaHrHighResVisionModel(TimmWrapperModel):
             self.timm_model.set_grad_checkpointing(enable)
 
     def train(self, mode: bool = True) -> "LlavaHrHighResVisionModel":
-        """Batch norms (of a ResNet) keep their statistics, which small batches and blank images would spoil."""
+        """Keeps a ResNet's batch norms in eval mode: small batches and blank images would spoil their statistics."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -359,7 +359,7 @@ class LlavaHrHighResVisionModel(TimmWrapperModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(getattr(module, "gamma", None), nn.Parameter):
-            # layer scale: 1 rather than timm's 1e-6, with which a CNN does not learn to read from nothing
+            # layer scale: 1 rather than timm's 1e-6, with which a CNN does not learn to read from scratch
             init.ones_(module.gamma)
 
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> TimmWrapperModelOutput:
@@ -371,12 +371,12 @@ class LlavaHrVisionModel(LlavaHrPreTrainedModel):
     """
     The two pathways, the MR-Adapters between the ViT's stages and the fusion after them (sections 4.1 to 4.3). All
     layers of the ViT run; there is no class token and no post-layernorm (released code). Loads from its own folder or
-    from that of a whole LLaVA-HR.
+    from that of a complete LLaVA-HR.
     """
 
     config: LlavaHrVisionConfig
     config_class = LlavaHrVisionConfig
-    base_model_prefix = "model.vision_tower"  # of a whole LLaVA-HR's weights
+    base_model_prefix = "model.vision_tower"  # in the weights of a complete LLaVA-HR
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _auto_class = "AutoModel"
@@ -422,7 +422,7 @@ class LlavaHrVisionModel(LlavaHrPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(images, 3, H, H)`):
                 Images as the high-resolution pathway sees them.
             low_res_pixel_values (`torch.Tensor` of shape `(images, 3, L, L)`, *optional*):
-                Low-resolution views, if not the ones that the model makes itself, see [`get_low_res_size`].
+                Low-resolution views, if not the ones that the model computes itself, see [`get_low_res_size`].
 
         Returns:
             [`LlavaHrVisionModelOutput`]

@@ -49,10 +49,10 @@ class LlavaHrProcessor(ProcessorMixin):
         chat_template (`str`, *optional*):
             Jinja template of the conversation; the prompt form of the released models ("vicuna_v1") by default.
         image_token (`str`, *optional*, defaults to `"<image>"`):
-            Stands for one image in the text, and for each of its features in the expanded prompt.
+            Marks an image in the text, and each of its features in the expanded prompt.
 
     Raises:
-        ValueError: If the tokenizer does not know `image_token`.
+        ValueError: If the tokenizer does not have `image_token`.
 
     Example:
 
@@ -107,7 +107,7 @@ class LlavaHrProcessor(ProcessorMixin):
             `unpad` also `image_sizes` `(images, 2)`.
 
         Raises:
-            ValueError: If images and tags differ in number, an image cannot be used, or truncation would cut one.
+            ValueError: If images and tags differ in number, an image cannot be used, or truncation cuts image tokens.
         """
         first = text if isinstance(text, str) or not text else text[0]
         has_start = isinstance(first, str) and first.startswith(self.tokenizer.bos_token or "\0")
@@ -124,12 +124,12 @@ class LlavaHrProcessor(ProcessorMixin):
         self, conversation: list[dict] | list[list[dict]], chat_template: str | None = None, **kwargs: Any
     ) -> str | list[str] | BatchFeature:
         """
-        Like [`ProcessorMixin.apply_chat_template`]. An image is a part of its own: an image token in a part of text,
-        an answer or the system text is text, and gets a space inside. Keys with the value `None`, as Arrow adds them
-        to parts, are ignored.
+        Like [`ProcessorMixin.apply_chat_template`]. Each image is a part of its own: an image token inside a text
+        part, an answer or the system message is plain text, and gets a space inside. Keys with the value `None`, which
+        Arrow adds to parts, are ignored.
 
         Raises:
-            ValueError: If a conversation does not have the form of messages, or not the one that the template knows;
+            ValueError: If a conversation is not a list of messages, or has a form that the template does not support;
                 the message says where.
         """
         is_batched = isinstance(conversation, (list, tuple)) and isinstance(
@@ -150,7 +150,7 @@ class LlavaHrProcessor(ProcessorMixin):
     ) -> list[str]:
         """Like [`ProcessorMixin.save_pretrained`], but leaves the processor as it was."""
         files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        # saving notes in these objects where their code lies; that belongs into the files alone
+        # saving records in these objects where their code is, which belongs in the files only
         for part in (self, self.image_processor):
             part.__dict__.pop("auto_map", None)
         return files
@@ -169,7 +169,7 @@ class LlavaHrProcessor(ProcessorMixin):
         for index, sample in enumerate(samples):
             if not is_unicode(sample):
                 raise ValueError(
-                    f"Sample {index} of `text` has an unpaired surrogate, as cutting a text between two bytes leaves. "
+                    f"Sample {index} of `text` has an unpaired surrogate, such as half of a cut character. "
                     'Remove it: text.encode(errors="replace").decode().'
                 )
         is_nested = isinstance(images, (list, tuple)) and all(isinstance(sample, (list, tuple)) for sample in images)
@@ -184,7 +184,7 @@ class LlavaHrProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """What the processor returns by default: without the view that the model makes itself."""
+        """Names of the outputs by default, which omit the view that the model computes itself."""
         omitted = {"low_res_pixel_values", *(() if self.image_processor.unpad else ("image_sizes",))}
         return [name for name in super().model_input_names if name not in omitted]
 
@@ -207,7 +207,7 @@ class LlavaHrProcessor(ProcessorMixin):
         self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
         """
-        Number of image tokens of images that are not available yet; vLLM plans its memory with it.
+        Number of image tokens of images that are not available yet, from which vLLM plans its memory.
 
         Args:
             image_sizes (`list[tuple[int, int]]`, *optional*): Heights and widths of the images in pixels. Without

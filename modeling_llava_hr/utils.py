@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands of this project share. The files that travel with a saved model do not import it."""
+"""Helpers of the commands. The files that are saved with a model do not import it."""
 
 import os
 import re
@@ -29,7 +29,7 @@ def run_command(main: Callable[..., Any], *args: Any, **kwargs: Any) -> NoReturn
 
     Args:
         main (`Callable`): The command. Its `ValueError`, `OSError`, `ImportError` and `torch.OutOfMemoryError` are
-            the user's to fix; of others the traceback is shown.
+            the user's to fix; others show their traceback.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -76,8 +76,8 @@ def check_new_folder(output: str | os.PathLike, option: str = "--output") -> Non
 @contextmanager
 def new_folder(output: str | os.PathLike, option: str = "--output") -> Iterator[Path]:
     """
-    Writes a folder atomically: yields a hidden folder beside it, which is renamed once everything is on disk. What an
-    interrupted run left there is removed.
+    Writes a folder atomically: yields a hidden folder beside it, which is renamed once everything is on disk. Removes
+    the hidden folder of an interrupted run.
 
     Args:
         output (`str` or `os.PathLike`): The folder; it must not exist, or be empty.
@@ -112,7 +112,7 @@ def new_folder(output: str | os.PathLike, option: str = "--output") -> Iterator[
 def new_file(output: str | os.PathLike) -> Iterator[Path]:
     """
     Writes or replaces a file atomically: yields the path of a hidden file beside it, which is renamed once it is on
-    disk. Its folder is made if needed.
+    disk. Creates its parent folder if needed.
 
     Args:
         output (`str` or `os.PathLike`): The file.
@@ -125,7 +125,7 @@ def new_file(output: str | os.PathLike) -> Iterator[Path]:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
-        mode = partial.stat().st_mode  # the umask's, which safetensors does not follow
+        mode = partial.stat().st_mode  # follows the umask, unlike safetensors
         yield partial
         partial.chmod(mode)
         _sync(partial)

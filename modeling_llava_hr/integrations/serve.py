@@ -2,9 +2,9 @@
 """
 The OpenAI-compatible server of transformers with LLaVA-HR: `python -m modeling_llava_hr.integrations.serve MODEL`.
 
-`transformers serve` does not know LLaVA-HR, answers a bad request with `500 Internal Server Error`, and lets clients
-read this machine's files, load other models and generate without limit. Its handlers run here in an app that has what
-clients must not be able to bypass.
+`transformers serve` does not support LLaVA-HR, answers bad requests with `500 Internal Server Error`, and lets clients
+read this machine's files, load other models and generate without limit. Here its handlers run in an app that enforces
+limits.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ MAX_CONNECTIONS = 64
 
 
 class Generation(GenerateManager):
-    """transformers' generation in a thread, of prompts that the model can answer, and only while the client waits."""
+    """transformers' generation in a thread, which rejects bad prompts and stops when the client leaves."""
 
     def generate_streaming(
         self, model: PreTrainedModel, processor: Any, inputs: dict, gen_config: GenerationConfig, **options: Any
@@ -71,7 +71,7 @@ class Generation(GenerateManager):
 
 
 def check_prompt(model: LlavaHrForConditionalGeneration, inputs: dict, gen_config: GenerationConfig) -> None:
-    """Raises ValueError for what generation would reject as well, but inside a stream after status 200."""
+    """Raises ValueError for what generation would reject too late: inside a stream, after status 200."""
     model.check_prompt_length(inputs["input_ids"].shape[-1])
     vocab_size = model.config.get_text_config().vocab_size
     if unknown := [token for (token,) in gen_config.sequence_bias or () if not 0 <= token < vocab_size]:
@@ -100,13 +100,13 @@ def build_app(
     """
     app = FastAPI(openapi_url=None)
     app.add_middleware(Limits)
-    if is_loopback(host):  # a page of another site, open in a browser here, names its own host
+    if is_loopback(host):  # against other sites' pages in a browser here, whose requests name their own host
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
     generation, turn = Generation(), asyncio.Lock()
     generation_state.get_manager = lambda *_, **__: generation
 
     async def take_turn(request: Request) -> AsyncIterator[None]:
-        """One request at a time until its answer is sent: neither memory nor random numbers are shared."""
+        """Handles one request at a time until its answer is sent: requests share neither memory nor random numbers."""
         async with turn:
             if await request.is_disconnected():
                 raise HTTPException(499, "The client left.")
@@ -156,7 +156,7 @@ def build_app(
         kind = "invalid_request_error" if status < 500 else "server_error"
         return JSONResponse({"error": {"message": message[:1000], "type": kind, "param": None, "code": None}}, status)
 
-    # What processor, chat template and generation raise about their arguments is the client's to fix
+    # Errors of the processor, the chat template and generation about their arguments are the client's to fix
     for kind in (StarletteHTTPException, RequestValidationError, TemplateError, ValueError, torch.OutOfMemoryError):
         app.add_exception_handler(kind, explain)
     return app
@@ -167,7 +167,7 @@ class LlavaHrServe(Serve):
 
     def start_server(self) -> None:  # called for `non_blocking`
         self.server.config.limit_concurrency = MAX_CONNECTIONS
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn answers what it has, then raises it again
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn finishes open requests, then raises it again
         self.server.run()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a request to the server may be: its size and duration, its fields, and images as data URLs only."""
+"""Limits of requests to the server: size and duration, fields, and images as data URLs only."""
 
 import base64
 import io
@@ -18,7 +18,7 @@ MAX_IMAGES = 16
 MAX_PIXELS = 100 * 10**6  # of all images of a request
 # Formats that Pillow decodes itself, whatever name or type was given. (For EPS it starts another program.)
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-# Fields that transformers ignores, where ignoring them is right: with any value, or with this one alone
+# Fields that transformers ignores, and that are allowed: with any value, or with this value only
 IGNORED = {"metadata", "parallel_tool_calls", "service_tier", "store", "stream_options", "user"}
 WITHOUT_EFFECT = {
     **{"n": 1, "best_of": 1, "logprobs": False, "top_logprobs": 0, "presence_penalty": 0, "echo": False, "tools": []},
@@ -28,9 +28,9 @@ WITHOUT_EFFECT = {
 
 
 def count_pixels(url: str) -> int:
-    """Pixels of the image in a data URL, of which none is decoded: clients read neither disk nor network here."""
+    """Pixels of the image in a data URL, without decoding it. Refuses paths and addresses."""
     header, _, content = url.partition(",")
-    if not header.startswith("data:image/") or "," in content:  # readers differ in what follows a second comma
+    if not header.startswith("data:image/") or "," in content:  # parsers disagree about a second comma
         raise ValueError("An image must be a data URL (data:image/png;base64,...), not an address or a path.")
     try:
         with Image.open(io.BytesIO(base64.b64decode(content)), formats=IMAGE_FORMATS) as image:
@@ -76,7 +76,7 @@ class Message(Fields):
 
 
 class Options(BaseModel):
-    """Options of generation, within what neither takes the server down nor keeps it busy for nothing."""
+    """Options of generation, within bounds that keep the server responsive."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -162,7 +162,7 @@ class Limits:
                     return message
                 if is_complete:  # clients look at the answer only after they have sent everything
                     raise HTTPException(413, f"The request exceeds {MAX_BODY_BYTES} bytes. Send smaller images.")
-            return await receive()  # from here on only the disconnect arrives
+            return await receive()  # after this only the disconnect arrives
 
         async def send_within_limits(message: dict) -> None:
             with anyio.fail_after(MAX_SECONDS):
