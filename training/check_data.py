@@ -48,7 +48,7 @@ def check_data(options: CheckOptions) -> int:
     columns = table.select_columns(["file", "row", "id"])
     for index, problems in broken.items():
         tqdm.write(describe(columns[index], problems, options.data_path))
-        # what is quoted or counted differs between rows with the same kind of problem
+        # names and numbers differ between rows with the same kind of problem
         kinds.update({re.sub(r"'[^']*'|\d+", "…", problem.split(":")[0]) for problem in problems})
     print(f"{options.data_path}: {len(table)} rows, {len(broken)} broken")
     for kind, count in kinds.most_common():
@@ -57,7 +57,7 @@ def check_data(options: CheckOptions) -> int:
 
 
 def main() -> int:
-    """The exit status is 1 if a row is broken."""
+    """Checks the data; returns the exit status, 1 if a row is broken."""
     arguments = sys.argv[1:]
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--data_path", *arguments]

@@ -21,7 +21,7 @@ from modeling_llava_hr.image_inputs_llava_hr import get_upright_size
 from .rows import check_image, get_image
 
 
-# More tokens than a template puts around a message
+# Upper bound of the tokens that a template adds per message
 TOKENS_PER_MESSAGE = 16
 BATCH_SIZE = 1000
 
@@ -31,13 +31,13 @@ def find_broken_rows(
 ) -> dict[int, list[str]]:
     """
     Indices of the rows that cannot be trained on, and what is wrong with them. `table` and `source` are those of
-    [`~training.data.load_table`]; with `decode` every image is decoded, rather than header and end of its file read.
+    [`~training.data.load_table`]; with `decode` every image is decoded, instead of checking its header and end.
     """
     columns = table.with_format("arrow")[:]
     broken = {int(i): columns["problems"][i].as_py() for i in np.flatnonzero(_count(columns, "problems"))}
     images = columns["images"].combine_chunks()
     rows, (paths, keys) = pc.list_parent_indices(images).to_numpy(), images.flatten().flatten()
-    items: list[str | int] = pc.drop_null(pc.unique(paths)).to_pylist()  # a file once, however many rows name it
+    items: list[str | int] = pc.drop_null(pc.unique(paths)).to_pylist()  # each file once
     if decode and source is not None:  # otherwise embedded images were checked when they were converted
         items += np.flatnonzero(keys.is_valid()).tolist()
 
@@ -61,7 +61,7 @@ def find_broken_rows(
 
 
 def _count(columns: pa.Table, name: str) -> np.ndarray:
-    """How many items each row has in a column of lists."""
+    """Length of each row's list in a column of lists."""
     return pc.list_value_length(columns[name]).to_numpy()
 
 
@@ -81,14 +81,14 @@ class LengthLimit:
         return self.processor.image_processor.unpad
 
     def count(self, chats: list[list[dict]], image_tokens: list[int]) -> list[int]:
-        """Number of tokens of each chat, of which its images make `image_tokens`."""
+        """Number of tokens of each chat, `image_tokens` of them those of its images."""
         texts = self.processor.apply_chat_template(chats)
         ids = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
         tags = [row.count(self.processor.image_token_id) for row in ids]
         return [len(row) - tag + tokens for row, tag, tokens in zip(ids, tags, image_tokens, strict=True)]
 
     def count_image_tokens(self, rows: Iterable[dict], source: Dataset | None) -> list[int]:
-        """Image tokens of each row. For `unpad`, images are opened, but not decoded; a broken one has none."""
+        """Number of image tokens of each row. For `unpad`, images are opened, not decoded; broken ones count as 0."""
 
         def count(row: dict) -> int:
             if not self.unpads:
@@ -104,7 +104,7 @@ class LengthLimit:
             return pool.map(count, rows)
 
     def find_long_rows(self, table: Dataset, source: Dataset | None = None) -> Iterator[tuple[int, str]]:
-        """Indices of rows that are too long, and what to say. A token is at least a byte, so only long rows count."""
+        """Indices and problems of rows that are too long. A token is at least one byte, so short rows are skipped."""
         columns = table.with_format("arrow")[:]
         num_messages = _count(columns, "messages")
         bound = columns["num_bytes"].to_numpy() + _count(columns, "images") * (self.per_image + 2)
@@ -124,6 +124,6 @@ class LengthLimit:
 
 
 def describe(row: dict, problems: list[str], data_path: str) -> str:
-    """One line about a broken row, with its file if that is not `data_path`."""
+    """Describes a broken row in one line, with its file unless that is `data_path`."""
     file = "" if os.path.abspath(row["file"]) == os.path.abspath(data_path) else f"{row['file']}, "
     return f"{file}row {row['row']} (id {row['id']!r}): {'; '.join(problems)}"

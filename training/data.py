@@ -34,7 +34,7 @@ BUILDERS = {".csv": "csv", ".parquet": "parquet", ".tar": "webdataset"}
 ROW_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 MIXTURE_SUFFIXES = (".yaml", ".yml")
 MAX_MESSAGES = 20
-# Bytes of JSON that a process converts at least
+# Minimum bytes of JSON per process
 PART_SIZE = 2**26
 BATCH_SIZE = 1000
 
@@ -62,12 +62,12 @@ class DataConfig:
     # a file (`.json`, `.jsonl`, both also `.gz`, `.parquet`, `.csv`, `.tar`, `.yaml`), a pattern of such files, a
     # folder written by `save_to_disk`, or whatever `datasets.load_dataset` accepts
     data_path: str
-    # that relative image names start from; else the file's, the folder itself, or the working directory
+    # folder of relative image names; by default the data file's, the data folder itself, or the working directory
     image_folder: str | None = None
-    name: str | None = None  # these three as in `datasets.load_dataset`
+    name: str | None = None  # `name`, `split` and `revision` as in `datasets.load_dataset`
     split: str | None = None
     revision: str | None = None
-    streaming: bool = False  # `datasets` reads on demand
+    streaming: bool = False  # whether `datasets` reads on demand
     plain: bool = False  # rows must be one image, one question and one answer (stage 1)
     skip_broken: bool = False  # leave broken rows out rather than refuse the data
     report: Path | None = None  # JSON Lines file that lists the rows that were left out
@@ -102,12 +102,12 @@ class RowsBuilder(datasets.ArrowBasedBuilder):
         return datasets.DatasetInfo(features=FEATURES)
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        # one process for each; they read the whole file, and convert a part of it
+        # one process per part; each reads the whole file and converts its part
         return [datasets.SplitGenerator(datasets.Split.TRAIN, gen_kwargs={"parts": list(range(self.num_parts))})]
 
     @property
     def num_parts(self) -> int:
-        """In how many parts a file is converted at the same time."""
+        """Number of parts of a file that are converted in parallel."""
         if not self.config.data_path.endswith((".json", ".jsonl")):
             return 1
         return max(1, min(os.cpu_count() or 1, os.path.getsize(self.config.data_path) // PART_SIZE))
@@ -123,7 +123,7 @@ class RowsBuilder(datasets.ArrowBasedBuilder):
             numbered = ((i, row) for i, (row, at) in found if min(int(at / size), num_parts - 1) in parts)
         converted = (convert(row, index, config) for index, row in numbered)
         batches = iter(lambda: list(itertools.islice(converted, BATCH_SIZE)), [])
-        gc.disable()  # it would walk millions of dicts that reference counting frees: half of the time
+        gc.disable()  # it would take half of the time, for dicts that reference counting frees
         try:
             for number, batch in enumerate(batches):
                 yield datasets.builder.Key(parts[0], number), pa.Table.from_pylist(batch, FEATURES.arrow_schema)
@@ -132,15 +132,15 @@ class RowsBuilder(datasets.ArrowBasedBuilder):
 
 
 def convert(row: Any, index: int, config: DataConfig | RowsConfig) -> dict[str, Any]:
-    """A row as the table has it."""
+    """Converts a row to a row of the table."""
     chat = convert_row(row, config.folder, config.plain)
     return {**chat, "file": config.data_path, "row": index, "id": chat["id"] or str(index)}
 
 
 def find_source(config: DataConfig) -> Dataset | IterableDataset | None:
     """
-    What `datasets` reads itself; `None` for JSON, of which `datasets` would hold whole arrays in memory and whose rows
-    may differ in their fields.
+    Opens data that `datasets` reads; `None` for JSON, which [`read_table`] reads because `datasets` would hold whole
+    arrays in memory and needs the same fields in all rows.
     """
     path, suffix = config.data_path, Path(config.data_path.removesuffix(".gz")).suffix
     is_known = path.endswith(ROW_SUFFIXES + MIXTURE_SUFFIXES) or suffix in BUILDERS
@@ -169,7 +169,7 @@ def find_source(config: DataConfig) -> Dataset | IterableDataset | None:
 
 
 def read_table(config: DataConfig, source: Dataset | None) -> Dataset:
-    """Converts all rows, of one JSON file or of `source`, once: a memory-mapped table in the cache of `datasets`."""
+    """Converts all rows of one JSON file or of `source` to a memory-mapped table in the cache of `datasets`."""
     files = [__file__, rows.__file__, *([config.data_path] if source is None else [])]
     states = tuple((state.st_size, state.st_mtime_ns) for state in map(os.stat, files))
     path = os.path.abspath(config.data_path) if os.path.exists(config.data_path) else config.data_path
@@ -179,7 +179,7 @@ def read_table(config: DataConfig, source: Dataset | None) -> Dataset:
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, (OSError, ValueError)):
             raise error.__cause__ from None
-        if source is None:  # another process met it and its cause stayed there: a file that is not JSON fails again
+        if source is None:  # a worker process does not pass on the cause: read again, and fail again if it is not JSON
             for _ in read_rows(path):
                 pass
         raise
@@ -232,7 +232,7 @@ def sample_rows(num_rows: int, strategy: str) -> list[int] | range:
 
 
 def load_table(config: DataConfig) -> tuple[Dataset, Dataset | None]:
-    """The converted rows, and the dataset that they come from if it is not JSON."""
+    """The converted rows, and the dataset that they come from unless that is JSON."""
     source = find_source(config)
     if source is not None:
         return read_table(config, source), source
@@ -244,7 +244,7 @@ def load_table(config: DataConfig) -> tuple[Dataset, Dataset | None]:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes or replaces a text file atomically, and makes its folder."""
+    """Writes or replaces a text file atomically, and creates its folder."""
     with new_file(file) as partial_file:
         partial_file.write_text(text, encoding="utf-8")
 
@@ -290,11 +290,11 @@ def leave_out_broken_rows(
 def read_images(row: dict, source: Dataset | dict | None) -> list[Image.Image]:
     """
     The decoded images of a row of the table; embedded ones are in the dataset `source`, or in the row `source` itself.
-    A `ValueError` names row and file of one that cannot be decoded.
+    A `ValueError` names row and file of an image that cannot be decoded.
     """
     images = []
     for image in row["images"]:
-        path = image["path"]  # a path, and never an address
+        path = image["path"]  # never a URL
         content = Path(path) if path else get_image(source, row["row"], image["keys"])
         try:
             images.append(IMAGE_READER.process_image(IMAGE_READER.fetch_images(content), do_convert_rgb=True))
@@ -314,7 +314,7 @@ def to_messages(messages: list[dict]) -> list[dict]:
 
 
 def to_sample(row: dict, images: list[Image.Image]) -> dict[str, Any]:
-    """A row of the table as TRL's collator takes it; of its answers the last `num_answers` are learned."""
+    """Converts a row of the table to a sample for TRL's collator; its last `num_answers` answers are learned."""
     return {"messages": to_messages(row["messages"]), "images": images, "num_answers": row["num_answers"]}
 
 
@@ -341,7 +341,7 @@ def read_samples(
 
 
 def find_replacement(row: dict, table: Dataset, source: Dataset | None) -> tuple[dict, list[Image.Image]]:
-    """The next row of the table with images that can be decoded, and these."""
+    """The next row of the table whose images can be decoded, and these images."""
     place = row["file"], row["row"]  # its index differs where rows were left out, or several files are read
     index = list(zip(table["file"], table["row"], strict=True)).index(place)
     for step in range(1, len(table) + 1):
@@ -359,7 +359,7 @@ def record(row: dict, problems: list[str], config: DataConfig, **more: Any) -> N
     entry = {**{name: row[name] for name in ("file", "row", "id")}, "problems": problems, **more}
     if config.report is not None and entry not in read_report(config.report):
         config.report.parent.mkdir(parents=True, exist_ok=True)
-        with config.report.open("a") as file:  # one short line: worker processes do not mix theirs
+        with config.report.open("a") as file:  # short lines of several worker processes do not mix
             file.write(json.dumps(entry) + "\n")
 
 
@@ -367,9 +367,9 @@ def stream_samples(
     source: IterableDataset, config: DataConfig, limit: LengthLimit | None, batch_size: int
 ) -> Iterator[dict]:
     """
-    The samples of a stream in another order: `batch_size` with images or `batch_size` without at a time, so that no
-    batch mixes them. At the end, each of the two kinds is filled up with some of its last samples again. A
-    `ValueError` names a broken row, which with `skip_broken` is left out.
+    Reorders the samples of a stream: always `batch_size` with images or `batch_size` without, so that no batch mixes
+    them. At the end, the last samples of each kind are repeated to fill a batch. A broken row raises a `ValueError`
+    that names it, or is left out with `skip_broken`.
     """
     waiting: dict[bool, list[dict]] = {True: [], False: []}
     for index, source_row in enumerate(source.decode(False) if source.features else source):
@@ -401,12 +401,12 @@ def stream_samples(
 
 def load_data(config: DataConfig, limit: LengthLimit | None = None, batch_size: int = 1) -> Dataset | IterableDataset:
     """
-    Loads training data as chats with images that are decoded when their turn comes.
+    Loads training data as chats whose images are decoded on access.
 
     Args:
         config ([`DataConfig`]): Where rows come from and how they are checked.
         limit ([`LengthLimit`], *optional*): Largest number of tokens.
-        batch_size (`int`, *optional*, defaults to 1): Samples of one kind in a row; for streaming.
+        batch_size (`int`, *optional*, defaults to 1): Consecutive samples of one kind; for streaming.
 
     Returns:
         `Dataset`, or `IterableDataset` if `datasets` reads on demand, of `messages`, `images` and `num_answers`.
@@ -427,8 +427,8 @@ def load_data(config: DataConfig, limit: LengthLimit | None = None, batch_size: 
 
 def get_lengths(dataset: Dataset) -> tuple[list[int], list[bool]]:
     """
-    What samples of [`load_data`] are grouped by: the bytes of their text (with `unpad` also the tokens of their
-    images, of four bytes each), and whether they have an image.
+    For grouping samples of [`load_data`]: the bytes of their text (with `unpad` also four bytes for each token of
+    their images), and whether they have an image.
     """
     columns = dataset.with_format("arrow")[:]
     lengths = columns["num_bytes"].to_pylist()

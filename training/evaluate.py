@@ -6,7 +6,7 @@ Answers every question of a dataset and scores the answers, or compares two such
     python -m training.evaluate --compare results/a results/b --output results/a-b
 
 The model may be any image-text-to-text model of transformers, the data anything that training.train takes. The same
-command started again resumes. `OUTPUT` gets `answers.jsonl`, `results.json` and `report.html`.
+command resumes after an interruption. It writes `answers.jsonl`, `results.json` and `report.html` to `OUTPUT`.
 """
 
 import base64
@@ -83,7 +83,7 @@ class EvaluateOptions:
 
 
 def list_questions(table: Dataset) -> list[tuple[int, int]]:
-    """Row and turn of every answer that training would learn, questions without images first."""
+    """Row and turn of every answer that training would learn, sorted by the number of images before it."""
     questions = []
     for index, row in enumerate(table.select_columns(["messages", "num_answers"])):
         answers = [turn for turn, message in enumerate(row["messages"]) if message["role"] == "assistant"]
@@ -114,13 +114,13 @@ def answer_questions(
     prepare: Callable[[BatchFeature], dict] = dict,
 ) -> Iterator[dict]:
     """
-    Answers questions greedily, after the turns before them as they are in the data.
+    Answers questions greedily, with the preceding turns as they are in the data.
 
     Args:
         model, processor: Any image-text-to-text model.
         table, source, questions: See [`~training.data.load_table`] and [`list_questions`].
         batch_size, max_new_tokens, processor_kwargs: See [`EvaluateOptions`].
-        prepare (`Callable`, *optional*): Makes the arguments of `generate` of the processor's output.
+        prepare (`Callable`, *optional*): Converts the processor's output to the arguments of `generate`.
 
     Yields:
         `dict`: `row`, `turn`, `id`, `type`, `question`, `expected`, `answer`.
@@ -150,7 +150,7 @@ def answer_questions(
 
 
 def parse_json(text: str) -> Any:
-    """The object or list that a text is in JSON, possibly as a code block; `None` if it is neither."""
+    """Parses a text that is a JSON object or list, possibly in a code block; `None` if it is neither."""
     fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.DOTALL)
     try:
         value = json.loads(fenced.group(1) if fenced else text)
@@ -160,7 +160,7 @@ def parse_json(text: str) -> Any:
 
 
 def parse_number(text: str) -> float | None:
-    """The number that a text is: `1,234.50`, `-3`, `12 %`, `$ 5`."""
+    """Parses a text that is a number: `1,234.50`, `-3`, `12 %`, `$ 5`; `None` if it is not."""
     match = re.fullmatch(r"[^\w.,-]*(-?\d[\d,]*\.?\d*|-?\.\d+)\s*[^\w\s]?", text.strip())
     return float(match.group(1).replace(",", "")) if match else None
 
@@ -176,14 +176,14 @@ def list_fields(value: Any, keys: tuple = ()) -> list[tuple]:
 
 def score(expected: str, answer: str) -> dict[str, Any]:
     """
-    Scores of an answer: `exact` (0 or 1, but for spaces around), `anls` (0 to 1, ANLS*, field by field for JSON),
-    `numeric` (0 or 1, within 5 %; `None` unless a number is expected), and `fields`: of JSON, how many fields are
-    right, answered and expected (else `None`).
+    Scores of an answer: `exact` (0 or 1, ignoring spaces around it), `anls` (0 to 1, ANLS*, field by field for JSON),
+    `numeric` (0 or 1, within 5 %; `None` unless a number is expected), and `fields`: the numbers of right, answered
+    and expected fields (`None` unless JSON is expected).
     """
     structure, number = parse_json(expected), parse_number(expected)
     found = parse_json(answer) if structure is not None else None
     result: dict[str, Any] = {"exact": int(answer.strip() == expected.strip()), "numeric": None, "fields": None}
-    # against text a list would be one of alternatives
+    # anls_score takes a list for alternatives if a text is expected
     truth, given = (expected, answer) if structure is None else (structure, {"": answer} if found is None else found)
     result["anls"] = anls_score(truth, given)
     if number is not None:
@@ -196,7 +196,7 @@ def score(expected: str, answer: str) -> dict[str, Any]:
 
 
 def get_ratio(record: dict, name: str) -> tuple[float, float] | None:
-    """A metric of an answer as what is right, and of how much; `None` where the question has no such metric."""
+    """A metric of an answer as numerator and denominator; `None` if it does not apply to the question."""
     if name in ("precision", "recall", "f1"):
         if record["fields"] is None:
             return None
@@ -212,7 +212,7 @@ def _divide_sums(right: Any, total: Any, axis: int = -1) -> Any:
 def summarize(records: list[dict]) -> dict[str, dict]:
     """
     Metrics of answers with scores, by name: `value`, its 95 % confidence interval `low` to `high` (Wilson's for
-    shares, the bootstrap's for others), and the number of `questions`. Those that no answer has are left out.
+    shares, the bootstrap's for others), and the number of `questions`. Omits metrics that no answer has.
     """
     result = {}
     for name in METRICS:
@@ -267,7 +267,7 @@ def compare(first: list[dict], second: list[dict]) -> dict[str, dict]:
 
 
 def read_answers(folder: Path) -> list[dict]:
-    """The answers of an evaluation with their scores; a line that a killed run left half written does not count."""
+    """The answers of an evaluation with their scores; ignores an incomplete last line of a killed run."""
     file = folder / "answers.jsonl"
     lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
     return [{**record, **score(record["expected"], record["answer"])} for record in map(json.loads, lines)]
@@ -275,8 +275,8 @@ def read_answers(folder: Path) -> list[dict]:
 
 def evaluate(options: EvaluateOptions) -> dict:
     """
-    Answers all questions that have no answer in `output` yet, and writes results and report. A `ValueError` says that
-    the data cannot be read, or that `output` has answers of another evaluation.
+    Answers all questions that have no answer in `output` yet, and writes results and report. Raises a `ValueError` if
+    the data cannot be read, or if `output` has answers of another evaluation.
     """
     output = Path(options.output)
     settings = {k: v for k, v in asdict(options).items() if k not in ("output", "compare", "batch_size", "device")}
@@ -293,7 +293,7 @@ def evaluate(options: EvaluateOptions) -> dict:
     questions = list_questions(table)[: options.max_questions]
     done = {(record["row"], record["turn"]) for record in read_answers(output)}
     if todo := [question for question in questions if question not in done]:
-        if answers.exists():  # without half a line
+        if answers.exists():  # remove an incomplete last line
             text = answers.read_text(encoding="utf-8")
             write_text(answers, text[: text.rfind("\n") + 1])
         start = find_base(str(options.model))
@@ -337,7 +337,7 @@ def run_comparison(options: EvaluateOptions) -> dict:
 
 
 def write_results(output: Path, results: dict, answers: list[tuple[dict, list[str]]]) -> None:
-    """Writes `results.json` and `report.html`; whatever models and data say is escaped."""
+    """Writes `results.json` and `report.html`, in which the text of models and data is escaped."""
     write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA results that open like any PEFT adapter folder, also where the base alone is another model."""
+"""LoRA results that open like any PEFT adapter folder, even if training changed more than their base has."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from modeling_llava_hr import LlavaHrConfig, LlavaHrProcessor
 from modeling_llava_hr.utils import new_folder
 
 
-BASE_FOLDER = "_base"  # `push_to_hub` leaves out what begins with an underscore
+BASE_FOLDER = "_base"  # `push_to_hub` omits names that begin with an underscore
 
 
 class Start(NamedTuple):
@@ -36,7 +36,7 @@ def get_modules_to_save(config: LlavaHrConfig) -> list[str]:
 
 
 def find_base(model_name_or_path: str, **kwargs: Any) -> Start:
-    """Takes a model or a LoRA result apart, also one that was moved together with its `_base`."""
+    """The base and the adapter of a model or a LoRA result, which may have been moved together with its `_base`."""
     is_model = os.path.isfile(os.path.join(model_name_or_path, "config.json"))
     if is_model or find_adapter_config_file(model_name_or_path, revision=kwargs.get("revision")) is None:
         return Start(model_name_or_path, kwargs, None)
@@ -48,7 +48,7 @@ def find_base(model_name_or_path: str, **kwargs: Any) -> Start:
 
 
 def load_adapter(model: PreTrainedModel, adapter: str, options: ModelConfig) -> PreTrainedModel | PeftModel:
-    """Puts an earlier LoRA result on `model`: merged, or with `use_peft` to train it further."""
+    """Adds an earlier LoRA result to `model`: merged, or with `use_peft` to train it further."""
     model = PeftModel.from_pretrained(model, adapter, is_trainable=options.use_peft)
     if not options.use_peft:
         return model.merge_and_unload()
@@ -81,7 +81,7 @@ def write_base(
     """
     Writes the base of a LoRA result into a new folder, atomically: links to the weights of the starting point's base,
     the MR-Adapters that were inserted into `model`, `config` (not quantized) and `processor`. So `from_pretrained`,
-    `pipeline` and PEFT find all of it in the usual way.
+    `pipeline` and PEFT load it in the usual way.
     """
     base, pattern, weights = start.base, "model*.safetensors", dict[str, str]()
     if not os.path.isdir(base):  # loading the model has downloaded it

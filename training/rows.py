@@ -21,17 +21,17 @@ from modeling_llava_hr.processing_llava_hr import IMAGE_TOKEN
 
 
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-# Where a part of a message may have its image; `url` and `base64` are transformers' and refused
+# Keys of a part that may hold its image; transformers' `url` and `base64` are refused
 IMAGE_KEYS = ("image", "path", "url", "base64", "bytes")
 TYPE_COLUMNS = ("question_type", "type", "kind", "category")
 IMAGE_PART: dict[str, str | None] = {"type": "image", "text": None}
-# What webdataset calls images, by their suffix
+# Columns of images in a webdataset, by suffix
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
-# The smallest views: only whether they can be made matters
+# Makes the smallest possible views, to test whether an image can be processed
 IMAGE_READER = LlavaHrImageProcessorPil(size=32, low_res_size=14)
-# Characters of a path, as on Linux
+# Longest path on Linux in characters
 MAX_NAME = 4096
-# How a complete file ends; in other formats, and where something follows the end, the image is decoded
+# Last bytes of complete files. Images with another end, or of another format, are decoded.
 FILE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
 BETWEEN_ROWS = re.compile(r"[\[\], \t\r\n\ufeff]*")
 
@@ -80,7 +80,7 @@ def convert_row(row: Any, folder: str = "", plain: bool = False) -> dict[str, An
     Args:
         row: The row. Chats are in `conversations` (turns with `from` and `value` or `role` and `content`),
             `messages`, or `prompt` and `completion`; images in `images` or `image` (a name, a list, `{"bytes",
-            "path"}` or an image), in the order of their `<image>` tags or parts, or inside the parts themselves.
+            "path"}` or an image), in the order of their `<image>` tags or parts, or in the parts themselves.
         folder (`str`, *optional*): Folder that relative image names start from.
         plain (`bool`, *optional*, defaults to `False`): Whether it must be one image, one question, one answer.
 
@@ -139,7 +139,7 @@ def _fill(chat: dict[str, Any], row: Any, folder: str, plain: bool) -> None:
 
 
 def _find_turns(row: dict) -> list[tuple[list, Any]]:
-    """Turns, each with the keys that lead to it."""
+    """The turns, each with the keys that lead to it."""
     if row.get("messages") is None and row.get("prompt") is not None and row.get("completion") is not None:
         columns = {"prompt": "user", "completion": "assistant"}
         values = {name: _parse(row[name]) for name in columns}
@@ -155,7 +155,7 @@ def _find_turns(row: dict) -> list[tuple[list, Any]]:
 
 
 def _parse(value: Any) -> Any:
-    """Lists of turns or names that a CSV file or a JSON column has as text."""
+    """Parses lists of turns or names that are text, as in a CSV file or a JSON column."""
     if isinstance(value, str) and value.startswith(("[{", '["')):
         try:
             return json.loads(value)
@@ -165,7 +165,7 @@ def _parse(value: Any) -> Any:
 
 
 def _find_images(value: Any, keys: list) -> Iterator[tuple[list, Any]]:
-    """Images at any depth, with the keys that lead to them."""
+    """Finds images at any depth, with the keys that lead to them."""
     if isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             yield from _find_images(item, [*keys, index])
@@ -177,7 +177,7 @@ def _find_images(value: Any, keys: list) -> Iterator[tuple[list, Any]]:
 
 
 def _add_turn(chat: dict, index: int, keys: list, turn: Any, waiting: Iterator[dict], folder: str) -> int:
-    """Adds a turn with the images of its parts, or else those `waiting`; returns how many it takes of the latter."""
+    """Adds a turn. Parts without an image of their own take one of `waiting`; returns their number."""
     turn = turn if isinstance(turn, dict) else {}
     speaker = turn.get("role") if turn.get("from") is None else turn["from"]
     content = turn.get("content") if turn.get("value") is None else turn["value"]
@@ -231,7 +231,7 @@ def _check_order(roles: list[str]) -> None:
 
 
 def _refer(keys: list, image: Any, folder: str) -> dict[str, str | None]:
-    """Path or place of an image, once it is checked: names must not lead out of the folder or to the network."""
+    """Checks an image and returns its reference. Names must not lead out of the folder or to the network."""
     name = image.get("path") if isinstance(image, dict) else image
     if isinstance(content := image.get("bytes") if isinstance(image, dict) else image, bytes):
         if problem := check_image(content):
@@ -247,7 +247,7 @@ def _refer(keys: list, image: Any, folder: str) -> dict[str, str | None]:
 
 
 def is_inside(folder: str | os.PathLike, name: str) -> bool:
-    """Whether a name stays below a folder, which other people's data must not leave. Absolute paths are allowed."""
+    """Whether a name does not lead out of a folder, as untrusted data must not. Absolute paths are allowed."""
     if "://" in name:
         return False
     if os.path.isabs(name) or ".." not in name:
@@ -266,8 +266,8 @@ def get_image(source: Dataset | dict, index: int, keys: str) -> bytes:
 
 def check_image(content: str | bytes, decode: bool = False) -> str | None:
     """
-    What is wrong with an image, if anything: a path, or the content of a file. Unless `decode` is set, only header and
-    end of the file are read where these leave no doubts.
+    What is wrong with an image (a path or the content of a file), or `None`. Unless `decode` is set, an image whose
+    header and end are as expected is not decoded.
     """
     name = repr(content) if isinstance(content, str) else "embedded in the row"
     if isinstance(content, str) and not os.path.exists(content):
@@ -291,5 +291,5 @@ def has_expected_end(content: str | bytes) -> bool:
                 return False
             file.seek(-len(end), os.SEEK_END)
             return file.read() == end
-    except Exception:  # every decoder has its own; decoding the image says what is wrong
+    except Exception:  # decoders raise many types; decoding the image tells what is wrong
         return False

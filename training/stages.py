@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two stages of training (section 5.2 of the paper and the released scripts) as descriptions, and their use."""
+"""The two stages of training (section 5.2 of the paper and the released scripts), and how they are applied."""
 
 import re
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ STAGES = {
     ),
 }
 
-# LoRA acts on the language model alone; "q_proj" by itself would match CLIP's layers as well
+# LoRA is for the language model only; "q_proj" by itself would match CLIP's layers as well
 LORA_TARGET_MODULES = r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"
 
 
@@ -59,11 +59,12 @@ def load_config(
 ) -> LlavaHrConfig:
     """
     The configuration that a stage trains with: that of the starting point, with `low_res_size` (the side of the
-    low-resolution view in pixels, if not that of the released rule) and, if the stage has MR-Adapters and the starting
-    point has none, with them at the start of the last three quarters of the ViT. `kwargs` are those of `AutoConfig`.
+    low-resolution view in pixels, by default that of the released rule). If the stage has MR-Adapters and the starting
+    point does not, they are added at the starts of the last three quarters of the ViT. `kwargs` are those of
+    `AutoConfig`.
 
     Raises:
-        ValueError: If the starting point is not a LLaVA-HR, or has adapters that the stage does not know.
+        ValueError: If the starting point is not a LLaVA-HR, or has adapters although the stage has none.
     """
     config = AutoConfig.from_pretrained(model_name_or_path, **kwargs)
     if not isinstance(config, LlavaHrConfig):
@@ -92,7 +93,7 @@ def load_processor(
 ) -> LlavaHrProcessor:
     """
     The processor of a starting point, with the prompt form and the image sides of a stage. The arguments are those of
-    [`load_config`], and `size` (the side of the image in pixels) and `unpad` if they are not the stage's.
+    [`load_config`], plus `size` (the side of the image in pixels) and `unpad`, which override the stage's.
     """
     size = size or stage.size
     processor = AutoProcessor.from_pretrained(model_name_or_path, **kwargs)
@@ -110,8 +111,8 @@ def load_processor(
 
 def freeze(model: PreTrainedModel, stage: Stage, frozen: list[str]) -> None:
     """
-    Leaves what the stage trains trainable, and freezes the rest and what `frozen` matches from the start of its name.
-    A `ValueError` says which expression matches no parameter, or that nothing is left to train.
+    Freezes all parameters that the stage does not train, and those whose names `frozen` matches from the start. Raises
+    a `ValueError` if an expression matches no parameter or nothing is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
     for pattern in frozen:
@@ -125,7 +126,7 @@ def freeze(model: PreTrainedModel, stage: Stage, frozen: list[str]) -> None:
 
 
 def save_trained_part(stage: Stage, folder: Path, file: Path) -> None:
-    """Writes the weights that a stage trained, taken from the saved model in `folder`, into one safetensors file."""
+    """Copies the weights that a stage trained from the saved model in `folder` into one safetensors file."""
     tensors = {}
     for weights in sorted(folder.glob("model*.safetensors")):
         with safe_open(weights, framework="pt") as source:

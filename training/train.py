@@ -5,8 +5,8 @@ Trains LLaVA-HR with TRL, both stages:
     python -m training.train --config training/configs/pretrain_7b.yaml --output_dir llava-hr-7b-pretrain
     python -m training.train --config training/configs/finetune_7b.yaml --model_name_or_path llava-hr-7b-pretrain
 
-The same command started again resumes from the newest complete checkpoint. Every field of `SFTConfig` and of
-`ModelConfig` is an option, in the YAML file or on the command line, which wins.
+The same command resumes from the newest complete checkpoint. Every field of `SFTConfig` and of `ModelConfig` is an
+option, in the YAML file or on the command line, which takes precedence.
 """
 
 import copy
@@ -39,10 +39,10 @@ from .trainer import (
 )
 
 
-# Which broken rows were left out of training and evaluation data
+# Lists of the broken rows that were left out of training and evaluation data
 REPORTS = ("skipped_rows.jsonl", "skipped_eval_rows.jsonl")
 
-# Parts with a learning rate of their own, by names of parameters; the towers are what else is in `vision_tower`
+# Parts with a learning rate of their own, by parameter names; the towers are the rest of `vision_tower`
 PARTS = {
     "projector": r"\.(multi_modal_projector|vision_tower\.fusion)\.",
     "adapter": r"\.vision_tower\.mr_adapters\.",
@@ -50,7 +50,7 @@ PARTS = {
     "language_model": r"\.language_model\.|(^|\.)lm_head\.",
 }
 
-# Fields of `SFTConfig` without effect here, which keep their default, by the reason
+# Fields of `SFTConfig` that must keep their default because they have no effect here, by reason
 UNSUPPORTED = {
     "chats with images cannot be packed": ("eval_packing", "packing", "packing_strategy", "padding_free"),
     "rows are converted once and images decoded in their batch": ("dataset_kwargs", "dataset_num_proc"),
@@ -129,7 +129,7 @@ class TrainingOptions:
 
 
 def make_parser() -> TrlParser:
-    """The parser, with the defaults of `SFTConfig` that do not fit images or this project replaced."""
+    """The parser, which replaces defaults of `SFTConfig` that do not fit images or this project."""
     parser = TrlParser((TrainingOptions, SFTConfig, ModelConfig))
     parser.set_defaults(
         learning_rate=None,  # the stage's
@@ -138,7 +138,7 @@ def make_parser() -> TrlParser:
         remove_unused_columns=False,  # samples are made from columns that the model does not know
         train_sampling_strategy="group_by_length",
         report_to=["tensorboard"],
-        # every batch uses every parameter, see LlavaHrDataCollator
+        # not needed: every batch uses every parameter, see LlavaHrDataCollator
         ddp_find_unused_parameters=False,
     )
     return parser
@@ -146,8 +146,8 @@ def make_parser() -> TrlParser:
 
 def find_checkpoint(options: TrainingOptions, training_args: SFTConfig, model_args: ModelConfig) -> str | None:
     """
-    The checkpoint that this run resumes from, after removing what interrupted runs left half written (with `restart`,
-    all checkpoints). A `ValueError` says that the checkpoints in `output_dir` are not of this command.
+    The checkpoint that this run resumes from, after removing incomplete ones of interrupted runs (with `restart`, all
+    checkpoints). Raises a `ValueError` if this command did not write the checkpoints in `output_dir`.
     """
     output_dir = Path(training_args.output_dir)
     run = {"stage": options.stage, "model_name_or_path": model_args.model_name_or_path, "data_path": options.data_path}
@@ -187,8 +187,8 @@ def make_trainer(
     options: TrainingOptions, training_args: SFTConfig, model_args: ModelConfig
 ) -> tuple[LlavaHrTrainer, str | None]:
     """
-    The trainer, and the checkpoint that the run resumes from if there is one. All that can go wrong with starting
-    point, stage, data and options goes wrong here, the data before the model is loaded.
+    The trainer, and the checkpoint that the run resumes from if there is one. Finds all errors in starting point,
+    stage, data and options, those in the data before it loads the model.
 
     Raises:
         ValueError: If starting point, stage, data and options do not fit each other; the message says what to do.
@@ -241,7 +241,7 @@ def make_trainer(
 def load_model(
     training_args: SFTConfig, model_args: ModelConfig, config: LlavaHrConfig, processor: LlavaHrProcessor, start: Start
 ) -> PreTrainedModel | PeftModel:
-    """Loads the starting point to train with `config`, and with LoRA prepares what the result's base will be."""
+    """Loads the starting point to train with `config`; for LoRA, writes a base for the result where needed."""
     set_seed(training_args.seed)  # inserted adapters start at random
     model = AutoModelForImageTextToText.from_pretrained(
         start.base,
@@ -266,7 +266,7 @@ def load_model(
 
 
 def check_options(options: TrainingOptions, training_args: SFTConfig, model_args: ModelConfig) -> None:
-    """Refuses options that do not go together, and those without effect, with a `ValueError` that names them."""
+    """Raises a `ValueError` for options that exclude each other, and for those without effect."""
     if model_args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is missing: the folder or Hub id of the model to start from.")
     if model_args.use_peft and STAGES[options.stage].lora_learning_rate is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What TRL's trainer does not do by itself: batches of one kind, complete checkpoints, answers at each evaluation."""
+"""What this project adds to TRL's trainer: batches of one kind, complete checkpoints, answers at each evaluation."""
 
 import itertools
 import json
@@ -32,10 +32,10 @@ from .data import get_lengths
 @dataclass
 class LlavaHrDataCollator(DataCollatorForVisionLanguageModeling):
     """
-    TRL's collator, with a masked dummy image in batches of text alone, whose tokens come after the text. So every
-    batch uses every parameter, as in the released code: where parameters are sharded all processes must run the same
-    modules, and none gets a gradient in one process and none in another. Of samples with `num_answers` only the last
-    answers remain in the labels.
+    TRL's collator, which adds a masked dummy image after the text to batches without images. So every batch uses every
+    parameter, as in the released code: where parameters are sharded, all processes must run the same modules, and a
+    parameter must have a gradient in all processes or in none. In samples with `num_answers` only the last answers
+    remain in the labels.
 
     Args:
         pixel_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of `pixel_values`. A tower that
@@ -66,7 +66,7 @@ class LlavaHrDataCollator(DataCollatorForVisionLanguageModeling):
 
 
 def keep_last_answers(labels: torch.Tensor, num_answers: int) -> None:
-    """Masks (-100) in `labels` `(sequence_length,)` all but the last `num_answers` stretches that are learned."""
+    """Masks (-100) all but the last `num_answers` unmasked spans of `labels` `(sequence_length,)`."""
     is_learned = labels != -100
     starts = is_learned & ~is_learned.roll(1)
     starts[0] = is_learned[0]
@@ -77,16 +77,16 @@ def keep_last_answers(labels: torch.Tensor, num_answers: int) -> None:
 @dataclass(eq=False)
 class ModalityLengthGroupedSampler(Sampler[int]):
     """
-    Order of samples in which each batch has images throughout, or none, and texts of similar length. Each of the two
-    kinds is filled up to whole batches with some of its samples again.
+    Orders samples so that in a batch all have images or none has, and texts have similar lengths. Some samples of each
+    kind are repeated to fill its last batch.
     """
 
     lengths: list[int]
     has_image: list[bool]
     batch_size: int  # samples of one forward pass of all processes
-    group_size: int  # samples of an optimizer step, a multiple of `batch_size`; of one kind as far as they reach
+    group_size: int  # samples of an optimizer step, a multiple of `batch_size`; of one kind if there are enough
     seed: int
-    get_epoch: Callable[[], int]  # the epoch changes the order; a resumed run finds the same one
+    get_epoch: Callable[[], int]  # the epoch determines the order, also in a resumed run
 
     def __post_init__(self) -> None:
         self.kinds = [[i for i, has in enumerate(self.has_image) if has is kind] for kind in (True, False)]
@@ -116,11 +116,11 @@ class LlavaHrTrainer(SFTTrainer):
 
     num_logged_answers = 4
     max_answer_tokens = 64
-    # by regular expression for names of parameters; of others it is `learning_rate`
+    # by regular expression for parameter names; the others have `learning_rate`
     learning_rates: dict[str, float] = {}
 
     def keep_trained_in_float32(self) -> None:
-        """Where a part is trained, that part's updates must not be lost in bfloat16. Sharded models keep one dtype."""
+        """If a part is trained, bfloat16 must not lose its updates. Fully trained or sharded models have one dtype."""
         parameters = list(self.model.parameters())
         if all(p.requires_grad for p in parameters) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return
@@ -129,7 +129,7 @@ class LlavaHrTrainer(SFTTrainer):
                 parameter.data = parameter.data.float()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Divides the groups of transformers' optimizer by `learning_rates`."""
+        """Splits the groups of transformers' optimizer by `learning_rates`."""
         optimizer = super().create_optimizer(model)
         if not self.learning_rates:
             return optimizer
@@ -163,11 +163,11 @@ class LlavaHrTrainer(SFTTrainer):
         return None
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step < self.state.max_steps:  # a run that had ended would make one more step
+        if self.state.global_step < self.state.max_steps:  # a finished run would make one more step
             super()._run_epoch(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # how the last batch was padded is not part of the tokenizer, and differs after an interruption
+        # the tokenizer would save how the last batch was padded, which differs after an interruption
         self.processing_class.tokenizer.backend_tokenizer.no_padding()
         super().save_model(output_dir, _internal_call)
 
@@ -204,7 +204,7 @@ class LlavaHrTrainer(SFTTrainer):
                 callback.tb_writer.add_text("answers", "\n\n".join(texts), self.state.global_step)
 
     def save_result(self) -> None:
-        """Saves model and processor in `output_dir` itself. What was there is replaced once all of it is written."""
+        """Saves model and processor in `output_dir` itself. Files there are replaced once all new ones are written."""
         folder = Path(self.args.output_dir, "incomplete")
         if self.is_fsdp_enabled:  # checkpoints are saved in parts
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -212,7 +212,7 @@ class LlavaHrTrainer(SFTTrainer):
             self.save_model(str(folder), _internal_call=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            # the configurations last: without them there is no model yet
+            # configurations last: a folder without them is not a model
             for file in sorted(folder.iterdir(), key=lambda file: file.name.endswith("config.json")):
                 file.replace(folder.parent / file.name)
             folder.rmdir()
@@ -221,7 +221,7 @@ class LlavaHrTrainer(SFTTrainer):
 @contextmanager
 def complete_or_absent(folder: Path) -> Iterator[None]:
     """
-    Removes a folder whose writing fails. Where the disk is the reason, an `OSError` names the folder. Its files follow
+    Removes a folder if writing it fails, with an `OSError` that names it if the disk is the reason. Its files follow
     the umask.
     """
     try:
@@ -239,8 +239,8 @@ def complete_or_absent(folder: Path) -> Iterator[None]:
 
 def find_last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """
-    The newest complete checkpoint of a run, if there is one. It is complete if `trainer_state.json`, which is written
-    late, can be read, and every `rng_state*.pth` is a valid zip.
+    The newest complete checkpoint of a run, if there is one. A checkpoint is complete if `trainer_state.json`, which
+    is written late, can be read, and every `rng_state*.pth` is a valid zip.
     """
     for folder in list_checkpoints(output_dir):
         random_states = list(folder.glob("rng_state*.pth"))
@@ -250,7 +250,7 @@ def find_last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
 
 
 def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
-    """The folders that a run saves its checkpoints in, the newest first; `checkpoint-500-best` is somebody's copy."""
+    """The checkpoint folders of a run, newest first, without copies such as `checkpoint-500-best`."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
 
