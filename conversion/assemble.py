@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Makes an untrained LLaVA-HR from its parts, the start of training stage 1:
+Assembles an untrained LLaVA-HR from its parts, the starting point of training stage 1:
 
     python -m conversion.assemble --vision_tower openai/clip-vit-large-patch14-336 \
         --high_res_tower laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup \
@@ -9,8 +9,8 @@ Makes an untrained LLaVA-HR from its parts, the start of training stage 1:
 The parts' weights are copied unchanged; projector, fusion and (with `--adapters`) MR-Adapters are new. Both views are
 normalised for CLIP, as the high-resolution tower was trained.
 
-The prompt format is ChatML if the language model's tokenizer has its markers (Qwen, SmolLM2), otherwise that of the
-released models ("vicuna_v1"). `--language_model` may also be a `.gguf` file, which is dequantized.
+The prompt format is ChatML if the language model's tokenizer has the ChatML tokens (Qwen, SmolLM2), otherwise that of
+the released models ("vicuna_v1"). `--language_model` may also be a `.gguf` file, which is dequantized.
 """
 
 import argparse
@@ -62,7 +62,7 @@ from modeling_llava_hr.processing_llava_hr import IMAGE_TOKEN, get_chat_template
 from modeling_llava_hr.utils import check_new_folder, new_folder, run_command
 
 
-# transformers' model types that have a ViT which LLaVA-HR can use
+# Model types of transformers whose ViT LLaVA-HR can use
 VISION_MODEL_TYPES = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
 CHATML_FILE = Path(__file__).with_name("chatml.jinja")
 # open_clip's complete models, timm's, and transformers' timm wrapper
@@ -80,7 +80,7 @@ def rename(tensors: StateDict, keys: Sequence[Key]) -> tuple[StateDict, dict[str
         keys (`Sequence[Key]`): The table; the first matching row counts.
 
     Returns:
-        `tuple`: The tensors by the model's names (a name that no row matches stays); those dropped, with the reason.
+        `tuple`: The tensors by the model's names (a name that no row matches is kept); those dropped, with the reason.
     """
     renamed, dropped = {}, {}
     for source, tensor in tensors.items():
@@ -103,7 +103,7 @@ def load_part(option: str, auto_class: Any, source: str | Path, **kwargs: Any) -
         return auto_class.from_pretrained(source, **kwargs)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-    except StrictDataclassError as error:  # its first line says which function found it
+    except StrictDataclassError as error:  # its first line only names the validator
         reason = str(error).strip().splitlines()[-1].strip()
     except UNREADABLE as error:
         reason = explain_unreadable(error)
@@ -112,10 +112,10 @@ def load_part(option: str, auto_class: Any, source: str | Path, **kwargs: Any) -
 
 def load_part_config(option: str, source: str, **kwargs: Any) -> PreTrainedConfig:
     """
-    The configuration of a part, looked at before anything is made of it.
+    Loads the configuration of a part and validates it before the part is loaded.
 
     Raises:
-        ValueError: If it cannot be loaded, or its sizes cannot be true.
+        ValueError: If it cannot be loaded, or a size is out of range.
     """
     config = load_part(option, AutoConfig, source, **kwargs)
     for part in filter(None, (config, *(getattr(config, name) for name in config.sub_configs))):
@@ -147,7 +147,7 @@ def load_vision_tower(source: str) -> tuple[StateDict, dict[str, str], PreTraine
     is_clip = config.model_type == "clip_vision_model"
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in info["missing_keys"]}
     state_dict, dropped = rename(tensors, CLIP_KEYS if is_clip else SIGLIP_KEYS)
-    # SigLIP's 384 pixels are no multiple of its patches of 14: the last 6 have no position
+    # SigLIP's 384 pixels are not a multiple of its patches of 14: the last 6 have no position
     config.image_size = config.image_size // config.patch_size * config.patch_size
     return state_dict, dropped, config
 
@@ -158,7 +158,7 @@ def load_high_res_tower(source: str, architecture: str | None) -> tuple[StateDic
 
     Args:
         source (`str`): Folder, weight file or Hub id.
-        architecture (`str`, *optional*): timm's name for it, if no configuration beside the weights tells.
+        architecture (`str`, *optional*): timm's name for it, if no configuration beside the weights has it.
 
     Returns:
         `tuple`: Its tensors by LLaVA-HR's names, what was dropped with reasons, and its configuration.
@@ -178,7 +178,7 @@ def load_high_res_tower(source: str, architecture: str | None) -> tuple[StateDic
         architecture = read_json(folder / "config.json").get("architecture")
     if architecture is None:
         raise ValueError(
-            f"--high_res_tower: {folder} does not tell timm's name of the architecture. Give it as "
+            f"--high_res_tower: {folder} does not tell timm's name of the architecture. Pass it as "
             f"--high_res_architecture, for example convnext_large_mlp."
         )
     tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
@@ -198,7 +198,7 @@ def load_language_model(source: str) -> tuple[StateDict, PreTrainedConfig, PreTr
         `tuple`: Its tensors by LLaVA-HR's names, its configuration, its tokenizer, the size of its own vocabulary.
 
     Raises:
-        ValueError: If it cannot be loaded, or has an output bias, for which LLaVA-HR has no place.
+        ValueError: If it cannot be loaded, or has an output bias, which LLaVA-HR does not support.
     """
     options: dict[str, Any] = {}
     path = Path(source).expanduser()
@@ -248,7 +248,7 @@ def get_prompt_format(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
         `tuple`: Name and Jinja template of the format; the token that ends an answer if it is not the tokenizer's.
 
     Raises:
-        ValueError: If there is no such file, or the tokenizer does not have the markers of ChatML.
+        ValueError: If there is no such file, or the tokenizer does not have the ChatML tokens.
     """
     start, end = (tokenizer.convert_tokens_to_ids(marker) for marker in ("<|im_start|>", "<|im_end|>"))
     has_markers = not {start, end} & {None, tokenizer.unk_token_id}
@@ -289,10 +289,10 @@ def assemble(
     seed: int = 0,
 ) -> None:
     """
-    Makes an untrained LLaVA-HR. See the command line's help for the arguments.
+    Assembles an untrained LLaVA-HR. The help of the command line describes the arguments.
 
     Raises:
-        ValueError: If the parts cannot be found or do not fit; nothing is written then.
+        ValueError: If the parts cannot be found or do not fit. Nothing is written then.
     """
     folder = Path(output).expanduser()
     check_new_folder(folder)
@@ -340,14 +340,14 @@ def assemble(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Makes an untrained LLaVA-HR, the start of training stage 1.")
+    parser = argparse.ArgumentParser(description="Assembles an untrained LLaVA-HR, the start of training stage 1.")
     parser.add_argument("--vision_tower", required=True, help="CLIP or SigLIP model: folder or Hub id")
     parser.add_argument("--high_res_tower", required=True, help="CNN: open_clip's or timm's folder, file or Hub id")
     parser.add_argument("--language_model", required=True, help="causal language model: folder, Hub id or .gguf file")
     parser.add_argument("--output", required=True, help="new folder")
-    parser.add_argument("--high_res_architecture", help="timm's name of the CNN, where its folder does not tell it")
+    parser.add_argument("--high_res_architecture", help="timm's name of the CNN, if its folder does not have it")
     parser.add_argument("--size", type=int, default=384, help="side of the image in pixels")
-    parser.add_argument("--adapters", action="store_true", help="insert MR-Adapters that change nothing at first")
+    parser.add_argument("--adapters", action="store_true", help="insert MR-Adapters, without effect until trained")
     parser.add_argument("--chat_template", help="vicuna_v1, chatml or a Jinja file; default: what fits the tokenizer")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: the widest of the parts")
     parser.add_argument("--seed", type=int, default=0, help="of the new weights")

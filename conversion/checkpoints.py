@@ -22,7 +22,7 @@ from conversion.keys import Key, look_up
 WEIGHT_FILES = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_LISTED = 12
-# What readers of weights raise
+# Exceptions that readers of weights raise
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, EOFError)
 
 
@@ -38,7 +38,7 @@ class Entry(NamedTuple):
 
 class Plan(NamedTuple):
     """
-    What a table of key names makes of a checkpoint.
+    A checkpoint after applying a table of key names.
 
     Args:
         entries (`list[Entry]`): The tensors that are used.
@@ -53,13 +53,13 @@ class Plan(NamedTuple):
 
 def find_source(source: str, option: str, weights: Sequence[str] = ()) -> Path:
     """
-    Local path of a folder, a file, or a repository of the Hub, which is downloaded as far as needed.
+    Local path of a folder, a file, or a repository of the Hub, of which only the needed files are downloaded.
 
     Args:
         source (`str`): Path or Hub id.
-        option (`str`): Command-line option that it came from, for messages.
-        weights (`Sequence[str]`): Names of weight files (or indices of shards) in order of preference; of a
-            repository the first that exists is downloaded, beside configuration and tokenizer.
+        option (`str`): Command-line option with this value, for messages.
+        weights (`Sequence[str]`): Names of weight files (or indices of shards) in order of preference; the first that
+            a repository has is downloaded, beside configuration and tokenizer.
 
     Returns:
         `Path`: An existing folder or file.
@@ -98,7 +98,7 @@ def find_weight_files(source: Path, names: Sequence[str] = WEIGHT_FILES) -> list
     The files that hold the weights of a checkpoint.
 
     Args:
-        source (`Path`): A folder, or the path of the one weight file.
+        source (`Path`): A folder, or the path of a single weight file.
         names (`Sequence[str]`): Weight files or indices of shards in order of preference.
 
     Returns:
@@ -220,7 +220,7 @@ def plan(files: Sequence[Path], keys: Sequence[Key]) -> Plan:
 
 def check_entries(entries: Sequence[Entry], expected: dict[str, torch.Size], faults: Sequence[str]) -> None:
     """
-    Compares what a checkpoint has with what the model needs.
+    Compares the tensors of a checkpoint with those that the model needs.
 
     Args:
         entries (`Sequence[Entry]`): The tensors that are used.
@@ -246,7 +246,7 @@ def find_not_finite(tensors: dict[str, torch.Tensor]) -> list[str]:
     return [
         f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
         for name, tensor in tensors.items()
-        # needs no memory, and both are NaN where any value is
+        # needs no memory; both are NaN if any value is
         if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all()
     ]
 
@@ -254,7 +254,7 @@ def find_not_finite(tensors: dict[str, torch.Tensor]) -> list[str]:
 def raise_not_finite(broken: Sequence[str]) -> None:
     """
     Raises:
-        ValueError: If there are such tensors as [`find_not_finite`] finds; lists them.
+        ValueError: If [`find_not_finite`] found tensors; lists them.
     """
     if broken:
         raise ValueError(

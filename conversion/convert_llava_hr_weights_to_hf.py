@@ -11,7 +11,7 @@ checkpoint.
 A LoRA checkpoint (`adapter_model.bin`, `non_lora_trainables.bin`) is merged into its `--base`: the language model that
 it was trained from, or a folder made by `conversion.assemble` if the towers were frozen.
 
-Memory: at most one shard of the checkpoint and one of the result (`--max_shard_size`) at a time.
+Memory: at most one shard of the checkpoint and one of the result (`--max_shard_size`).
 """
 
 import argparse
@@ -79,7 +79,7 @@ VIT_HEAD_SIZE = 64  # of every CLIP ViT; the number of heads cannot be read from
 # A base in this package's format
 OWN_KEYS = (Key(r"(.+)", r"\1"),)
 
-# Settings of the released code that this package does not have, with the one value that all published models use
+# Settings of the released code that are fixed here, with the value that all published models use
 FIXED_SETTINGS = {"is_multipath_encoder": True, "mm_projector_type": "mlp2x_gelu", "mm_use_im_start_end": False}
 # Pixels per position of the ConvNeXt's feature map
 STRIDE = 32
@@ -103,15 +103,15 @@ def read_original_config(folder: Path) -> dict:
     Reads the `config.json` of the released code.
 
     Raises:
-        ValueError: If a setting that the conversion needs is missing, or one has a value that this package lacks.
+        ValueError: If a setting that the conversion needs is missing, or one has an unsupported value.
     """
     original = read_json(folder / "config.json")
     odd = [name for name in (*TEXT_FIELDS, "input_image_size") if not isinstance(original.get(name), int)]
     odd += [name for name in ("vision_tower_slow",) if not isinstance(original.get(name), str)]
     if odd:
         raise ValueError(
-            f"{folder / 'config.json'} is not that of a LLaVA-HR checkpoint: it lacks {', '.join(odd)}, or the values "
-            f"are not numbers (of `vision_tower_slow`: not a name)."
+            f"{folder / 'config.json'} is not a LLaVA-HR checkpoint's: it lacks {', '.join(odd)}, or the values are "
+            f"not numbers (a name for `vision_tower_slow`)."
         )
     for name, value in FIXED_SETTINGS.items():
         if original.get(name, value) != value:
@@ -134,7 +134,7 @@ def infer_config(original: dict, shapes: dict[str, torch.Size], vocab_size: int,
         [`LlavaHrConfig`]
 
     Raises:
-        ValueError: If a tensor that tells a size is missing, or sizes contradict each other.
+        ValueError: If a tensor that determines a size is missing, or sizes contradict each other.
     """
     adapters = count(shapes, r"model\.vision_tower\.mr_adapters\.(\d+)\..+")
     has_adapters = not original.get("freeze_vision", adapters == 0)
@@ -160,7 +160,7 @@ def _infer_vision_config(shapes: dict[str, torch.Size]) -> CLIPVisionConfig:
     telling = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight", "layers.0.mlp.fc1.weight")
     missing = [prefix + name for name in telling if len(shapes.get(prefix + name, ())) < 2]
     if missing:
-        raise ValueError(f"The sizes of the ViT cannot be told: {', '.join(missing)} missing or mis-shaped.")
+        raise ValueError(f"The sizes of the ViT are unknown: {', '.join(missing)} missing or mis-shaped.")
     (hidden_size, *_, patch_size), (positions, _), (intermediate_size, _) = (shapes[prefix + name] for name in telling)
     side = round(positions**0.5)
     if side**2 != positions or hidden_size % VIT_HEAD_SIZE:
@@ -179,7 +179,7 @@ def _infer_vision_config(shapes: dict[str, torch.Size]) -> CLIPVisionConfig:
 
 
 def _architecture(original: dict) -> str:
-    # a name of timm's with a tag, perhaps behind an organisation or a folder
+    # timm's name with a tag, perhaps after an organisation or a folder
     return original.get("vision_tower_slow", "").rstrip("/").split("/")[-1].split(".")[0]
 
 
@@ -191,15 +191,15 @@ def _get_processor(original: dict, config: LlavaHrConfig, tokenizer: PreTrainedT
 @dataclass
 class Conversion:
     """
-    What the result is made of.
+    The contents of the result.
 
     Args:
         config ([`LlavaHrConfig`]): Its configuration.
         processor ([`LlavaHrProcessor`]): Its processor.
         generation_config (`GenerationConfig`): Its defaults for generation.
         plan ([`Plan`]): Where its tensors come from.
-        num_rows (`int`): Rows of the embeddings there; they are extended to those of `config`.
-        updates (`dict[str, Update]`): What LoRA adds to tensors.
+        num_rows (`int`): Rows of the embeddings in the checkpoint, which are extended to those of `config`.
+        updates (`dict[str, Update]`): LoRA updates of tensors.
     """
 
     config: LlavaHrConfig
@@ -211,7 +211,7 @@ class Conversion:
 
 
 def prepare_full(folder: Path, weights: Plan, tokenizer: PreTrainedTokenizerBase | None = None) -> Conversion:
-    """Of a complete checkpoint: its folder, what is in its weight files, and its tokenizer if not in the folder."""
+    """Prepares a complete checkpoint: its folder, its weights, and its tokenizer if that is not in the folder."""
     original = read_original_config(folder)
     tokenizer = tokenizer or load_tokenizer(folder)
     old_size = original["vocab_size"]
@@ -223,7 +223,7 @@ def prepare_full(folder: Path, weights: Plan, tokenizer: PreTrainedTokenizerBase
 
 
 def prepare_stage_1(folder: Path, weights: Plan, base: str) -> Conversion:
-    """Of the weights of a projector file, and the model in this package's format that they were trained in."""
+    """Prepares the weights of a projector file, and their base in this package's format."""
     base_folder, is_own = find_base(base)
     if not is_own:
         raise ValueError(f"--base: {base_folder} is not in this package's format. See conversion.assemble.")
@@ -244,7 +244,7 @@ def prepare_stage_1(folder: Path, weights: Plan, base: str) -> Conversion:
 
 
 def prepare_lora(folder: Path, base: str) -> Conversion:
-    """Of a LoRA checkpoint and its base: a language model, an original checkpoint, or one in this package's format."""
+    """Prepares LoRA and its base: a language model, an original checkpoint, or one in this package's format."""
     files = find_weight_files(folder, (TRAINABLES_FILE,))
     if not files:
         raise ValueError(f"{folder} has no {TRAINABLES_FILE}, the weights that were trained beside LoRA.")
@@ -283,7 +283,7 @@ def find_base(base: str) -> tuple[Path, bool]:
 
 
 def add_base(weights: Plan, base: Plan, file: str) -> Plan:
-    """Adds those tensors of the base that `file` does not replace. It always replaces projector and fusion."""
+    """Adds the tensors of the base that `file` does not replace. It always replaces projector and fusion."""
     own = {entry.name for entry in weights.entries}
     replaced = {e.source for e in base.entries if e.name in own or e.name.startswith(PROJECTOR_AND_FUSION)}
     dropped = weights.dropped | base.dropped | dict.fromkeys(replaced, f"replaced by {file}")
@@ -293,11 +293,11 @@ def add_base(weights: Plan, base: Plan, file: str) -> Plan:
 
 def make_model(conversion: Conversion, dtype: str) -> LlavaHrForConditionalGeneration:
     """
-    The result without memory for its weights, after comparing all names and shapes.
+    The result on the meta device, after comparing all names and shapes.
 
     Args:
-        conversion ([`Conversion`]): What it is made of.
-        dtype (`str`): `"auto"` (the widest that occurs, usually the only one) or a key of `DTYPES`.
+        conversion ([`Conversion`]): Its contents.
+        dtype (`str`): `"auto"` (the widest in the checkpoint, usually the only one) or a key of `DTYPES`.
 
     Raises:
         ValueError: If checkpoint and model do not fit.
@@ -325,8 +325,8 @@ def write_weights(
     Args:
         model ([`LlavaHrForConditionalGeneration`]): The result, on the meta device; gives dtype and shapes.
         conversion ([`Conversion`]): Where the tensors come from.
-        folder (`Path`): Where the shards and their index go.
-        max_shard_size (`str`): Of a shard, such as `"5GB"`. A larger tensor has a shard of its own.
+        folder (`Path`): Folder for the shards and their index.
+        max_shard_size (`str`): Such as `"5GB"`. A larger tensor gets a shard of its own.
 
     Raises:
         ValueError: If a value is infinite or not a number; names the tensors.
@@ -366,7 +366,7 @@ def write_weights(
 
 
 def prepare(checkpoint: str, source: Path, base: str | None) -> Conversion:
-    """Dispatches on the kind of a checkpoint: complete, LoRA, or projector and fusion."""
+    """Prepares a checkpoint by its kind: complete, LoRA, or projector and fusion."""
     folder = source if source.is_dir() else source.parent
     if source.is_dir() and (folder / ADAPTER_CONFIG).is_file():
         if base is None:
@@ -391,10 +391,10 @@ def convert(
     checkpoint: str, output: str, base: str | None = None, dtype: str = "auto", max_shard_size: str = "5GB"
 ) -> None:
     """
-    Converts a checkpoint. See the command line's help for the arguments.
+    Converts a checkpoint. The help of the command line describes the arguments.
 
     Raises:
-        ValueError: If the checkpoint cannot be converted; nothing is written then.
+        ValueError: If the checkpoint cannot be converted. Nothing is written then.
     """
     output_folder = Path(output).expanduser()
     check_new_folder(output_folder)

@@ -47,7 +47,7 @@ TOWER = "model.vision_tower."
 TIMM_PREFIX = TOWER + "high_res_tower.timm_model."
 # Embeddings and output layer of the language model, which grow by the image token
 EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
-# Weights that no pretrained part has. A stage-1 checkpoint holds the first two.
+# Weights that no pretrained part has. A stage-1 checkpoint has the first two.
 PROJECTOR_AND_FUSION = ("model.multi_modal_projector.", TOWER + "fusion.")
 NEW_WEIGHTS = (*PROJECTOR_AND_FUSION, TOWER + "mr_adapters.")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA checkpoints of the released code, which are merged into their base while they are converted."""
+"""LoRA checkpoints of the released code, which are merged into their base during conversion."""
 
 import re
 from pathlib import Path
@@ -13,13 +13,13 @@ from conversion.keys import ORIGINAL_KEYS, look_up
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-# Projector, fusion and whatever else was trained fully beside LoRA
+# Projector, fusion and any other parts that were trained fully beside LoRA
 TRAINABLES_FILE = "non_lora_trainables.bin"
 LORA_PREFIX = r"base_model\.model\."
-# Names in the trainables file, with or without what PEFT puts before them
+# Names in the trainables file, with or without PEFT's prefix
 TRAINABLE_KEYS = tuple(key._replace(pattern=f"(?:{LORA_PREFIX})?{key.pattern}") for key in ORIGINAL_KEYS)
 
-# Settings of PEFT that the released code does not use, each with the values that change nothing
+# Settings of PEFT that the released code does not use, each with the values that have no effect
 UNUSED = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -59,7 +59,7 @@ def read_updates(folder: Path, plan: Plan) -> tuple[dict[str, Update], list[str]
         plan ([`Plan`]): Where the weights to update come from.
 
     Returns:
-        `tuple`: The updates by the model's names; faults: names unexpected or missing, shapes that do not fit.
+        `tuple`: The updates by the model's names; the faults: unexpected or missing names, shapes that do not fit.
 
     Raises:
         ValueError: If a file is missing, or the adapter is not plain LoRA.

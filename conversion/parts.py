@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is made of besides weights: configuration of the CNN, tokenizer, embeddings, processor, generation."""
+"""The parts of a model besides its weights: CNN configuration, tokenizer, embeddings, processor, generation."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -26,7 +26,7 @@ def infer_timm_config(architecture: str, shapes: dict[str, torch.Size]) -> TimmW
     Configuration of the high-resolution pathway. The depths and widths of a ConvNeXt are read from its tensors.
 
     Args:
-        architecture (`str`): A name of timm's, without the tag of its weights.
+        architecture (`str`): timm's name, without the tag of the weights.
         shapes (`dict[str, torch.Size]`): Shapes of the tensors, by timm's names.
 
     Returns:
@@ -42,7 +42,7 @@ def infer_timm_config(architecture: str, shapes: dict[str, torch.Size]) -> TimmW
     model_args = None
     widths = {int(m[1]): s[0] for n, s in shapes.items() if (m := re.fullmatch(r"stages\.(\d+)\..*conv_dw\.bias", n))}
     if isinstance(definition, ConvNeXt) and len(widths) == len(definition.stages):
-        widths = dict(sorted(widths.items()))  # shards need not come in the order of the stages
+        widths = dict(sorted(widths.items()))  # shards may not be in the order of the stages
         depths = [count(shapes, rf"stages\.{stage}\.blocks\.(\d+)\..+") for stage in widths]
         model_args = {"depths": depths, "dims": list(widths.values())}
         if model_args == {
@@ -54,13 +54,13 @@ def infer_timm_config(architecture: str, shapes: dict[str, torch.Size]) -> TimmW
 
 
 def count(names: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that `pattern`'s group takes among `names`; 0 if none matches."""
+    """One more than the largest number in `pattern`'s group among `names`; 0 if none matches."""
     return max((int(match[1]) + 1 for name in names if (match := re.fullmatch(pattern, name))), default=0)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """
-    Loads a sentencepiece Llama tokenizer so that it can be saved and loaded again without a change.
+    Loads a sentencepiece Llama tokenizer so that saving and loading it does not change it.
 
     Args:
         folder (`Path`): Has `tokenizer.model` and `tokenizer_config.json`.
@@ -74,7 +74,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """
     if not (folder / "tokenizer.model").is_file():
         raise ValueError(f"{folder} has no tokenizer.model, the sentencepiece model of its Llama tokenizer.")
-    # `legacy` was true for tokenizers that do not say; LlamaTokenizer now defaults to false
+    # `legacy` was true where the config lacks it; LlamaTokenizer now defaults to false
     legacy = read_json(folder / "tokenizer_config.json").get("legacy")
     tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=True if legacy is None else legacy)
     return PreTrainedTokenizerFast(
@@ -94,12 +94,12 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
     Gives the image placeholder a token of its own.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): Is changed: the token is added, and one for padding if there is none.
+        tokenizer (`PreTrainedTokenizerBase`): Changed in place: gets the token, and a padding token if it has none.
         vocab_size (`int`): Rows of the embeddings.
 
     Returns:
-        `int`: Rows that the embeddings need: as before if the new id is among them, otherwise the next multiple of 64
-        (full tiles for matrix multiplications).
+        `int`: Rows that the embeddings need: unchanged if the new id fits, otherwise the next multiple of 64 (full
+        tiles for matrix multiplications).
     """
     tokenizer.add_tokens(IMAGE_TOKEN, special_tokens=True)
     if tokenizer.pad_token is None:
@@ -117,7 +117,7 @@ def extend_embeddings(weight: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def get_generation_config(tokenizer: PreTrainedTokenizerBase, old_size: int, new_size: int) -> GenerationConfig:
-    """Ends at the tokenizer's end token and never generates the image token or a row that is not a token."""
+    """Ends at the tokenizer's end token; never generates the image token or rows of the embeddings without a token."""
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
