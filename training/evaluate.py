@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from anls_star import anls_score
 from datasets import Dataset
+from peft import PeftModel
 from PIL import Image
 from scipy import stats
 from tqdm.auto import tqdm
@@ -299,7 +300,7 @@ def evaluate(options: EvaluateOptions) -> dict:
         start = find_base(str(options.model))
         model = AutoModelForImageTextToText.from_pretrained(start.base, dtype=options.dtype)
         if start.adapter is not None:
-            model.load_adapter(start.adapter)
+            model = PeftModel.from_pretrained(model, start.adapter)  # transformers drops the magnitudes of DoRA
         model, processor = model.to(options.device).eval(), AutoProcessor.from_pretrained(options.model)
         arguments = (options.batch_size, options.max_new_tokens, json.loads(options.processor_kwargs))
         found = answer_questions(model, processor, table, source, todo, *arguments)

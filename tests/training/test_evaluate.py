@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageDraw
 from transformers import (
+    AutoModelForImageTextToText,
     AutoProcessor,
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -215,6 +217,26 @@ def test_two_runs_are_compared(receipts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate", "--compare", str(tmp_path / "a"), "--output", "x"])
     with pytest.raises(ValueError, match="`compare` takes two folders, but got 1"):
         main()
+
+
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")  # PEFT reads it
+def test_a_dora_result_answers_as_the_merged_model(receipts, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(target_modules=r".*language_model.*_proj", use_dora=True))
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1.5
+    model.save_pretrained(tmp_path / "dora")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    answers = {}
+    for name in ("dora", "merged", "base"):
+        options = make_options(receipts, tmp_path / "runs" / name, dtype="float32")
+        if name != "base":
+            AutoProcessor.from_pretrained(TINY).save_pretrained(tmp_path / name)
+            options.model = str(tmp_path / name)
+        evaluate(options)
+        answers[name] = read_answers(tmp_path / "runs" / name)
+    assert answers["dora"] == answers["merged"] != answers["base"]
 
 
 def test_another_model_of_transformers(receipts, tmp_path):
