@@ -24,7 +24,6 @@ import typer
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from jinja2 import TemplateError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
@@ -157,7 +156,7 @@ def build_app(
         return JSONResponse({"error": {"message": message[:1000], "type": kind, "param": None, "code": None}}, status)
 
     # Errors of the processor, the chat template and generation about their arguments are the client's to fix
-    for kind in (StarletteHTTPException, RequestValidationError, TemplateError, ValueError, torch.OutOfMemoryError):
+    for kind in (StarletteHTTPException, RequestValidationError, ValueError, torch.OutOfMemoryError):
         app.add_exception_handler(kind, explain)
     return app
 
