@@ -391,7 +391,7 @@ mr_adapter_low_res_mapping, mr_adapter_high_res_mapping, fusion, low_res_size:
         vocab_size = self.text_config.get_text_config().vocab_size
         if not 0 <= self.image_token_id < vocab_size:
             raise ValueError(
-                f"`image_token_id` ({self.image_token_id}) must be in the vocabulary (`text_config.vocab_size` = "
+                f"`image_token_id` ({self.image_token_id}) must be inside the vocabulary (`text_config.vocab_size` = "
                 f"{vocab_size}). Add an image token to the vocabulary, or name a token that it has."
             )
 
