@@ -5,39 +5,39 @@ import io
 import json
 import re
 import runpy
-import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import transformers
-from hypothesis import given
+from chats import chat, tokenize
+from converted_checkpoints import ROOT, TINY_MODEL
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
-from examples import locate
-from modeling_llava_hr import LlavaHrForConditionalGeneration, LlavaHrVisionModel
+from examples import draw_pictures, locate
+from examples.long_document import split
+from modeling_llava_hr import LlavaHrForConditionalGeneration, LlavaHrModel, LlavaHrVisionModel
 
 
-ROOT = Path(__file__).parent.parent.parent
 IMAGES = ROOT / "examples" / "pictures"
-STREET = str(IMAGES / "street.jpg")
+STREET = IMAGES / "street.jpg"
+SCENES = [Image.open(IMAGES / f"{name}.jpg").convert("RGB") for name in ("street", "receipt", "shelf")]
 QUESTION = "What does the green sign say?"
 SHORT = ("--max_new_tokens", "6")
 
 
 @pytest.fixture
-def run(tiny_model, tmp_path, monkeypatch, capsys):
+def run(tmp_path, monkeypatch, capsys):
     """Runs `python -m examples.NAME --model TINY ...` in this process, in an empty folder; returns what it prints."""
     monkeypatch.chdir(tmp_path)
 
-    def run(name: str, *arguments, model=tiny_model, status=None) -> str:
+    def run(name: str, *arguments, model=TINY_MODEL, status=None) -> str:
         monkeypatch.setattr(sys, "argv", [name, "--model", str(model), *map(str, arguments)])
         monkeypatch.delitem(sys.modules, f"examples.{name}", raising=False)  # runpy warns if it was imported
         capsys.readouterr()
@@ -56,48 +56,27 @@ def words(text: str) -> str:
     return " ".join(text.split())
 
 
-def test_ask_answers_in_short(run):
-    assert len(run("ask", *SHORT).strip()) > 0
-
-
 @pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [("--image", "missing.png", "missing.png"), ("--image", __file__, Path(__file__).name)],
+    ("option", "file"), [("--image", "missing.png"), ("--image", __file__), ("--model", "/no-model")]
 )
-def test_what_cannot_be_used_is_one_sentence(run, option, value, message):
-    assert message in run("ask", option, value, status="error")
+def test_what_cannot_be_used_is_one_sentence(run, option, file):
+    assert Path(file).name in run("ask", option, file, status="error")
 
 
-def test_missing_model_is_named(run, tmp_path):
-    assert "no-model" in run("ask", model=tmp_path / "no-model", status="error")
+def note_calls(owner: type, name: str):
+    """A context manager whose value has the calls of a method."""
+    return patch.object(owner, name, autospec=True, side_effect=getattr(owner, name))
 
 
-def test_chat_streams_several_turns_and_begins_as_ask_does(run, monkeypatch):
-    answer = run("ask", *SHORT)
+def test_chat_begins_as_ask_does_and_has_the_whole_conversation(run, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\nWhat is shown?\n\nNever asked\n"))
-    first, second, end = run("chat", *SHORT).split("You:   ")[1:]
-    assert words(first) == words(f"Model: {answer}")
-    assert second.startswith("Model: ") and not end
-
-
-def test_a_later_turn_of_the_chat_has_the_whole_conversation(run, monkeypatch, tiny_model):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\nWhat is shown?\n"))
-    first, second, _ = run("chat", *SHORT).split("You:   ")[1:]
-    processor = AutoProcessor.from_pretrained(tiny_model)
-    model = AutoModelForImageTextToText.from_pretrained(tiny_model)
-    turns = [(QUESTION, words(first).removeprefix("Model:").strip()), ("What is shown?", None)]
-    messages = []
-    for question, answer in turns:
-        messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
-        if answer is not None:
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    messages[0]["content"].insert(0, {"type": "image", "path": STREET})
-    inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-    expected = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert words(second) == words(f"Model: {expected}")
+    with note_calls(LlavaHrForConditionalGeneration, "generate") as generate:
+        first, second, end = map(words, run("chat", *SHORT).split("You:   ")[1:])
+    answer = words(run("ask", *SHORT))
+    assert answer and first == f"Model: {answer}" and second.startswith("Model: ") and not end
+    messages = chat(QUESTION, STREET) + [{"role": "assistant", "content": answer}] + chat("What is shown?")
+    expected = tokenize(AutoProcessor.from_pretrained(TINY_MODEL), messages)["input_ids"]
+    assert generate.call_args.kwargs["input_ids"].tolist() == expected.tolist()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # ONNX's
@@ -113,105 +92,72 @@ def test_onnx_runtime_answers_as_the_model_does(run, tmp_path):
     assert "--output" in run("export_onnx", "--output", "onnx", status="error")  # not written over
 
 
-def test_heat_map_has_the_views_and_the_gates(run, tiny_model):
+def test_heat_map_has_the_views_and_the_gates(run):
     gates = run("heat_map").split("\n")[0].removeprefix("gates: ").split(", ")
     with Image.open("heat_map.png") as image:
         assert image.size == (3 * 512 + 2 * 28, 512 + 28)
         assert len(image.convert("RGB").getcolors(2**24)) > 1000
-    processor = AutoProcessor.from_pretrained(tiny_model)
-    model = AutoModelForImageTextToText.from_pretrained(tiny_model)
-    with Image.open(STREET) as image, torch.no_grad():
-        expected = model.get_image_features(**processor.image_processor(image, return_tensors="pt"))
+    views = AutoImageProcessor.from_pretrained(TINY_MODEL)(STREET, return_tensors="pt")
+    with torch.no_grad():
+        expected = AutoModelForImageTextToText.from_pretrained(TINY_MODEL).get_image_features(**views)
     expected = [gate.float().mean().item() for gate in expected.mr_adapter_gates]
     assert [float(gate) for gate in gates] == pytest.approx(expected, abs=1e-3) and len(expected) == 3
 
 
-def test_fields_are_validated_and_the_image_is_encoded_once(run, tmp_path, monkeypatch):
+def test_fields_are_validated_and_the_image_is_encoded_once(run):
     answer = words(run("ask", "--max_new_tokens", 50))
-    fields = {
-        "any": {"question": QUESTION, "pattern": r"[\s\S]*"},
-        "never": {"question": QUESTION, "pattern": "such an answer does not come"},
-    }
-    (tmp_path / "fields.json").write_text(json.dumps(fields))
-    result = json.loads(run("extract_fields", "--image", STREET, "--fields", "fields.json", status=True))
-    assert words(result["any"]) == answer and result["never"] is None
-    calls, forward = [], LlavaHrVisionModel.forward
-    monkeypatch.setattr(
-        LlavaHrVisionModel, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
-    )
-    fields = {"any": fields["any"], "again": fields["any"]}
-    (tmp_path / "fields.json").write_text(json.dumps(fields))
-    result = json.loads(run("extract_fields", "--image", STREET, "--fields", "fields.json", status=False))
-    assert words(result["any"]) == words(result["again"]) == answer
-    assert len(calls) == 1
+    patterns = {"any": r"[\s\S]*", "never": "such an answer does not come", "again": r"[\s\S]*"}
+    fields = {name: {"question": QUESTION, "pattern": pattern} for name, pattern in patterns.items()}
+    Path("fields.json").write_text(json.dumps(fields))
+    with note_calls(LlavaHrVisionModel, "forward") as forward:
+        result = json.loads(run("extract_fields", "--image", STREET, "--fields", "fields.json", status=True))
+    assert words(result["any"]) == words(result["again"]) == answer and result["never"] is None
+    assert forward.call_count == 1
+    del fields["never"]
+    Path("fields.json").write_text(json.dumps(fields))
+    run("extract_fields", "--image", STREET, "--fields", "fields.json", status=False)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twelve images and a text file with an image's name."""
+    """Three images, and two text files, one of them with an image's name."""
     (tmp_path / "photos").mkdir()
-    for number in range(12):
-        name = ("street", "shelf", "receipt", "table", "panel")[number % 5]
-        shutil.copy(IMAGES / f"{name}.jpg", tmp_path / "photos" / f"{number:02}.jpg")
+    for number, scene in enumerate(SCENES):
+        scene.save(tmp_path / "photos" / f"{number:02}.png")
     (tmp_path / "photos" / "05b.png").write_text("not an image")
     (tmp_path / "photos" / "notes.txt").write_text("not an image either")
     return tmp_path / "photos"
 
 
-def test_captions_resume_after_a_kill_with_the_same_result(run, folder, tiny_model):
-    arguments = ("--folder", folder, "--batch_size", 2, *SHORT)
-    run("caption_folder", *arguments, "--output", "undisturbed.jsonl")
-    expected = Path("undisturbed.jsonl").read_text()
-
-    command = [sys.executable, "-m", "examples.caption_folder", "--model", tiny_model, *arguments]
-    process = subprocess.Popen(
-        [*map(str, command), "--output", str(Path("killed.jsonl").absolute())], cwd=ROOT, stderr=subprocess.DEVNULL
-    )
-    killed = Path("killed.jsonl")
-    while process.poll() is None and not (killed.exists() and killed.read_bytes().count(b"\n") >= 2):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    lines = killed.read_text().splitlines(keepends=True)
-    assert 2 <= len(lines) < 13
-    with killed.open("a") as file:  # what a kill in the middle of writing leaves
-        file.write(expected.splitlines()[len(lines)][:20])
-
-    run("caption_folder", *arguments, "--output", "killed.jsonl")
-    # the broken image was tried again if its row was there before the kill: then that row is the last one now
-    assert sorted(killed.read_text().splitlines()) == sorted(expected.splitlines())
-
-
-def test_captions_are_those_of_ask_and_a_broken_image_is_reported(run, folder, monkeypatch):
-    for file in sorted(folder.glob("*.jpg"))[3:]:
-        file.unlink()
+def test_captions_are_those_of_ask_are_written_at_once_and_broken_images_are_reported(run, folder, monkeypatch):
     Image.new("RGB", (1, 40_000)).save(folder / "03.png")  # can be read, but is too long for both views
-    answer = run("ask", "--image", folder / "01.jpg", "--question", "What is shown?", *SHORT)
-    calls, generate = [], LlavaHrForConditionalGeneration.generate
-    monkeypatch.setattr(
-        LlavaHrForConditionalGeneration, "generate", lambda *args, **kw: calls.append(kw) or generate(*args, **kw)
-    )
-    run("caption_folder", "--folder", folder, *SHORT)
-    assert calls and all(call["do_sample"] is False and call["max_new_tokens"] == 6 for call in calls)
-    rows = [json.loads(line) for line in Path("captions.jsonl").read_text().splitlines()]
-    assert [row["image"] for row in rows] == ["00.jpg", "01.jpg", "02.jpg", "03.png", "05b.png"]
+    answer = run("ask", "--image", folder / "01.png", "--question", "What is shown?", *SHORT)
+    captions, calls, generate = Path("captions.jsonl"), [], LlavaHrForConditionalGeneration.generate
+
+    def note_call(*args, **kwargs):
+        calls.append((kwargs["do_sample"], kwargs["max_new_tokens"], captions.read_text().count("\n")))
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(LlavaHrForConditionalGeneration, "generate", note_call)
+    run("caption_folder", "--folder", folder, "--batch_size", 2, *SHORT)
+    assert calls == [(False, 6, 0), (False, 6, 2)]
+    rows = [json.loads(line) for line in captions.read_text().splitlines()]
+    assert [row["image"] for row in rows] == ["00.png", "01.png", "02.png", "03.png", "05b.png"]
     assert words(rows[1]["answer"]) == words(answer)
     assert "answer" in rows[2] and "1 x 40000 pixels" in rows[3]["error"] and "answer" not in rows[3]
     assert "05b.png" in rows[4]["error"] and "answer" not in rows[4]
 
 
 def test_captions_are_tried_again_where_there_was_an_error_and_nowhere_else(run, folder):
-    for file in sorted(folder.glob("*.jpg"))[2:]:
-        file.unlink()
     captions = Path("captions.jsonl")
     other = json.dumps({"image": "05b.png", "question": "Another one?", "error": "of another question"})
     captions.write_text(f"{other}\n")
     run("caption_folder", "--folder", folder, *SHORT)
     *kept, error = captions.read_text().splitlines()
-    assert kept[0] == other and len(kept) == 3 and "05b.png" in json.loads(error)["error"]
-    for file in folder.glob("*.jpg"):  # an answer stays, whatever became of its image
+    assert kept[0] == other and len(kept) == 4 and "05b.png" in json.loads(error)["error"]
+    for file in folder.glob("0?.png"):  # an answer stays, whatever became of its image
         file.write_text("not an image any more")
-    shutil.copy(STREET, folder / "05b.png")
+    SCENES[0].save(folder / "05b.png")
     run("caption_folder", "--folder", folder, *SHORT)
     assert captions.read_text().splitlines()[:-1] == kept
     row = json.loads(captions.read_text().splitlines()[-1])
@@ -224,7 +170,7 @@ def test_captions_do_not_touch_a_file_of_another_kind(run, folder, tmp_path):
     assert (tmp_path / "notes.md").read_text() == "my notes\nwithout an end"
 
 
-def test_many_questions_resume_with_the_same_answers(run, capsys):
+def test_many_questions_resume_with_the_same_answers(run):
     run("ask_many", *SHORT)
     whole = Path("answers.jsonl").read_text()
     rows = [json.loads(line) for line in whole.splitlines()]
@@ -307,6 +253,66 @@ def test_the_box_of_an_answer_is_drawn(run, monkeypatch, tmp_path):
         assert image.getpixel((75, 62)) == image.getpixel((20, 20)) == (255, 255, 255)
 
 
+@settings(max_examples=200, deadline=None)
+@given(width=st.integers(1, 3000), height=st.integers(1, 3000), overlap=st.floats(0, 0.5))
+def test_squares_cover_the_image_and_overlap(width, height, overlap):
+    boxes = split(Image.new("1", (width, height)), overlap)
+    short, long = sorted((width, height))
+    if len(boxes) == 1:
+        assert boxes == [(0, 0, width, height)] and long <= 1.25 * short
+        return
+    assert all(right - left == bottom - top == short for left, top, right, bottom in boxes)
+    starts = [max(left, top) for left, top, _, _ in boxes]
+    assert starts[0] == 0 and starts[-1] == long - short
+    assert all(
+        second - first <= short - overlap * short + 1 for first, second in zip(starts, starts[1:], strict=False)
+    )
+
+
+def test_each_square_is_answered_as_by_itself(run):
+    tall = Image.new("RGB", (256, 768))
+    for top, scene in zip((0, 256, 512), SCENES, strict=True):
+        tall.paste(scene, (0, top))
+    tall.save("page.png")
+    names = ("street", "receipt", "shelf")
+    alone = [words(run("ask", "--image", IMAGES / f"{name}.jpg", "--question", QUESTION, *SHORT)) for name in names]
+    options = ("--overlap", 0, "--batch_size", 2, "--question", QUESTION, *SHORT)
+    lines = run("long_document", "page.png", *options).splitlines()
+    assert alone[0] == "1471" and lines == [
+        f"page.png, pixels 0-256 x {top}-{top + 256}: {answer}"
+        for top, answer in zip((0, 256, 512), alone, strict=True)
+    ]
+
+
+def test_pages_of_a_pdf_are_named(run, converted_stage2):
+    wide = Image.open(IMAGES / "table.jpg").resize((90, 256))
+    SCENES[0].save("two.pdf", save_all=True, append_images=[wide])
+    lines = run("long_document", "two.pdf", *SHORT, model=converted_stage2).splitlines()
+    names = [re.match(r"two.pdf, page (\d), pixels", line)[1] for line in lines]
+    assert names[0] == "1" and names.count("2") == len(names) - 1 >= 3
+    *names, answer = run("long_document", "two.pdf", "--together", *SHORT).splitlines()
+    assert len(names) == len(lines) and answer
+
+
+@pytest.mark.parametrize("unpad", [False, True])
+def test_frames_of_a_video_cost_144_tokens_each(run, converted_stage2, unpad, monkeypatch):
+    av = pytest.importorskip("av", reason="videos need PyAV: the extra [examples]")
+    with av.open("film.mp4", "w") as film:
+        stream = film.add_stream("mpeg4", rate=10)
+        stream.width, stream.height = 256, 144
+        for index in range(30):
+            frame = SCENES[index // 10].crop((0, 56, 256, 200))
+            film.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        film.mux(stream.encode())
+    counts, mask = [], LlavaHrModel.get_placeholder_mask
+    monkeypatch.setattr(
+        LlavaHrModel, "get_placeholder_mask", lambda *args: counts.append(int(mask(*args).sum())) or mask(*args)
+    )
+    line = run("video", "film.mp4", "--num_frames", 3, *SHORT, *["--unpad"] * unpad, model=converted_stage2)
+    assert re.match(r"frames at 0\.0, \d\.\d, 2\.\d s: .*\n$", line)
+    assert counts[0] == 3 * (8 * 12 if unpad else 144)  # of 12 x 12 cells, 8 rows of a 16:9 frame show something
+
+
 def test_a_missing_package_is_named_with_its_extra(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     message = run("export_onnx", status="error").lower()
@@ -314,8 +320,6 @@ def test_a_missing_package_is_named_with_its_extra(run, monkeypatch):
 
 
 def test_images_are_those_that_the_script_draws(tmp_path, monkeypatch):
-    from examples import draw_pictures
-
     monkeypatch.setattr(draw_pictures, "OUTPUT", tmp_path)
     draw_pictures.main()
     assert {file.name for file in tmp_path.iterdir()} == {file.name for file in IMAGES.iterdir()}
