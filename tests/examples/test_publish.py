@@ -2,6 +2,7 @@
 """`examples.publish` against a server that speaks the Hub's protocol."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from converted_checkpoints import ROOT, TINY_MODEL
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load, load_file, save_file
 from transformers import AutoModelForImageTextToText, TrainingArguments
@@ -18,7 +20,6 @@ from examples.model_card import CardArguments, hide_folders
 from examples.publish import PublishArguments, publish
 
 
-ROOT = Path(__file__).parent.parent.parent
 REPO = "someone/mini"
 # huggingface_hub's own upload to the large-file storage
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
@@ -33,10 +34,10 @@ EVALUATION = {
 
 
 @pytest.fixture
-def folder(tiny_model, tmp_path):
+def folder(tmp_path):
     """A copy of the model, without a card of its own."""
     ignored = shutil.ignore_patterns("README.md", "*evaluation*", "run.json")
-    return shutil.copytree(tiny_model, tmp_path / "trained", ignore=ignored)
+    return shutil.copytree(TINY_MODEL, tmp_path / "trained", ignore=ignored)
 
 
 @pytest.fixture
@@ -203,17 +204,8 @@ def test_shards_go_up_as_they_are_and_other_formats_as_safetensors(hub, api, fol
     }
 
 
-def drop(*names):
-    def change(folder):
-        for name in names:
-            (folder / name).unlink()
-
-    return change
-
-
-def truncate(folder):
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+def drop(name):
+    return lambda folder: (folder / name).unlink()
 
 
 def rename(folder):
@@ -230,7 +222,7 @@ def rename(folder):
         (drop("processor_config.json"), "has no processor"),
         (drop("tokenizer.json"), "cannot be loaded"),
         (drop("model.safetensors"), "has no weights"),
-        (truncate, "model.safetensors is damaged"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 2**20), "model.safetensors is damaged"),
         (rename, "do not fit .* model.vision_tower.fusion.low_res_proj.bias missing, other unexpected"),
         (lambda folder: (folder / "adapter_config.json").touch(), "LoRA adapter"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llava"}'), "is not a LLaVA-HR"),

@@ -1,25 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Space: what answers, without the page; and the page, in a real browser that talks with a real server."""
 
-import json
 import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+from converted_checkpoints import TINY_MODEL, change_json
 from PIL import Image
-from safetensors import safe_open
+from safetensors.torch import load_file
 from space_page import (
     FIND_FLAWS,
     MAX_NEW_TOKENS,
-    PATIENCE,
     SPACE,
+    ask,
+    get_answer,
+    get_trained_side,
     import_engine,
     open_page,
+    reply,
     require_gradio,
     run_browser,
     run_page,
@@ -44,62 +48,35 @@ space = import_engine()
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_model):
-    return space.Engine(str(tiny_model), MAX_NEW_TOKENS)
+def engine():
+    return space.Engine(str(TINY_MODEL), MAX_NEW_TOKENS)
 
 
 @pytest.fixture(scope="module")
 def side(engine) -> int:
-    """The smallest side: the random model sees at 1024 pixels, where it has nothing to gain from it."""
+    """The smallest one, which takes least time."""
     return min(engine.sides)
 
 
 @pytest.fixture
-def unpad_model(tiny_model, tmp_path) -> Path:
+def unpad_model(tmp_path) -> Path:
     """The tiny model, saved so that images cost no tokens for their padding."""
-    folder = shutil.copytree(tiny_model, tmp_path / "unpad")
-    change_json(folder / "processor_config.json", lambda values: values["image_processor"].update(unpad=True))
+    folder = shutil.copytree(TINY_MODEL, tmp_path / "unpad")
+    change_json(folder / "processor_config.json", "image_processor", "unpad", value=True)
     return folder
 
 
-def change_json(file: Path, change) -> None:
-    values = json.loads(file.read_text())
-    change(values)
-    file.write_text(json.dumps(values))
+def ask_pipeline(model: Path, *paths: str, **sizes: int) -> str:
+    """The pipeline's answer to `QUESTION`."""
+    pipe = pipeline("image-text-to-text", model=str(model), dtype=torch.float32)
+    options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "return_full_text": False}
+    (output,) = pipe([ask(QUESTION, *paths)], processor_kwargs=sizes, **options)
+    return output["generated_text"].strip()
 
 
-def ask(text: str, *paths: str) -> dict:
-    images = [{"type": "image", "path": path} for path in paths]
-    return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
-
-
-def reply(text: str) -> dict:
-    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
-
-
-def get_answer(engine, messages: list[dict], side: int, session: str | None = None) -> str:
-    return list(engine.answer(messages, side, session))[-1][0]
-
-
-def get_trained_side(engine) -> int:
-    return engine.processor.image_processor.size["height"]
-
-
-class Counter:
-    """Counts the calls of a module while it is entered."""
-
-    def __init__(self, module: torch.nn.Module):
-        self.module, self.calls = module, 0
-
-    def __enter__(self):
-        self.hook = self.module.register_forward_hook(self.count)
-        return self
-
-    def count(self, module, args, output):
-        self.calls += 1
-
-    def __exit__(self, *exception):
-        self.hook.remove()
+def count_calls(module: torch.nn.Module):
+    """A context manager whose value counts in `call_count` how often a module runs."""
+    return patch.object(module, "forward", wraps=module.forward)
 
 
 @pytest.mark.parametrize(
@@ -138,49 +115,41 @@ def test_folder_with_4_bit_weights_answers(engine, tmp_path):
     assert get_answer(quantized, [ask(QUESTION, STREET)], get_trained_side(quantized)) == ANSWER
 
 
-def test_answer_is_the_pipelines(engine, side, tiny_model):
-    pipe = pipeline("image-text-to-text", model=str(tiny_model), dtype=torch.float32)
-    options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "return_full_text": False}
-    sizes = {"size": side, "low_res_size": engine.sides[side]}
-    expected = pipe([ask(QUESTION, STREET)], processor_kwargs=sizes, **options)
-    parts = [text for text, _, _ in engine.answer([ask(QUESTION, STREET)], side)]
-    assert parts[-1] == expected[0]["generated_text"].strip()
+def test_answer_is_the_pipelines_and_the_first_token_is_timed_and_tokens_are_counted(engine, side):
+    start = time.perf_counter()
+    parts, looks, seconds = zip(*engine.answer([ask(QUESTION, STREET)], side), strict=True)
+    assert 0 < seconds[-1] <= time.perf_counter() - start
+    assert parts[-1] == ask_pipeline(TINY_MODEL, STREET, size=side, low_res_size=engine.sides[side])
     assert all(parts[-1].startswith(part) for part in parts)
     assert parts[0] == ""
-
-
-def test_trained_model_reads_the_example(engine):
-    assert get_answer(engine, [ask(QUESTION, STREET)], get_trained_side(engine)) == ANSWER
+    look, config = looks[-1], engine.model.config
+    grid = look.low_res_side // config.vision_config.patch_size
+    assert look.num_tokens == engine.get_num_tokens(side) == grid**2
+    assert look.low_res.size == look.high_res.size == look.heat_map.size == (side, side)
+    assert [layer for layer, _ in look.gates] == config.mr_adapter_layers
 
 
 def test_each_image_is_encoded_once_in_a_session(engine, side):
     engine.look.cache_clear()
     turns = [ask("What is shown?", SHELF)]
-    with Counter(engine.model.model.vision_tower.layers[0]) as vit:
+    with count_calls(engine.model.model.vision_tower.layers[0]) as vit:
         for text in ("And now?", "And then?"):
             turns += [reply(get_answer(engine, turns, side, "one")), ask(text)]
-        assert vit.calls == 2  # as usual and with the high-resolution pathway silenced
+        assert vit.call_count == 2  # as usual and with the high-resolution pathway silenced
         get_answer(engine, [*turns[:-1], ask("And here?", STREET)], side, "one")
-        assert vit.calls == 4
+        assert vit.call_count == 4
         get_answer(engine, turns, sorted(engine.sides)[1], "one")
-        assert vit.calls == 6
+        assert vit.call_count == 6
         get_answer(engine, turns, side, "two")
-        assert vit.calls == 8
+        assert vit.call_count == 8
         for _ in range(2):  # times that are compared must not depend on what was asked before
             get_answer(engine, turns, side)
-        assert vit.calls == 12
-
-
-def test_memory_for_encodings_does_not_grow_with_the_visitors(engine, side):
-    for number in range(space.MAX_ENCODED + 3):
-        engine.look(Path(SHELF).read_bytes(), side, str(number))
-    assert engine.look.cache_info().currsize == space.MAX_ENCODED
+        assert vit.call_count == 12
+    assert engine.look.cache_info().maxsize == space.MAX_ENCODED  # memory does not grow with the visitors
 
 
 def test_unpad(unpad_model, tmp_path):
     unpadding = space.Engine(str(unpad_model), MAX_NEW_TOKENS)
-    pipe = pipeline("image-text-to-text", model=str(unpad_model), dtype=torch.float32)
-    options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "return_full_text": False}
     with Image.open(STREET) as street:
         street.crop((0, 78, 256, 178)).save(tmp_path / "wide.png")
         street.crop((78, 0, 111, 256)).save(tmp_path / "tall.png")
@@ -188,27 +157,13 @@ def test_unpad(unpad_model, tmp_path):
     trained = get_trained_side(unpadding)
     # 100 of 256 pixels from 78 on: parts of rows 2 to 5 of 8 of 32 pixels each; 33 from 111 on: columns 3 and 4
     for paths, num_tokens in (([wide], 4 * 8), ([tall], 2 * 8), ([tall, STREET, wide], 4 * 8)):
-        expected = pipe([ask(QUESTION, *paths)], **options)
         *_, (text, look, _) = unpadding.answer([ask(QUESTION, *paths)], trained)
-        assert text == expected[0]["generated_text"].strip()
+        assert text == ask_pipeline(unpad_model, *paths)
         assert look.num_tokens == num_tokens
     longest = unpadding.model.config.context_length
     # a line has 8 tokens, so more than these do not fit for certain, and none of them is read
     with pytest.raises(ValueError, match=f"longer than the {longest} tokens"):
         get_answer(unpadding, [ask(QUESTION, *["not there"] * (longest // 8 + 1))], trained)
-
-
-def test_first_token_is_timed_and_tokens_are_counted(engine, side):
-    start = time.perf_counter()
-    *_, (_, look, seconds) = engine.answer([ask(QUESTION, STREET)], side)
-    assert 0 < seconds <= time.perf_counter() - start
-    assert (
-        look.num_tokens
-        == engine.get_num_tokens(side)
-        == (look.low_res_side // engine.model.config.vision_config.patch_size) ** 2
-    )
-    assert look.low_res.size == look.high_res.size == look.heat_map.size == (side, side)
-    assert [layer for layer, _ in look.gates] == engine.model.config.mr_adapter_layers
 
 
 def test_nothing_of_a_silenced_pathway_gets_through(engine):
@@ -236,20 +191,19 @@ def test_heat_map_colours_where_the_heat_is():
 
 def test_generation_ends_when_the_asker_leaves(engine, side, monkeypatch):
     monkeypatch.setattr(engine, "max_new_tokens", 200)
-    with Counter(engine.model.lm_head) as steps:
+    with count_calls(engine.model.lm_head) as steps:
         answer = engine.answer([ask("What is shown?", SHELF)], side)
         next(answer)  # the image is encoded
         next(answer)  # the first token is there
         answer.close()
-        done = steps.calls
+        done = steps.call_count
         time.sleep(0.5)
-    assert 0 < done == steps.calls < 200
+    assert 0 < done == steps.call_count < 200
 
 
 def test_image_tag_of_a_user_is_text(engine, side):
-    assert get_answer(engine, [ask("What is an <image>?", SHELF)], side) == get_answer(
-        engine, [ask("What is an < image>?", SHELF)], side
-    )
+    tag, text = (get_answer(engine, [ask(f"What is an {tag}?", SHELF)], side) for tag in ("<image>", "< image>"))
+    assert tag == text
 
 
 def test_conversation_that_is_too_long_is_refused(engine, side):
@@ -258,18 +212,12 @@ def test_conversation_that_is_too_long_is_refused(engine, side):
         get_answer(engine, [ask("why? " * longest, SHELF)], side)
 
 
-def test_file_that_is_not_an_image_is_named(engine, tmp_path):
-    (tmp_path / "notes.png").write_text("not an image")
-    with pytest.raises(ValueError, match="notes.png is not an image"):
-        engine.read(str(tmp_path / "notes.png"))
-
-
 # In a browser
 
 
 @pytest.fixture(scope="module")
-def address(tiny_model, tmp_path_factory):
-    with run_page(tiny_model, tmp_path_factory.mktemp("space")) as (address, _):
+def address(tmp_path_factory):
+    with run_page(TINY_MODEL, tmp_path_factory.mktemp("space")) as (address, _):
         yield address
 
 
@@ -308,22 +256,6 @@ def test_conversation_with_a_change_of_resolution(page, engine):
     page.wait_for_function("/reused/.test(document.querySelector('#facts').innerText)")
 
 
-def test_wrong_file_gives_a_message_and_html_stays_text(page, engine, tmp_path):
-    (tmp_path / "notes.png").write_text("not an image")
-    send(page, "What is this?", str(tmp_path / "notes.png"))
-    page.wait_for_selector("text=notes.png is not an image that can be read")
-    assert "Traceback" not in page.inner_text("body")
-    assert page.locator("#chat .user.message").count() == 0
-    page.reload(wait_until="domcontentloaded")
-    page.wait_for_selector("#ask textarea")
-    text = "<u id='injected'>Who</u> are **you**?"
-    answer = get_answer(engine, [ask(text)], get_trained_side(engine))
-    send(page, text)
-    wait_for_answer(page, 0, answer)
-    assert page.inner_text("#chat .user.message").strip() == text
-    assert page.locator("#injected").count() == 0
-
-
 COUNT_LINES = """element => {
     const range = new Range();
     range.selectNodeContents(element);
@@ -331,12 +263,11 @@ COUNT_LINES = """element => {
 }"""
 
 
-def test_page_starts_with_an_example_and_says_what_answers(page, engine, tiny_model):
+def test_page_starts_with_an_example_and_says_what_answers(page, engine):
     page.wait_for_function("/example/.test(document.querySelector('#facts').innerText)")
     for view in ("low-res", "high-res", "heat-map"):
         page.wait_for_selector(f"#{view} img")
-    with safe_open(tiny_model / "model.safetensors", "pt") as weights:
-        size = sum(weights.get_tensor(name).numel() for name in weights.keys()) / 1e6
+    size = sum(weight.numel() for weight in load_file(TINY_MODEL / "model.safetensors").values()) / 1e6
     assert f"tiny-llava-hr, {size:.1f} M parameters, float32, CPU" in page.inner_text("#head")
     assert "It cannot describe photographs" in page.inner_text("#head")
     page.set_viewport_size(DESKTOP)
@@ -386,7 +317,7 @@ def test_encodings_are_not_shared_between_visitors(browser, address):
 
 def test_empty_answer_and_unpad(browser, unpad_model, tmp_path):
     all_but_end = [token for token in range(512) if token != 2]
-    change_json(unpad_model / "generation_config.json", lambda values: values.update(suppress_tokens=all_but_end))
+    change_json(unpad_model / "generation_config.json", "suppress_tokens", value=all_but_end)
     Image.new("RGB", (256, 64), "navy").save(tmp_path / "wide.png")
     with run_page(unpad_model, tmp_path) as (address, _), open_page(browser, address) as page:
         assert "unpad, 4.7 M parameters" in page.inner_text("#head")
@@ -481,9 +412,9 @@ def GPU(function):
 
 
 @pytest.mark.parametrize("has_zero_gpu", [False, True], ids=["cpu", "zero-gpu"])
-def test_prepared_folder_answers_by_itself(browser, tiny_model, tmp_path, has_zero_gpu):
+def test_prepared_folder_answers_by_itself(browser, tmp_path, has_zero_gpu):
     """As on the Hub: the folder alone, no package `modeling_llava_hr`, and no variable that allows foreign code."""
-    publish(PublishArguments(model=str(tiny_model), space=str(tmp_path / "space")))
+    publish(PublishArguments(model=str(TINY_MODEL), space=str(tmp_path / "space")))
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "sitecustomize.py").write_text("import sys; sys.modules['modeling_llava_hr'] = None")
     if has_zero_gpu:
@@ -505,18 +436,18 @@ def test_prepared_folder_answers_by_itself(browser, tiny_model, tmp_path, has_ze
     assert str(process.pid) not in {number for _, number in calls}
 
 
-def test_folder_of_a_space_must_be_new(tiny_model, tmp_path):
+def test_folder_of_a_space_must_be_new(tmp_path):
     (tmp_path / "app.py").touch()
     with pytest.raises(ValueError, match=f"--space: {tmp_path} exists"):
-        publish(PublishArguments(model=str(tiny_model), space=str(tmp_path)))
+        publish(PublishArguments(model=str(TINY_MODEL), space=str(tmp_path)))
     with pytest.raises(ValueError, match="--repo NAMESPACE/NAME to publish the model, or --space FOLDER"):
-        publish(PublishArguments(model=str(tiny_model)))
+        publish(PublishArguments(model=str(TINY_MODEL)))
     assert list(tmp_path.iterdir()) == [tmp_path / "app.py"]
 
 
 def test_model_that_is_not_there_is_one_sentence(tmp_path):
     require_gradio()
     command = [sys.executable, "app.py", "--model", str(tmp_path / "none")]
-    result = subprocess.run(command, cwd=SPACE, capture_output=True, text=True, timeout=PATIENCE)
+    result = subprocess.run(command, cwd=SPACE, capture_output=True, text=True)
     assert result.returncode == 1
     assert "error: `--model`" in result.stderr and "Traceback" not in result.stderr

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import openai
 import pytest
-from loopback_server import TINY_MODEL, run_server, to_data_url
+from converted_checkpoints import ROOT, TINY_MODEL
+from loopback_server import make_messages, run_server, to_data_url
 
 
-ROOT = Path(__file__).parents[2]
 LINES = re.sub(r"\\\n", "", (ROOT / "Dockerfile").read_text()).splitlines()
 STEPS = [tuple(line.split(maxsplit=1)) for line in LINES if line and not line.startswith("#")]
 FROM = STEPS.index(("FROM", "${BASE}"))
@@ -125,10 +125,6 @@ def test_the_container_answers(image, tmp_path):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
         (served,) = client.models.list()
         url = to_data_url((ROOT / "examples" / "pictures" / "street.jpg").read_bytes(), "image/jpeg")
-        content = [
-            {"type": "image_url", "image_url": {"url": url}},
-            {"type": "text", "text": "What does the green sign say?"},
-        ]
-        messages = [{"role": "user", "content": content}]
+        messages = make_messages("What does the green sign say?", url)
         reply = client.chat.completions.create(model=served.id, messages=messages, temperature=0, max_tokens=12)
     assert reply.choices[0].message.content.strip() == "1471"

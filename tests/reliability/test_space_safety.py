@@ -6,25 +6,29 @@ that users or models write is taken for HTML, and there is an end to what one ca
 
 import contextlib
 import http.client
-import io
 import json
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
+from converted_checkpoints import TINY_MODEL
+from image_views import encode
+from loopback_server import PATIENCE
 from PIL import Image
 from space_page import (
     MAX_NEW_TOKENS,
-    PATIENCE,
     SPACE,
+    ask,
+    get_answer,
+    get_trained_side,
     import_engine,
     open_page,
+    reply,
     run_browser,
     run_page,
     send,
@@ -35,7 +39,6 @@ from space_page import (
 from training.tiny.fineprint import FinePrintConfig, draw_sample, get_questions
 
 
-TINY_MODEL = SPACE.parent / "tiny-llava-hr"
 # The page with a model that says after its answer what it was asked: so users' texts are tried as answers, too
 ECHO = """
 import app
@@ -87,6 +90,11 @@ def client(address):
 
 
 @pytest.fixture(scope="module")
+def engine():
+    return import_engine().Engine(str(TINY_MODEL), MAX_NEW_TOKENS)
+
+
+@pytest.fixture(scope="module")
 def browser():
     with run_browser() as browser:
         yield browser
@@ -97,9 +105,7 @@ def upload(client: httpx.Client, name: str, file: bytes) -> httpx.Response:
 
 
 def draw_secret() -> bytes:
-    buffer = io.BytesIO()
-    Image.effect_noise((64, 64), 100).convert("RGB").save(buffer, format="PNG")
-    return buffer.getvalue()
+    return encode(Image.effect_noise((64, 64), 100).convert("RGB"))
 
 
 def test_only_this_machine_is_listened_to(served):
@@ -185,11 +191,22 @@ def forge(path: str) -> dict:
     }
 
 
-def join(client: httpx.Client, dependency: dict, components: dict[int, str], values: dict, session: str) -> bool:
-    """Asks for what the page asks for, with given values for components of a type; whether that succeeds."""
-    data = [values.get(components[number]) for number in dependency["inputs"]]
-    body = {"data": data, "fn_index": dependency["id"], "session_hash": session, "trigger_id": None}
-    if client.post("/gradio_api/queue/join", json=body).status_code != 200:
+def get_askable(client: httpx.Client, kind: str) -> dict[int, list[str]]:
+    """What the page can ask for: number -> types of the inputs, of which one is `kind`."""
+    config = client.get("/config").json()
+    types = {component["id"]: component["type"] for component in config["components"]}
+    inputs = {entry["id"]: [types[number] for number in entry["inputs"]] for entry in config["dependencies"]}
+    return {number: types for number, types in inputs.items() if kind in types}
+
+
+def join(client: httpx.Client, number: int, data: list, session: str) -> int:
+    """Status of a request to be answered."""
+    body = {"data": data, "fn_index": number, "session_hash": session, "trigger_id": None}
+    return client.post("/gradio_api/queue/join", json=body).status_code
+
+
+def succeeds(client: httpx.Client, number: int, data: list, session: str) -> bool:
+    if join(client, number, data, session) != 200:
         return False
     with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as stream:
         for line in stream.iter_lines():
@@ -203,13 +220,7 @@ def test_no_file_or_address_is_accepted_as_an_image(client, folder):
     """By way of everything that the page can ask for."""
     (folder / "secret.png").write_bytes(draw_secret())
     own = upload(client, "own.png", draw_secret()).json()[0]
-    config = client.get("/config").json()
-    components = {component["id"]: component["type"] for component in config["components"]}
-    askable = [
-        dependency
-        for dependency in config["dependencies"]
-        if {"multimodaltextbox", "chatbot"} & {components[number] for number in dependency["inputs"]}
-    ]
+    askable = get_askable(client, "multimodaltextbox") | get_askable(client, "chatbot")
 
     def ask(path: str) -> list[bool]:
         values = {
@@ -222,21 +233,12 @@ def test_no_file_or_address_is_accepted_as_an_image(client, folder):
             "state": [],
         }
         return [
-            join(client, dependency, components, values, f"{abs(hash(path))}-{dependency['id']}")
-            for dependency in askable
+            succeeds(client, number, [values.get(kind) for kind in kinds], f"{abs(hash(path))}-{number}")
+            for number, kinds in askable.items()
         ]
 
-    visits = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def count_visits() -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    connection, _ = listener.accept()
-                    visits.append(connection)
-                    connection.close()
-
-        threading.Thread(target=count_visits, daemon=True).start()
+        listener.setblocking(False)
         before = {path for path in (folder / "uploads").rglob("*") if path.is_file()}
         for path in (
             str(folder / "secret.png"),
@@ -246,7 +248,8 @@ def test_no_file_or_address_is_accepted_as_an_image(client, folder):
             f"http://127.0.0.1:{listener.getsockname()[1]}/a.png",
         ):
             assert not any(ask(path)), path
-        assert visits == []
+        with pytest.raises(BlockingIOError):  # nobody came
+            listener.accept()
     assert {path for path in (folder / "uploads").rglob("*") if path.is_file()} == before
     assert any(ask(own))  # so the form is right
 
@@ -267,14 +270,10 @@ def test_counts_and_contents_of_others_are_not_shown(client):
         assert client.get(path).status_code in (403, 404), path
 
 
-def test_nothing_that_is_written_is_html(browser, address):
+def test_nothing_that_is_written_is_html(browser, address, engine):
     with open_page(browser, address) as page:
-        engine = import_engine().Engine(str(TINY_MODEL), MAX_NEW_TOKENS)
-        side = engine.processor.image_processor.size["height"]
-        text = "\n".join(HOSTILE)
-        image = str(SPACE / "shelf.jpg")
-        messages = [{"role": "user", "content": [{"type": "image", "path": image}, {"type": "text", "text": text}]}]
-        *_, (said, _, _) = engine.answer(messages, side)
+        text, image = "\n".join(HOSTILE), str(SPACE / "shelf.jpg")
+        said = get_answer(engine, [ask(text, image)], get_trained_side(engine))
         send(page, text, image)
         wait_for_answer(page, 0, f"{said} {text}")
         assert squeeze(page.locator("#chat .user.message").last.inner_text()) == squeeze(text)
@@ -292,36 +291,33 @@ def test_name_of_a_file_is_not_html(browser, address):
         send(page, "What is this?", {"name": name, "mimeType": "image/png", "buffer": b"not an image"})
         page.wait_for_selector("text=& co.png is not an image that can be read")
         assert page.evaluate(HARM) == 0
+        assert "Traceback" not in page.inner_text("body")
+        assert page.locator("#chat .user.message").count() == 0
 
 
 @pytest.mark.parametrize(
     ("num_users", "num_turns"),
     [pytest.param(3, 2, id="short"), pytest.param(12, 8, id="long", marks=pytest.mark.slow)],
 )
-def test_visitors_do_not_get_each_others_answers(browser, address, num_users, num_turns, tmp_path, capsys):
-    engine = import_engine().Engine(str(TINY_MODEL), MAX_NEW_TOKENS)
-    side = engine.processor.image_processor.size["height"]
+def test_visitors_do_not_get_each_others_answers(browser, address, engine, num_users, num_turns, tmp_path, capsys):
     images, chats, views = [], [[] for _ in range(num_users)], []
     for index in range(num_users):
         file, scene = draw_sample(FinePrintConfig(size=256, min_signs=2), "test", index)
-        images.append(tmp_path / f"{index}.jpg")
-        images[-1].write_bytes(file)
+        (tmp_path / f"{index}.jpg").write_bytes(file)
+        images.append(str(tmp_path / f"{index}.jpg"))
         questions = [question for _, question, _ in get_questions(scene)]
         for turn in range(num_turns):
-            content = [{"type": "text", "text": questions[turn % len(questions)]}]
-            if turn == 0:
-                content.insert(0, {"type": "image", "path": str(images[-1])})
-            chats[index].append({"role": "user", "content": content})
-            *_, (said, _, _) = engine.answer(chats[index], side)
-            answer = f"{said} {content[-1]['text']}"
-            chats[index].append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+            question = questions[turn % len(questions)]
+            chats[index].append(ask(question, *images[-1:] if turn == 0 else ()))
+            said = get_answer(engine, chats[index], get_trained_side(engine))
+            chats[index].append(reply(f"{said} {question}"))
     answers = [tuple(message["content"][0]["text"] for message in chat[1::2]) for chat in chats]
     assert len(set(answers)) > num_users / 2  # otherwise a mix-up could go unnoticed
     with contextlib.ExitStack() as visits:
         pages = [visits.enter_context(open_page(browser, address)) for _ in range(num_users)]
         for turn in range(num_turns):
             for page, chat, image in zip(pages, chats, images, strict=True):
-                send(page, chat[2 * turn]["content"][-1]["text"], None if turn else str(image))
+                send(page, chat[2 * turn]["content"][-1]["text"], None if turn else image)
             for page, chat in zip(pages, chats, strict=True):
                 wait_for_answer(page, turn, chat[2 * turn + 1]["content"][0]["text"])
         for page in pages:
@@ -334,23 +330,12 @@ def test_visitors_do_not_get_each_others_answers(browser, address, num_users, nu
 
 
 def test_queue_has_an_end(client, browser, address):
-    config = client.get("/config").json()
-    components = {component["id"]: component["type"] for component in config["components"]}
-    (dependency,) = [
-        dependency
-        for dependency in config["dependencies"]
-        if [components[number] for number in dependency["inputs"]][:1] == ["multimodaltextbox"]
-        and "radio" in [components[number] for number in dependency["inputs"]]
-    ][:1]
+    askable = get_askable(client, "multimodaltextbox")
+    number, kinds = next((number, kinds) for number, kinds in askable.items() if "radio" in kinds)
     values = {"multimodaltextbox": {"text": "What is shown?", "files": []}, "radio": 256, "chatbot": [], "state": []}
-    data = [values.get(components[number]) for number in dependency["inputs"]]
-
-    def ask(number: int) -> int:
-        body = {"data": data, "fn_index": dependency["id"], "session_hash": f"queue{number}", "trigger_id": None}
-        return client.post("/gradio_api/queue/join", json=body).status_code
-
+    data = [values.get(kind) for kind in kinds]
     with ThreadPoolExecutor(8) as pool:
-        statuses = list(pool.map(ask, range(100)))
+        statuses = list(pool.map(lambda index: join(client, number, data, f"queue{index}"), range(100)))
     assert set(statuses) == {200, 503} and statuses.count(503) > 1
     with open_page(browser, address) as page:  # the page goes on
         page.wait_for_selector("#ask textarea")

@@ -114,6 +114,15 @@ def _update(file: Path, changes: dict) -> None:
     file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
+def change_json(file: Path, *path: str, value) -> None:
+    """Puts a value where `path` leads in a JSON file."""
+    content = part = json.loads(file.read_text())
+    for name in path[:-1]:
+        part = part[name]
+    part[path[-1]] = value
+    file.write_text(json.dumps(content))
+
+
 def assert_nothing_written(output: Path) -> None:
     """Neither the output nor anything that was meant to become it is there."""
     assert not output.exists()

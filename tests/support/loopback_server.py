@@ -10,15 +10,15 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import image_views
 import psutil
+from converted_checkpoints import ROOT
 from PIL import Image
 
 
-ROOT = Path(__file__).parent.parent.parent
-TINY_MODEL = ROOT / "examples" / "tiny-llava-hr"
-PATIENCE = 300  # seconds for start and end on a busy machine
+PATIENCE = 300  # seconds for whatever a busy machine takes long for
 
 
 def encode(image: Image.Image) -> str:
@@ -30,6 +30,39 @@ def to_data_url(file: bytes, media_type: str = "image/png") -> str:
     return f"data:{media_type};base64,{base64.b64encode(file).decode()}"
 
 
+def make_messages(text: str, url: str) -> list[dict]:
+    """A question about an image, a data URL, in OpenAI's form."""
+    image = {"type": "image_url", "image_url": {"url": url}}
+    return [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
+
+
+@contextlib.contextmanager
+def run_process(command: Sequence[Any], log: Path, **options: Any) -> Iterator[tuple[str, psutil.Popen]]:
+    """
+    Starts a server, and ends it.
+
+    Args:
+        command: What starts it.
+        log (`Path`): Where its output goes.
+        options: Those of `Popen`.
+
+    Yields:
+        The address that it prints once it listens, such as `http://127.0.0.1:41234`, and its process.
+    """
+    with log.open("w") as stream:
+        process = psutil.Popen(list(map(str, command)), stdout=stream, stderr=subprocess.STDOUT, **options)
+    try:
+        until = time.monotonic() + PATIENCE
+        while not (address := re.search(r"[Rr]unning on .*(http://[\d.]+:\d+)", log.read_text(errors="replace"))):
+            assert process.poll() is None and time.monotonic() < until, log.read_text(errors="replace")
+            time.sleep(0.2)
+        yield address[1], process
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
+            process.kill()
+        process.wait()
+
+
 @contextlib.contextmanager
 def run_server(
     model: Path,
@@ -37,7 +70,7 @@ def run_server(
     command: Sequence[str] = (sys.executable, "-m", "modeling_llava_hr.integrations.serve"),
     cwd: Path = ROOT,
     environment: dict[str, str] | None = None,
-) -> Iterator[tuple[str, psutil.Process]]:
+) -> Iterator[tuple[str, psutil.Popen]]:
     """
     Starts a server with an empty cache and without network; at the end SIGTERM must end it in good order.
 
@@ -49,21 +82,12 @@ def run_server(
         environment (`dict[str, str]`, *optional*): By default this process's.
 
     Yields:
-        Its address, such as `http://127.0.0.1:41234`, and its process.
+        Its address and its process.
     """
     log = folder / "server.log"
     environment = {**(environment or os.environ), "HF_HOME": str(folder / "none"), "HF_HUB_OFFLINE": "1"}
-    command = [*command, os.path.relpath(model, cwd), "--port", "0", "--device", "cpu"]
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=stream, stderr=stream)
-    try:
-        until = time.monotonic() + PATIENCE
-        while not (address := re.search(r"running on http://[\d.]+:(\d+)", log.read_text())):
-            assert process.poll() is None and time.monotonic() < until, log.read_text()
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{address[1]}", psutil.Process(process.pid)
+    command = [*command, os.path.relpath(model, cwd), "--port", 0, "--device", "cpu"]
+    with run_process(command, log, cwd=cwd, env=environment) as (address, process):
+        yield address, process
         process.terminate()
-        assert process.wait(timeout=PATIENCE) == 0, log.read_text()
-    finally:
-        process.kill()
-        process.wait()
+        assert process.wait(PATIENCE) == 0, log.read_text()

@@ -5,23 +5,19 @@ import contextlib
 import importlib.util
 import os
 import shutil
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import psutil
 import pytest
+from converted_checkpoints import ROOT
+from loopback_server import PATIENCE, run_process
 
 
-SPACE = Path(__file__).parent.parent.parent / "examples" / "space"
+SPACE = ROOT / "examples" / "space"
 MAX_NEW_TOKENS = 12
-PATIENCE = 300  # seconds for whatever a busy machine takes long for
 
 
 def import_engine() -> ModuleType:
@@ -32,29 +28,32 @@ def import_engine() -> ModuleType:
     return module
 
 
+def ask(text: str, *paths: str) -> dict:
+    images = [{"type": "image", "path": path} for path in paths]
+    return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
+
+
+def reply(text: str) -> dict:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def get_answer(engine, messages: list[dict], side: int, session: str | None = None) -> str:
+    return list(engine.answer(messages, side, session))[-1][0]
+
+
+def get_trained_side(engine) -> int:
+    return engine.processor.image_processor.size["height"]
+
+
 def require_gradio() -> None:
     if importlib.util.find_spec("gradio") is None:
         pytest.skip('the page needs gradio: pip install ".[space]" in the checkout')
 
 
-def get_free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def serves(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(address, timeout=PATIENCE):
-            return True
-    except (urllib.error.URLError, ConnectionError):
-        return False
-
-
 @contextlib.contextmanager
 def run_page(
     model: Path | None, folder: Path, *program: str, space: Path = SPACE, **environment: str
-) -> Iterator[tuple[str, psutil.Process]]:
+) -> Iterator[tuple[str, psutil.Popen]]:
     """
     Serves the page as `make space` does.
 
@@ -69,23 +68,12 @@ def run_page(
         The page's address, and its process.
     """
     require_gradio()
-    port = get_free_port()
-    options = [*(["--model", model] if model else []), "--port", port, "--max_new_tokens", MAX_NEW_TOKENS]
+    options = ["--max_new_tokens", MAX_NEW_TOKENS, *(["--model", model] if model else [])]
+    environment |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder / "uploads")}
+    environment |= {"PYTHONUNBUFFERED": "1"}  # its address is in the log at once
     command = [sys.executable, *(program or ["app.py"]), *options]
-    environment = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "False", **environment}
-    environment["GRADIO_TEMP_DIR"] = str(folder / "uploads")
-    with open(folder / "log", "w+", encoding="utf-8") as log:
-        server = subprocess.Popen(list(map(str, command)), cwd=space, env=environment, stdout=log, stderr=log)
-        end = time.time() + PATIENCE
-        try:
-            while not serves(f"http://127.0.0.1:{port}"):
-                log.seek(0)
-                assert server.poll() is None and time.time() < end, log.read()
-                time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}", psutil.Process(server.pid)
-        finally:
-            server.terminate()
-            server.wait(PATIENCE)
+    with run_process(command, folder / "log", cwd=space, env={**os.environ, **environment}) as page:
+        yield page
 
 
 @contextlib.contextmanager

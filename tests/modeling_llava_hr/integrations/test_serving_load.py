@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import openai
 import pytest
-from loopback_server import ROOT, TINY_MODEL, run_server, to_data_url
+from converted_checkpoints import ROOT, TINY_MODEL
+from loopback_server import make_messages, run_server, to_data_url
 
 from modeling_llava_hr.integrations import serve, serve_requests
 from training.tiny.fineprint import FinePrintConfig, draw_sample, get_questions
@@ -53,13 +54,9 @@ def server(tmp_path_factory):
 
 
 async def ask(client: openai.AsyncOpenAI, user: User, stream: bool = False) -> str:
-    content = [
-        {"type": "image_url", "image_url": {"url": user.image}},
-        {"type": "text", "text": user.question},
-    ]
-    answer = await client.chat.completions.create(
-        model=NAME, messages=[{"role": "user", "content": content}], temperature=0, max_tokens=8, stream=stream
-    )
+    messages = make_messages(user.question, user.image)
+    options = {"temperature": 0, "max_tokens": 8, "stream": stream}
+    answer = await client.chat.completions.create(model=NAME, messages=messages, **options)
     if not stream:
         return answer.choices[0].message.content
     return "".join([chunk.choices[0].delta.content or "" async for chunk in answer])
