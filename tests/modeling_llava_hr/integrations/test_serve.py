@@ -8,8 +8,6 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +18,10 @@ import httpx
 import openai
 import pytest
 import torch
-from loopback_server import ROOT, TINY_MODEL, encode, run_server, to_data_url
+from chats import chat
+from converted_checkpoints import ROOT, TINY_MODEL
+from forked_commands import assert_one_message
+from loopback_server import encode, run_server, to_data_url
 from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText, AutoProcessor, BloomConfig, pipeline
 
@@ -53,35 +54,20 @@ def client(tmp_path_factory):
             yield client
 
 
-@pytest.fixture(scope="module")
-def answer_of():
-    """Greedy answers of the pipeline."""
-    pipe = pipeline("image-text-to-text", model=str(TINY_MODEL))
-
-    def answer(*images: Image.Image) -> str:
-        content = [*({"type": "image", "image": image} for image in images), TEXT]
-        messages = [{"role": "user", "content": content}]
-        (output,) = pipe(
-            messages, max_new_tokens=NUM_TOKENS, return_full_text=False, generate_kwargs={"do_sample": False}
-        )
-        return output["generated_text"]
-
-    return answer
+def ask_freely(client, content, role="user", **options):
+    messages = [{"role": role, "content": content}]
+    return client.chat.completions.create(**{"model": client.model, "messages": messages, **options})
 
 
 def ask(client, content, **options):
-    return client.chat.completions.create(
-        model=options.pop("model", client.model),
-        messages=[{"role": options.pop("role", "user"), "content": content}],
-        max_tokens=NUM_TOKENS,
-        temperature=0,
-        **options,
-    )
+    return ask_freely(client, content, max_tokens=NUM_TOKENS, temperature=0, **options)
 
 
 @pytest.mark.parametrize("num_images", [1, 2, 0])
-def test_answers_are_those_of_the_pipeline(client, answer_of, num_images):
-    expected = answer_of(*IMAGES[:num_images])
+def test_answers_are_those_of_the_pipeline(client, num_images):
+    pipe = pipeline("image-text-to-text", model=str(TINY_MODEL))
+    options = {"max_new_tokens": NUM_TOKENS, "return_full_text": False, "generate_kwargs": {"do_sample": False}}
+    expected = pipe(chat(QUESTION, *IMAGES[:num_images]), **options)[0]["generated_text"]
     content = [*PARTS[:num_images], TEXT]
     assert ask(client, content).choices[0].message.content == expected
     # transformers' streamer keeps back the beginning of a character whose end never came
@@ -89,10 +75,6 @@ def test_answers_are_those_of_the_pipeline(client, answer_of, num_images):
     with ask(client, content, stream=True) as stream:
         pieces = [chunk.choices[0].delta.content for chunk in stream]
     assert "".join(piece for piece in pieces if piece) == expected
-
-
-def test_the_model_is_listed_under_the_name_that_it_has_on_the_command_line(client):
-    assert [model.id for model in client.models.list()] == [client.model]
 
 
 def image(*urls):
@@ -109,55 +91,54 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\ns
 
 
 @pytest.mark.parametrize(
-    "request_, status, sentence",
+    ("request_", "sentence"),
     [
-        (image("data:image/png;base64,bm90IGEgcGljdHVyZQ=="), 400, "cannot be read"),
-        (image(encode(IMAGES[0])[:300]), 400, "cannot be read"),
-        (image("http://127.0.0.1:9/street.png"), 400, "must be a data URL"),
-        (image(f"{encode(IMAGES[0])},{encode(IMAGES[1]).partition(',')[2]}"), 400, "must be a data URL"),
-        (option(chat_template_kwargs={"processor_kwargs": {"images": ["a.png"]}}), 400, "chat_template_kwargs"),
-        (image(str(ROOT / "tests" / "fixtures")), 400, "must be a data URL"),
-        (image(7), 400, "image_url"),
-        ({"content": [{"type": "input_audio", "input_audio": {"data": ""}}]}, 400, "should be 'text', 'image_url'"),
-        ({"content": [TEXT, {"type": "file", "file": {"file_data": "data:,"}}]}, 400, "should be 'text', 'image_url'"),
-        ({"content": [TEXT, {"type": "image", "image": encode(IMAGES[0])}]}, 400, "should be 'text', 'image_url'"),
-        ({"content": [{"text": "no type"}]}, 400, "messages.0.content"),
-        ({"content": [{"type": "text"}]}, 400, "A part of type text must have `text`"),
-        (option(tools=[{"type": "function", "function": {"name": "look"}}]), 400, "`tools`"),
-        ({"content": QUESTION, "role": "wizard"}, 400, "should be 'system', 'user' or 'assistant'"),
-        ({"content": QUESTION, "model": "another/model"}, 400, "another/model"),
-        (image(to_data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>")), 400, "cannot be read"),
-        (image(to_data_url(POSTSCRIPT)), 400, "cannot be read"),
+        (image("data:image/png;base64,bm90IGEgcGljdHVyZQ=="), "cannot be read"),
+        (image(encode(IMAGES[0])[:300]), "cannot be read"),
+        (image("http://127.0.0.1:9/street.png"), "must be a data URL"),
+        (image(f"{encode(IMAGES[0])},{encode(IMAGES[1]).partition(',')[2]}"), "must be a data URL"),
+        (option(chat_template_kwargs={"processor_kwargs": {"images": ["a.png"]}}), "chat_template_kwargs"),
+        (image(str(ROOT / "tests" / "fixtures")), "must be a data URL"),
+        (image(7), "image_url"),
+        ({"content": [{"type": "input_audio", "input_audio": {"data": ""}}]}, "should be 'text', 'image_url'"),
+        ({"content": [TEXT, {"type": "file", "file": {"file_data": "data:,"}}]}, "should be 'text', 'image_url'"),
+        ({"content": [TEXT, {"type": "image", "image": encode(IMAGES[0])}]}, "should be 'text', 'image_url'"),
+        ({"content": [{"text": "no type"}]}, "messages.0.content"),
+        ({"content": [{"type": "text"}]}, "A part of type text must have `text`"),
+        (option(tools=[{"type": "function", "function": {"name": "look"}}]), "`tools`"),
+        ({"content": QUESTION, "role": "wizard"}, "should be 'system', 'user' or 'assistant'"),
+        ({"content": QUESTION, "model": "another/model"}, "another/model"),
+        (image(to_data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>")), "cannot be read"),
+        (image(to_data_url(POSTSCRIPT)), "cannot be read"),
         # some kilobytes, 101 million pixels
-        (image(encode(Image.new("1", (10_100, 10_000)))), 400, "100000000 pixels"),
-        (image(*[encode(IMAGES[0])] * 17), 400, "may have 16 images"),
-        ({"content": "?" * 500_001}, 400, "at most 500000 characters"),
-        ({"content": "why? " * 3000}, 400, "at most 2048 (`config.context_length`)"),
-        ({"content": [TEXT], "extra_body": {"messages": [{"role": "user", "content": "?"}] * 1001}}, 400, "messages"),
-        (option(max_completion_tokens=10**9), 400, "`max_completion_tokens`: Input should be less than"),
-        (option(max_tokens=0), 400, "`max_tokens`"),
-        (option(max_tokens="many"), 400, "`max_tokens`"),
-        (option(temperature=-1), 400, "`temperature`"),
-        (option(temperature=1e-30), 400, "`temperature` must"),
-        (option(top_p=2), 400, "`top_p`"),
-        (option(frequency_penalty=-2), 400, "`frequency_penalty`"),
-        (option(seed=2**70), 400, "`seed`"),
-        (option(logit_bias={"2": 1e9}), 400, "`logit_bias"),
-        (option(stop=["a"] * 5), 400, "`stop"),
-        (option(generation_config=json.dumps({"num_beams": 10**6})), 400, "num_beams"),
-        (option(generation_config=json.dumps({"max_new_tokens": 10**9})), 400, "max_new_tokens"),
-        (option(logit_bias={"1000000": 5}), 400, "1000000"),
-        (option(n=2), 400, "`n`: Extra inputs"),
-        (option(logprobs=True, top_logprobs=3), 400, "logprobs`: Extra inputs"),
-        (option(response_format={"type": "json_object"}), 400, "`response_format`"),
-        (option(presence_penalty=0.5), 400, "`presence_penalty`"),
+        (image(encode(Image.new("1", (10_100, 10_000)))), "100000000 pixels"),
+        (image(*[encode(IMAGES[0])] * 17), "may have 16 images"),
+        ({"content": "?" * 500_001}, "at most 500000 characters"),
+        ({"content": "why? " * 3000}, "at most 2048 (`config.context_length`)"),
+        ({"content": [TEXT], "extra_body": {"messages": [{"role": "user", "content": "?"}] * 1001}}, "messages"),
+        (option(max_completion_tokens=10**9), "`max_completion_tokens`: Input should be less than"),
+        (option(max_tokens=0), "`max_tokens`"),
+        (option(max_tokens="many"), "`max_tokens`"),
+        (option(temperature=-1), "`temperature`"),
+        (option(temperature=1e-30), "`temperature` must"),
+        (option(top_p=2), "`top_p`"),
+        (option(frequency_penalty=-2), "`frequency_penalty`"),
+        (option(seed=2**70), "`seed`"),
+        (option(logit_bias={"2": 1e9}), "`logit_bias"),
+        (option(stop=["a"] * 5), "`stop"),
+        (option(generation_config=json.dumps({"num_beams": 10**6})), "num_beams"),
+        (option(generation_config=json.dumps({"max_new_tokens": 10**9})), "max_new_tokens"),
+        (option(logit_bias={"1000000": 5}), "1000000"),
+        (option(n=2), "`n`: Extra inputs"),
+        (option(logprobs=True, top_logprobs=3), "logprobs`: Extra inputs"),
+        (option(response_format={"type": "json_object"}), "`response_format`"),
+        (option(presence_penalty=0.5), "`presence_penalty`"),
     ],
 )
-def test_a_bad_request_gets_a_message_and_the_server_stays_up(client, request_, status, sentence):
+def test_a_bad_request_gets_a_message_and_the_server_stays_up(client, request_, sentence):
     for stream in (False, True):
-        with pytest.raises(openai.APIStatusError, match=re.escape(sentence)) as error:
+        with pytest.raises(openai.BadRequestError, match=re.escape(sentence)) as error:
             ask(client, **request_, stream=stream)
-        assert error.value.status_code == status
         assert len(str(error.value)) < 400
     assert ask(client, [PARTS[0], TEXT]).choices[0].message.content is not None
 
@@ -314,18 +295,12 @@ def test_seeds_are_each_clients_own(client):
 
     def sample(seed: int) -> str:
         options = {"seed": seed, "logit_bias": {"2": -100}, "extra_body": {"generation_config": config}}
-        answer = ask_freely(client, "?", **options)
-        return answer.choices[0].message.content
+        return ask_freely(client, "?", **options).choices[0].message.content
 
     alone = [sample(seed) for seed in range(8)]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(sample, range(8)))
     assert together == alone and len(set(alone)) > 4
-
-
-def ask_freely(client, content, **options):
-    messages = [{"role": "user", "content": content}]
-    return client.chat.completions.create(model=client.model, messages=messages, **options)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -392,18 +367,15 @@ def test_full_memory_is_said():
 def test_generation_ends_when_its_client_leaves():
     model = AutoModelForImageTextToText.from_pretrained(TINY_MODEL)
     processor = AutoProcessor.from_pretrained(TINY_MODEL)
-    inputs = processor.tokenizer(QUESTION, return_tensors="pt")
-    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    config = model.generation_config
-    config.update(max_new_tokens=1000, suppress_tokens=[model.generation_config.eos_token_id])
-    steps = []
+    inputs = dict(processor(text=QUESTION, return_tensors="pt"))
+    config, steps = model.generation_config, []
+    config.update(max_new_tokens=1000, suppress_tokens=[config.eos_token_id])
     model.lm_head.register_forward_hook(lambda *_: steps.append(None))
 
     async def leave() -> None:
         generation = serve.Generation()
-        task = asyncio.ensure_future(
-            generation.generate_non_streaming(model, processor, inputs, config, request_id="one")
-        )
+        answer = generation.generate_non_streaming(model, processor, inputs, config, request_id="one")
+        task = asyncio.ensure_future(answer)
         while len(steps) < 3:
             await asyncio.sleep(0.01)
         task.cancel()
@@ -425,13 +397,7 @@ def test_an_abandoned_request_leaves_the_server_free(client):
         assert ask(client, QUESTION).choices
 
 
-def run(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "modeling_llava_hr.integrations.serve", *map(str, arguments)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
-def test_what_cannot_be_served_is_said_in_one_sentence(tmp_path):
+def test_what_cannot_be_served_is_said_in_one_sentence(commands, tmp_path):
     (tmp_path / "a@b").mkdir()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for arguments, sentence in (
@@ -440,6 +406,4 @@ def test_what_cannot_be_served_is_said_in_one_sentence(tmp_path):
             ([TINY_MODEL, "--port", taken.getsockname()[1]], "Choose another --port"),
             ([tmp_path / "none", "--port", 0], "none"),
         ):
-            result = run(*arguments)
-            assert result.returncode == 1 and sentence in result.stderr, result.stderr
-            assert "error: " in result.stderr and "Traceback" not in result.stderr
+            assert_one_message(commands.run("modeling_llava_hr.integrations.serve", *arguments), sentence)
