@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from chats import chat
-from command_lines import CHECKPOINT, caption, convert, evaluate, make_images, publish, train
+from command_lines import CHECKPOINT, caption, convert, evaluate, publish, train
 from converted_checkpoints import TINY_MODEL
 from forked_commands import assert_one_message
 from PIL import Image
 from small_training import make_data
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import pipeline
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
 
@@ -33,7 +33,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    return make_images(tmp_path_factory.mktemp("images") / "images", 4)
+    return make_data(tmp_path_factory.mktemp("images") / "generated", num_rows=4) / "images"
 
 
 # --- disks ---
@@ -58,7 +58,7 @@ def test_a_full_disk_while_captions_are_written(commands, disk, images, tmp_path
     assert commands.run(*caption(images, whole)).status == 0
     # earlier answers that fill their block of the disk
     answers = disk.seen / "answers.jsonl"
-    row = json.dumps({"image": "00.png", "question": "another", "answer": ""})
+    row = json.dumps({"image": "0.png", "question": "another", "answer": ""})
     before = row.replace('""', f'"{"x" * (os.statvfs(disk.seen).f_bsize - len(row) - 1)}"') + "\n"
     answers.write_text(before)
     disk.leave()
@@ -164,25 +164,16 @@ def test_a_download_that_breaks(cuts, commands, hub, converted_stage1, tmp_path)
 # --- memory ---
 
 
-@pytest.fixture
-def full_memory() -> AutoModelForImageTextToText:
-    """The tiny model; its language model runs out of memory in the second step of generating."""
-    model = AutoModelForImageTextToText.from_pretrained(TINY_MODEL, dtype=torch.float32)
-    calls = []
+def test_the_same_call_works_once_there_is_memory():
+    messages, steps = chat("What is shown?", Image.new("RGB", (40, 40))), []
+    pipe = pipeline("image-text-to-text", model=str(TINY_MODEL))
 
-    def run_out(module, arguments):
-        calls.append(module)
-        if len(calls) == 2:
+    def run_out_in_the_second_step(module, arguments):
+        steps.append(module)
+        if len(steps) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    model.lm_head.register_forward_pre_hook(run_out)
-    return model
-
-
-def test_the_same_call_works_once_there_is_memory(full_memory):
-    processor = AutoProcessor.from_pretrained(TINY_MODEL)
-    messages = chat("What is shown?", Image.new("RGB", (40, 40)))
-    pipe = pipeline("image-text-to-text", model=full_memory, processor=processor)
+    pipe.model.lm_head.register_forward_pre_hook(run_out_in_the_second_step)
     with pytest.raises(torch.OutOfMemoryError):
         pipe(messages, max_new_tokens=4, do_sample=False)
     answer = pipe(messages, max_new_tokens=4, do_sample=False)

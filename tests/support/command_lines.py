@@ -5,7 +5,6 @@ from pathlib import Path
 
 from converted_checkpoints import REFERENCE, TINY_MODEL
 from forked_commands import CONVERT
-from PIL import Image, ImageDraw
 from small_training import OPTIONS
 
 
@@ -38,13 +37,3 @@ def evaluate(data: Path, output: Path) -> tuple:
 
 def publish(model: Path, repo: str) -> tuple:
     return ("examples.publish", "--model", model, "--repo", repo)
-
-
-def make_images(folder: Path, number: int) -> Path:
-    """A folder of small images."""
-    folder.mkdir(parents=True)
-    for index in range(number):
-        image = Image.new("RGB", (60 + index, 50), ("navy", "green", "maroon")[index % 3])
-        ImageDraw.Draw(image).text((9, 9), str(index), fill="white")
-        image.save(folder / f"{index:02d}.png")
-    return folder
