@@ -3,14 +3,13 @@
 
 import importlib.util
 import re
-from pathlib import Path
 
 import pytest
+from converted_checkpoints import ROOT
 
 from modeling_llava_hr import image_processing_llava_hr, modeling_llava_hr, modeling_llava_hr_vision
 
 
-ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),

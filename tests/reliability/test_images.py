@@ -18,13 +18,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import PIL
 import psutil
 import pytest
 import torch
+from converted_checkpoints import TINY_MODEL
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from image_views import SMALL
@@ -36,9 +36,6 @@ from transformers import AutoProcessor, pipeline
 from modeling_llava_hr import LlavaHrImageProcessor, LlavaHrImageProcessorPil
 from training.check_data import CheckOptions, check_data
 
-
-ROOT = Path(__file__).parent.parent.parent
-TINY_MODEL = str(ROOT / "examples" / "tiny-llava-hr")
 
 GOOD = draw()
 
@@ -243,7 +240,7 @@ def test_image_processors(num_examples, tmp_path, capsys):
 
 @forms(40, 1000)
 def test_pipeline(num_examples, processor, tmp_path, capsys):
-    pipe = pipeline("image-text-to-text", model=TINY_MODEL, processor=processor)
+    pipe = pipeline("image-text-to-text", model=str(TINY_MODEL), processor=processor)
     tally = Tally(
         "through the pipeline",
         r"`images\[0\]|Image \d+ of `images`|`images` (is nested|mixes)|Sample 0 has 1 <image>|Found 1 <image>",
@@ -307,7 +304,7 @@ def test_data_check(num_examples, tmp_path, capsys, monkeypatch):
 @forms(40, 1000)
 def test_space(num_examples, tmp_path, capsys):
     """The page can show what it accepts; everything else is refused by name when it is sent."""
-    engine = import_engine().Engine(TINY_MODEL, max_new_tokens=1)
+    engine = import_engine().Engine(str(TINY_MODEL), max_new_tokens=1)
     side = min(engine.sides)
     tally = Tally("through the Space", r"^upload\.png ", num_examples)
     path = tmp_path / "upload.png"

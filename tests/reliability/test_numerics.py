@@ -154,8 +154,9 @@ def generate(model, inputs: BatchFeature) -> torch.Tensor:
 
 
 @pytest.fixture
-def deterministic() -> Iterator[None]:
+def deterministic(monkeypatch) -> Iterator[None]:
     """The switch, which `set_seed(..., deterministic=True)` and training's `--full_determinism true` set as well."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for on a GPU
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -163,9 +164,8 @@ def deterministic() -> Iterator[None]:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_second_run_gives_the_same_bits(dtype, device, deterministic, monkeypatch):
+def test_a_second_run_gives_the_same_bits(dtype, device, deterministic):
     """No operation without a deterministic form (torch would raise); answers, samples and three steps of training."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for on a GPU
     runs = []
     for _ in range(2):
         set_seed(0)
@@ -188,9 +188,8 @@ def test_a_second_run_gives_the_same_bits(dtype, device, deterministic, monkeypa
 
 
 @pytest.mark.gpu
-def test_the_resized_position_grid_has_no_deterministic_gradient_on_cuda(deterministic, monkeypatch):
+def test_the_resized_position_grid_has_no_deterministic_gradient_on_cuda(deterministic):
     """At other sides than the ViT's own, torch refuses (docs/reliability.md), unless the positions are frozen."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     model, processor = load(TINY_MODEL, device="cuda")
     model.train()
     inputs = ask(processor, IMAGES[:1], size=512, low_res_size=112).to("cuda")  # 16 x 16 patches instead of 8 x 8

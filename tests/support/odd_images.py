@@ -11,7 +11,6 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -50,13 +49,10 @@ def draw(mode: str = "RGB", width: int = WIDTH, height: int = HEIGHT) -> Image.I
     ImageDraw.Draw(image).rectangle((2, 2, 8, 5), fill="red")
     if mode == "I;16":
         return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
-    if mode in ("LAB", "La", "RGBa", "PA"):
-        via = {"LAB": "RGB", "La": "LA", "RGBa": "RGBA", "PA": "P"}[mode]
-        image = image.convert(via)
-        if mode == "LAB":
-            profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-            return ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
-    return image.convert(mode)
+    if mode == "LAB":
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        return ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
+    return image.convert({"La": "LA", "RGBa": "RGBA", "PA": "P"}.get(mode, mode)).convert(mode)
 
 
 def _exif(orientation: int) -> Image.Exif:
@@ -74,13 +70,6 @@ def _png(width: int, height: int, *chunks: bytes) -> bytes:
     """A PNG of 8-bit grey whose header claims a size, and `chunks`."""
     header = _png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + _png_chunk(b"IEND", b"")
-
-
-def _zip() -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("image.png", encode(draw(), "PNG"))
-    return buffer.getvalue()
 
 
 @cache
@@ -136,6 +125,9 @@ def make_files() -> dict[str, bytes]:
         "PNG nearly a bomb": encode(Image.new("1", (1200, 1200)), "PNG"),
     }
     # Not images
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("image.png", encode(draw(), "PNG"))
     files |= {
         "empty": b"",
         "zero bytes": b"\0" * 500,
@@ -143,62 +135,38 @@ def make_files() -> dict[str, bytes]:
         "HTML": b"<!doctype html><img src=x onerror=alert(1)>",
         "SVG": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>',
         "PostScript that never ends": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{ } loop\n",
-        "ZIP": _zip(),
+        "ZIP": buffer.getvalue(),
         "signature alone": b"\x89PNG\r\n\x1a\n",
         "JPEG markers alone": b"\xff\xd8\xff\xd9",
     }
     return files
 
 
-def _cut(content: bytes, place: float, seed: int) -> bytes:
-    return content[: int(place * len(content))]
+DAMAGES = ("none", "cut", "bits", "bits of its head", "blank range", "another file's end", "noise at its end")
 
 
-def _flip_bits(content: bytes, place: float, seed: int) -> bytes:
-    flipped, random = bytearray(content), np.random.default_rng(seed)
-    for position in random.integers(0, len(content), random.integers(1, 9)) if content else ():
-        flipped[position] ^= 1 << random.integers(8)
-    return bytes(flipped)
-
-
-def _scramble_beginning(content: bytes, place: float, seed: int) -> bytes:
-    head = _flip_bits(content[:80], place, seed)
-    return head + content[80:]
-
-
-def _blank_range(content: bytes, place: float, seed: int) -> bytes:
-    start = int(place * len(content))
-    return content[:start] + b"\0" * min(64, len(content) - start) + content[start + 64 :]
-
-
-def _splice(content: bytes, place: float, seed: int) -> bytes:
-    others = list(make_files().values())
-    return content[: int(place * len(content))] + others[seed % len(others)]
-
-
-def _lengthen(content: bytes, place: float, seed: int) -> bytes:
-    return content + np.random.default_rng(seed).bytes(200)
-
-
-DAMAGES: dict[str, Callable[[bytes, float, int], bytes]] = {
-    "whole": lambda content, place, seed: content,
-    "cut": _cut,
-    "with flipped bits": _flip_bits,
-    "with a scrambled beginning": _scramble_beginning,
-    "with a blank range": _blank_range,
-    "with another file from its middle on": _splice,
-    "with noise at its end": _lengthen,
-}
+def _damage(content: bytes, kind: str, place: float, seed: int) -> bytes:
+    start, random, others = int(place * len(content)), np.random.default_rng(seed), list(make_files().values())
+    if kind == "cut":
+        return content[:start]
+    if kind.startswith("bits"):
+        flipped, end = bytearray(content), len(content) if kind == "bits" else min(80, len(content))
+        for position in random.integers(0, end, random.integers(1, 9)) if content else ():
+            flipped[position] ^= 1 << random.integers(8)
+        return bytes(flipped)
+    if kind == "blank range":
+        return content[:start] + b"\0" * min(64, len(content) - start) + content[start + 64 :]
+    if kind == "another file's end":
+        return content[:start] + others[seed % len(others)]
+    return content + random.bytes(200) if kind == "noise at its end" else content
 
 
 @st.composite
 def odd_files(draw_value) -> Odd:
     """The content of a file, whole or damaged."""
-    name = draw_value(st.sampled_from(sorted(make_files())))
-    damage = draw_value(st.sampled_from(sorted(DAMAGES)))
+    name, kind = draw_value(st.sampled_from(sorted(make_files()))), draw_value(st.sampled_from(DAMAGES))
     place, seed = draw_value(st.floats(0, 1)), draw_value(st.integers(0, 2**20))
-    content = DAMAGES[damage](make_files()[name], place, seed)
-    return Odd(f"{name}, {damage}" + (f" ({place:.3f}, {seed})" if damage != "whole" else ""), content)
+    return Odd(f"{name}, damage: {kind} ({place:.3f}, {seed})", _damage(make_files()[name], kind, place, seed))
 
 
 def _open_lazily(content: bytes) -> Any:
@@ -324,17 +292,10 @@ def odd_pil_images(draw_value) -> Odd:
             ]
         )
     )
-    bands = len(Image.getmodebands(mode) * "x")
-    if mode == "F":
-        color = value
-    elif mode == "I":
-        color = int(value) if np.isfinite(value) else 0
-    elif mode.startswith("I;16"):
-        color = int(np.clip(value, 0, 65_535)) if np.isfinite(value) else 0
-    else:
-        color = int(np.clip(value, 0, 255)) if np.isfinite(value) else 7
-        color = color if bands == 1 else (color,) * bands
-    image = Image.new(mode, size, color)
+    low, high = (-np.inf, np.inf) if mode == "I" else (0, 65_535 if mode.startswith("I;16") else 255)
+    color = value if mode == "F" else int(np.clip(np.nan_to_num(value, posinf=7), low, high))
+    bands = Image.getmodebands(mode)
+    image = Image.new(mode, size, color if bands == 1 else (color,) * bands)
     image.info.update(info)
     return Odd(f"PIL {mode} {size} of {value} with {info}", image)
 
