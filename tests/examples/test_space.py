@@ -191,6 +191,8 @@ def test_heat_map_colours_where_the_heat_is():
 
 def test_generation_ends_when_the_asker_leaves(engine, side, monkeypatch):
     monkeypatch.setattr(engine, "max_new_tokens", 200)
+    config = engine.model.generation_config
+    monkeypatch.setattr(config, "suppress_tokens", [config.eos_token_id])  # it would not end by itself
     with count_calls(engine.model.lm_head) as steps:
         answer = engine.answer([ask("What is shown?", SHELF)], side)
         next(answer)  # the image is encoded

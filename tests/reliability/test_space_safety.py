@@ -222,7 +222,7 @@ def test_no_file_or_address_is_accepted_as_an_image(client, folder):
     own = upload(client, "own.png", draw_secret()).json()[0]
     askable = get_askable(client, "multimodaltextbox") | get_askable(client, "chatbot")
 
-    def ask(path: str) -> list[bool]:
+    def offer(path: str) -> list[bool]:
         values = {
             "multimodaltextbox": {"text": "What is shown?", "files": [forge(path)]},
             "chatbot": [
@@ -247,11 +247,11 @@ def test_no_file_or_address_is_accepted_as_an_image(client, folder):
             "/etc/passwd",
             f"http://127.0.0.1:{listener.getsockname()[1]}/a.png",
         ):
-            assert not any(ask(path)), path
+            assert not any(offer(path)), path
         with pytest.raises(BlockingIOError):  # nobody came
             listener.accept()
     assert {path for path in (folder / "uploads").rglob("*") if path.is_file()} == before
-    assert any(ask(own))  # so the form is right
+    assert any(offer(own))  # so the form is right
 
 
 def test_uploads_have_an_end_and_are_not_run(client):
