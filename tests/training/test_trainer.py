@@ -5,12 +5,12 @@ import json
 import shutil
 import zipfile
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from converted_checkpoints import ROOT
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -22,9 +22,6 @@ from training.trainer import (
     complete_or_absent,
     find_last_complete_checkpoint,
 )
-
-
-ACCELERATE = Path(__file__).parent.parent.parent / "training" / "accelerate"
 
 
 def make_sampler(num_images, num_texts, batch_size=4, group_size=8, epoch=0, seed=0):
@@ -65,36 +62,39 @@ def test_order_depends_on_seed_and_epoch_alone():
 
 
 @pytest.fixture(scope="module")
-def stage2(miniature):
+def stage2(converted_stage1):
     """The miniature as stage 2 starts with it, and its processor for small views."""
     torch.manual_seed(0)
-    config = load_config(STAGES["finetune"], str(miniature), low_res_size=56)
-    model = AutoModelForImageTextToText.from_pretrained(miniature, config=config, dtype=torch.float32)
-    return model, load_processor(STAGES["finetune"], str(miniature), 128, 56)
+    config = load_config(STAGES["finetune"], str(converted_stage1), low_res_size=56)
+    model = AutoModelForImageTextToText.from_pretrained(converted_stage1, config=config, dtype=torch.float32)
+    return model, load_processor(STAGES["finetune"], str(converted_stage1), 128, 56)
 
 
-def test_texts_alone_give_the_same_loss_and_a_gradient_for_everything(stage2, data):
+@pytest.fixture(scope="module")
+def samples(data):
+    """Samples with images, and samples without."""
+    samples = list(load_data(DataConfig(str(data / "train.jsonl"))))
+    return [[sample for sample in samples if bool(sample["images"]) is has_image] for has_image in (True, False)]
+
+
+def test_texts_alone_give_the_same_loss_and_a_gradient_for_everything(stage2, samples):
     model, processor = stage2
-    samples = [sample for sample in load_data(DataConfig(str(data / "train.jsonl"))) if not sample["images"]][:3]
-    batch = LlavaHrDataCollator(processor, assistant_only_loss=True)(samples)
+    batch = LlavaHrDataCollator(processor, assistant_only_loss=True)(samples[1][:3])
     assert (batch["input_ids"] == processor.image_token_id).sum() == 1
     text = {name: batch[name][:, :-1] for name in ("input_ids", "attention_mask", "labels")}
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward()
     assert loss.item() == pytest.approx(model(**text).loss.item(), rel=1e-6)
-    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    assert missing == []
-    seen = [name for name, p in model.named_parameters() if "vision_tower" in name and p.grad.abs().max() > 0]
-    assert seen == []
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    assert [n for n, p in model.named_parameters() if "vision_tower" in n and p.grad.abs().max() > 0] == []
 
 
-def test_bfloat16_views_change_a_bfloat16_training_within_rounding(stage2, data):
+def test_bfloat16_views_change_a_bfloat16_training_within_rounding(stage2, samples):
     """The high-resolution tower rounds its input to bfloat16 anyway; the low-resolution view is rounded once more."""
     model, processor = stage2
-    samples = [sample for sample in load_data(DataConfig(str(data / "train.jsonl"))) if sample["images"]][:3]
     exact, rounded = (
-        LlavaHrDataCollator(processor, assistant_only_loss=True, pixel_dtype=dtype)(samples)
+        LlavaHrDataCollator(processor, assistant_only_loss=True, pixel_dtype=dtype)(samples[0][:3])
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert exact.keys() == rounded.keys()
@@ -102,26 +102,19 @@ def test_bfloat16_views_change_a_bfloat16_training_within_rounding(stage2, data)
         assert torch.equal(rounded[name], values.bfloat16() if values.is_floating_point() else values)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         outputs = [model(**batch) for batch in (exact, rounded)]
-    features = [output.image_outputs.high_res_features for output in outputs]
-    assert torch.equal(*features)
+    assert torch.equal(*(output.image_outputs.high_res_features for output in outputs))
     assert outputs[1].loss.item() == pytest.approx(outputs[0].loss.item(), rel=2**-7)
-
-
-def make_checkpoint(folder, step, world_size=1):
-    checkpoint = folder / f"checkpoint-{step}"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    for rank in range(world_size):
-        name = "rng_state.pth" if world_size == 1 else f"rng_state_{rank}.pth"
-        with zipfile.ZipFile(checkpoint / name, "w") as file:
-            file.writestr("data", "x")
-    return checkpoint
 
 
 def test_the_newest_complete_checkpoint_is_found(tmp_path):
     assert find_last_complete_checkpoint(tmp_path / "nothing") is None
     for step in (5, 10, 100):
-        make_checkpoint(tmp_path, step, world_size=2)
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        for rank in range(2):
+            with zipfile.ZipFile(checkpoint / f"rng_state_{rank}.pth", "w") as file:
+                file.writestr("data", "x")
     shutil.copytree(tmp_path / "checkpoint-100", tmp_path / "checkpoint-100-best")
     assert find_last_complete_checkpoint(tmp_path).endswith("checkpoint-100")
     (tmp_path / "checkpoint-100" / "rng_state_1.pth").write_bytes(b"half")
@@ -163,7 +156,7 @@ def test_what_is_no_fault_of_writing_stays_itself(tmp_path, error):
     [("fsdp2", "FSDP", 8), ("fsdp2_multi_node", "FSDP", 16), ("zero3", "DEEPSPEED", 8)],
 )
 def test_accelerate_configs_parse(name, kind, num_processes):
-    config = load_config_from_file(str(ACCELERATE / f"{name}.yaml"))
+    config = load_config_from_file(str(ROOT / "training" / "accelerate" / f"{name}.yaml"))
     assert isinstance(config, ClusterConfig) and config.distributed_type.value == kind
     assert config.num_processes == 8 * config.num_machines == num_processes
 
@@ -189,16 +182,12 @@ def run_sharded_step(rank, folder, layer_classes, batches):
     torch.distributed.destroy_process_group()
 
 
-def test_a_step_sharded_as_configured_equals_one_process(stage2, data, tmp_path):
+def test_a_step_sharded_as_configured_equals_one_process(stage2, samples, tmp_path):
     """fully_shard on two gloo processes, one with texts alone; the model names what is wrapped."""
     model, processor = stage2
     layer_classes = sorted(model._no_split_modules)
-    samples = list(load_data(DataConfig(str(data / "train.jsonl"))))
     collator = LlavaHrDataCollator(processor, assistant_only_loss=True)
-    batches = [
-        dict(collator([sample for sample in samples if bool(sample["images"]) is has_image][:2]))
-        for has_image in (True, False)
-    ]
+    batches = [dict(collator(kind[:2])) for kind in samples]
     model.save_pretrained(tmp_path)
     # not forked: autograd refuses it where another test has used its threads
     torch.multiprocessing.spawn(run_sharded_step, (tmp_path, layer_classes, batches), nprocs=2)
