@@ -1,29 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """TRL's own trainers, as shipped, on the tiny model: conversational data with `images`, no code of ours between."""
 
-import functools
 import importlib
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import trl
+from chats import chat, tokenize
+from converted_checkpoints import ROOT, TINY_MODEL
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
-from trl import (
-    DPOConfig,
-    DPOTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    RewardConfig,
-    RewardTrainer,
-    RLOOConfig,
-    RLOOTrainer,
-    SFTConfig,
-    SFTTrainer,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
 from examples.grpo import make_questions
@@ -32,8 +22,6 @@ from examples.grpo import make_questions
 # TRL 1.16 on transformers 5.24, and its experimental parts
 pytestmark = pytest.mark.filterwarnings("default")
 
-ROOT = Path(__file__).parent.parent.parent
-TINY_MODEL = str(ROOT / "examples" / "tiny-llava-hr")
 QUESTION, RIGHT, WRONG = "What does the green sign say?", "1471", "9999"
 
 
@@ -58,11 +46,11 @@ def make_trainer(kind: str, folder: Path, num_images: int = 1, model=None, **opt
     """A trainer of two steps with the tiny model in float32."""
     preferences = {"chosen": answer(RIGHT), "rejected": answer(WRONG)}
     trainer_class, config_class, columns, arguments = {
-        "sft": (SFTTrainer, SFTConfig, {"completion": answer(RIGHT)}, {"max_length": None}),
-        "dpo": (DPOTrainer, DPOConfig, preferences, {"max_length": None}),
-        "grpo": (GRPOTrainer, GRPOConfig, {}, {"beta": 0.1}),
-        "rloo": (RLOOTrainer, RLOOConfig, {}, {"beta": 0.1}),
-        "reward": (RewardTrainer, RewardConfig, preferences, {"max_length": None}),
+        "sft": (trl.SFTTrainer, trl.SFTConfig, {"completion": answer(RIGHT)}, {"max_length": None}),
+        "dpo": (trl.DPOTrainer, trl.DPOConfig, preferences, {"max_length": None}),
+        "grpo": (trl.GRPOTrainer, trl.GRPOConfig, {}, {"beta": 0.1}),
+        "rloo": (trl.RLOOTrainer, trl.RLOOConfig, {}, {"beta": 0.1}),
+        "reward": (trl.RewardTrainer, trl.RewardConfig, preferences, {"max_length": None}),
     }[kind]
     if kind in ("grpo", "rloo"):
         arguments |= {"num_generations": 2, "max_completion_length": 4}
@@ -79,11 +67,16 @@ def make_trainer(kind: str, folder: Path, num_images: int = 1, model=None, **opt
         logging_steps=1,
         **arguments,
     )
-    if model is None:
-        model = AutoModelForImageTextToText.from_pretrained(TINY_MODEL, dtype=torch.float32)
+    model = model or AutoModelForImageTextToText.from_pretrained(TINY_MODEL, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(TINY_MODEL)
     rows = make_rows(num_images, **columns)
     return trainer_class(model=model, args=config, train_dataset=rows, processing_class=processor, **options)
+
+
+def take_two_steps(trainer) -> None:
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2 and all(torch.tensor(losses).isfinite())
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -95,9 +88,7 @@ def test_two_steps(kind, num_images, lora, tmp_path):
     trainer = make_trainer(kind, tmp_path, num_images, **options)
     assert trainer.args.gradient_checkpointing
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 2 and all(torch.tensor(losses).isfinite())
+    take_two_steps(trainer)
     moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved and all("lora_" in name for name in moved) == lora
     for part in ("high_res_tower", "mr_adapters", "vision_tower.layers", "language_model"):
@@ -109,20 +100,16 @@ def test_two_steps_with_unpad(kind, tmp_path):
     """Images of several shapes, as many as TRL hands on with their `image_sizes`."""
     trainer = make_trainer(kind, tmp_path, num_images=2)
     trainer.processing_class.image_processor.unpad = True
-    shapes = [(0, 60, 256, 204), (80, 0, 165, 256)]
-    rows = [
-        {**row, "images": [i.crop(box) for i, box in zip(row["images"], shapes, strict=True)]}
-        for row in trainer.train_dataset
-    ]
-    rows[1]["images"].reverse()
+    boxes = [(0, 60, 256, 204), (80, 0, 165, 256)]
+    images = [image.crop(box) for image, box in zip(trainer.train_dataset[0]["images"], boxes, strict=True)]
+    rows = [{**row, "images": images} for row in trainer.train_dataset]
+    rows[1]["images"] = images[::-1]
     trainer.train_dataset = Dataset.from_list(rows)
     seen = []
     trainer.model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs.get("image_sizes")), with_kwargs=True
     )
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 2 and all(torch.tensor(losses).isfinite())
+    take_two_steps(trainer)
     sizes = [size for batch in seen if batch is not None for size in batch.tolist()]
     assert {tuple(size) for size in sizes} == {(144, 256), (256, 85)}
 
@@ -134,12 +121,9 @@ def test_log_probabilities_of_dpo_are_those_of_the_model(tmp_path):
     expected = {}
     for name in ("chosen", "rejected"):
         row = trainer.train_dataset[0]
-        parts = [{"type": "image", "image": row["images"][0]}, {"type": "text", "text": QUESTION}]
-        chat = [{"role": "user", "content": parts}]
-        prompt, whole = (
-            processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **options)
-            for messages, options in ((chat, {"add_generation_prompt": True}), (chat + row[name], {}))
-        )
+        question = chat(QUESTION, row["images"][0])
+        prompt = tokenize(processor, question)
+        whole = tokenize(processor, question + row[name], add_generation_prompt=False)
         length = prompt["input_ids"].shape[1]
         with torch.no_grad():
             log_probabilities = model(**whole).logits[0, length - 1 : -1].log_softmax(-1)
@@ -152,7 +136,7 @@ def test_log_probabilities_of_dpo_are_those_of_the_model(tmp_path):
 
 def test_a_folder_alone_is_enough(tmp_path):
     """TRL finds the class of a folder's model by itself; such a folder has none of the code."""
-    trainer = make_trainer("sft", tmp_path, model=TINY_MODEL)
+    trainer = make_trainer("sft", tmp_path, model=str(TINY_MODEL))
     assert type(trainer.model).__name__ == "LlavaHrForConditionalGeneration"
     trainer.train()
 
@@ -160,8 +144,7 @@ def test_a_folder_alone_is_enough(tmp_path):
 @pytest.mark.parametrize("name", ["dpo", "grpo"])
 def test_examples(name, tmp_path, monkeypatch, capsys):
     example = importlib.import_module(f"examples.{name}")
-    make_few = functools.partial(make_questions, num_images=2)
-    monkeypatch.setattr(example, "make_questions", lambda split, num_images: make_few(split))
+    monkeypatch.setattr(example, "make_questions", lambda split, num_images: make_questions(split, num_images=2))
     batch = ["--per_device_train_batch_size", "4", *(["--num_generations", "2"] if name == "grpo" else [])]
     options = ["--output_dir", str(tmp_path), "--max_steps", "2", "--logging_steps", "1", *batch]
     monkeypatch.setattr(sys, "argv", [name, *options, "--use_cpu", "true"])
@@ -170,23 +153,9 @@ def test_examples(name, tmp_path, monkeypatch, capsys):
     assert name == "dpo" or "mean reward: " in capsys.readouterr().out
 
 
-def make_llava():
-    text = LlamaConfig(
-        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    return AutoModelForImageTextToText.from_config(LlavaConfig(vision_config=vision, text_config=text))
-
-
 def test_reward_models_are_not_for_images(tmp_path):
-    """transformers has no sequence classification of image and text: its own Llava fails in the same way."""
-    models = (make_llava(), AutoModelForImageTextToText.from_pretrained(TINY_MODEL))
-    for model in models:
-        with pytest.raises(ValueError, match="reward models require `num_labels=1`"):
-            make_trainer("reward", tmp_path, model=model)
-        folder = tmp_path / type(model).__name__
-        model.save_pretrained(folder)
-        with pytest.raises(ValueError, match="Unrecognized configuration class.*AutoModelForSequenceClassification"):
-            make_trainer("reward", tmp_path, model=str(folder))
+    """transformers has no sequence classification of image and text."""
+    with pytest.raises(ValueError, match="reward models require `num_labels=1`"):
+        make_trainer("reward", tmp_path)
+    with pytest.raises(ValueError, match="Unrecognized configuration class.*AutoModelForSequenceClassification"):
+        make_trainer("reward", tmp_path, model=str(TINY_MODEL))
