@@ -1,22 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from converted_checkpoints import TINY_MODEL
 
 from training.tiny.evaluate import EvaluateArguments, evaluate, main, summarize
-from training.tiny.fineprint import FinePrintArguments, generate
 
 
-TINY = str(Path(__file__).parent.parent.parent.parent / "examples" / "tiny-llava-hr")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fineprint") / "data"
-    generate(FinePrintArguments(output=str(folder), num_train=0, num_validation=0, num_test=6, size=256, workers=1))
-    return str(folder)
+TINY = str(TINY_MODEL)
 
 
 def test_summary_counts_by_kind_scene_and_number_of_texts():
@@ -36,22 +28,21 @@ def test_summary_counts_by_kind_scene_and_number_of_texts():
     }
 
 
-def test_the_trained_model_reads_with_its_sharp_view_alone(data):
-    rows = [json.loads(line) for line in (Path(data) / "test.jsonl").read_text().splitlines()]
-    result = evaluate(EvaluateArguments(model=TINY, data=data, batch_size=5))
+def test_the_trained_model_reads_with_its_sharp_view_alone(fineprint):
+    rows = [json.loads(line) for line in (fineprint / "test.jsonl").read_text().splitlines()]
+    result = evaluate(EvaluateArguments(model=TINY, data=str(fineprint), batch_size=5))
     assert sum(result["accuracy"][kind]["num_questions"] for kind in ("fine", "coarse")) == len(rows)
     assert result["accuracy"]["fine"]["accuracy"] >= 0.5
     assert {kind: len(gates) for kind, gates in result["mean_gates"].items()} == {"coarse": 3, "fine": 3}
-    assert [sample["expected"] for sample in result["samples"]] == [
-        row["conversations"][1]["value"] for row in rows[: len(result["samples"])]
-    ]
-    blind = evaluate(EvaluateArguments(model=TINY, data=data, zero_high_res=True))
+    expected = [row["conversations"][1]["value"] for row in rows]
+    assert [sample["expected"] for sample in result["samples"]] == expected[: len(result["samples"])]
+    blind = evaluate(EvaluateArguments(model=TINY, data=str(fineprint), zero_high_res=True))
     assert blind["accuracy"]["fine"]["accuracy"] == 0
 
 
-def test_the_command_writes_what_it_prints(data, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_what_it_prints(fineprint, tmp_path, monkeypatch, capsys):
     output = tmp_path / "new" / "evaluation.json"
-    options = [f"--model={TINY}", f"--data={data}", "--max_questions=3", "--size=256", "--low_res_size=56"]
+    options = [f"--model={TINY}", f"--data={fineprint}", "--max_questions=3", "--size=256", "--low_res_size=56"]
     monkeypatch.setattr(sys, "argv", ["evaluate", *options, f"--output={output}"])
     main()
     assert capsys.readouterr().out == output.read_text()

@@ -8,28 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from converted_checkpoints import TINY_MODEL
 from safetensors.torch import load_file, save_file
 from transformers import HfArgumentParser
 
 from modeling_llava_hr import get_num_image_tokens
-from training.tiny import train as train_tiny
-from training.tiny.fineprint import FinePrintArguments, generate
+from training.tiny import train
+from training.tiny.fineprint import FinePrintArguments
 from training.tiny.language_model import PretrainLanguageModelArguments
 from training.tiny.towers import PretrainTowersArguments
-from training.tiny.train import (
-    PATCH_SIZE,
-    PRESETS,
-    UNUSED,
-    Course,
-    TrainTinyArguments,
-    get_low_res_size,
-    get_steps,
-    silence,
-)
+from training.tiny.train import PRESETS, UNUSED, TrainTinyArguments, get_steps
 from training.train import make_parser
 
-
-TINY = Path(__file__).parent.parent.parent.parent / "examples" / "tiny-llava-hr"
 
 PARSERS = {
     "training.tiny.fineprint": FinePrintArguments,
@@ -53,9 +43,7 @@ def test_every_command_can_be_parsed(preset, pathway):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_stage_starts_from_the_one_before(preset):
-    steps = [
-        step for step in get_steps(TrainTinyArguments(preset=preset)) if step.command[0] != "training.tiny.fineprint"
-    ]
+    steps = [step for step in get_steps(TrainTinyArguments(preset=preset)) if "fineprint" not in step.command[0]]
     made = [step.done.parent for step in steps]
     starts = [re.search(r"--model_name_or_path=(\S+)", " ".join(step.command)) for step in steps]
     assert [Path(start[1]) for start in starts if start] == made[2:-2]
@@ -84,36 +72,35 @@ def test_only_parts():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_both_views_have_whole_patches(preset):
     for course in (PRESETS[preset].pretrain, *PRESETS[preset].finetune):
-        num_tokens = get_num_image_tokens(get_low_res_size(course.size), PATCH_SIZE)
+        num_tokens = get_num_image_tokens(train.get_low_res_size(course.size), train.PATCH_SIZE)
         assert num_tokens == (course.size // 32) ** 2
 
 
 def test_silence_sets_one_half_of_the_fusion_to_zero(tmp_path):
     names = ("low_res_proj.weight", "low_res_proj.bias", "high_res_proj.weight", "high_res_proj.bias")
-    weights = {f"model.vision_tower.fusion.{name}": torch.ones(2) for name in names} | {
-        "lm_head.weight": torch.ones(2)
-    }
-    save_file(weights, tmp_path / "model.safetensors")
-    silence(tmp_path, "low_res")
+    names = [*(f"model.vision_tower.fusion.{name}" for name in names), "lm_head.weight"]
+    save_file({name: torch.ones(2) for name in names}, tmp_path / "model.safetensors")
+    train.silence(tmp_path, "low_res")
     zero = {name for name, weight in load_file(tmp_path / "model.safetensors").items() if not weight.any()}
     assert zero == {"model.vision_tower.fusion.high_res_proj.weight", "model.vision_tower.fusion.high_res_proj.bias"}
 
 
 def run(monkeypatch, *options):
     monkeypatch.setattr(sys, "argv", ["train", *options])
-    train_tiny.main()
+    train.main()
 
 
-@pytest.mark.parametrize("option", ["--preset=tpu", "--pathway=none"])
-def test_wrong_choices_are_named(option, monkeypatch):
-    name, value = option.split("=")
-    with pytest.raises(ValueError, match=f"{name} must be one of .*, but got '{value}'"):
-        run(monkeypatch, option)
-
-
-def test_parts_without_a_language_model_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="--parts: .*nowhere has no complete language-model"):
-        run(monkeypatch, f"--parts={tmp_path / 'nowhere'}", f"--output={tmp_path}")
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--preset=tpu", "--preset must be one of .*, but got 'tpu'"),
+        ("--pathway=none", "--pathway must be one of .*, but got 'none'"),
+        ("--parts=nowhere", "--parts: nowhere has no complete language-model"),
+    ],
+)
+def test_wrong_options_are_named(option, message, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=message):
+        run(monkeypatch, option, f"--output={tmp_path}")
 
 
 def test_a_dry_run_prints_every_command_and_makes_nothing(tmp_path, monkeypatch, capsys):
@@ -124,16 +111,14 @@ def test_a_dry_run_prints_every_command_and_makes_nothing(tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_goes_on_with_what_is_missing(tmp_path, monkeypatch, capfd):
+def test_goes_on_with_what_is_missing(fineprint, tmp_path, monkeypatch, capfd):
     """A part is not there, and its command fails. Then the model of the last stage (the tiny one) is evaluated."""
     steps = list(get_steps(TrainTinyArguments(output=str(tmp_path))))
     for step in steps[:-1]:
         step.done.parent.mkdir()
         step.done.touch()
-    data = tmp_path / "fineprint-256-4"
-    shutil.rmtree(data)
-    generate(FinePrintArguments(output=str(data), num_train=0, num_validation=0, num_test=2, size=256, workers=1))
-    shutil.copytree(TINY, steps[-2].done.parent, dirs_exist_ok=True)
+    shutil.copytree(fineprint, tmp_path / "fineprint-256-4", dirs_exist_ok=True)
+    shutil.copytree(TINY_MODEL, steps[-2].done.parent, dirs_exist_ok=True)
 
     (tmp_path / "untrained" / "config.json").unlink()
     with pytest.raises(ValueError, match="assemble failed, see above. The same command resumes there"):
@@ -143,7 +128,7 @@ def test_goes_on_with_what_is_missing(tmp_path, monkeypatch, capfd):
 
     run(monkeypatch, f"--output={tmp_path}")
     assert capfd.readouterr().out.count("exists already") == len(steps) - 1
-    weights, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", TINY))
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", TINY_MODEL))
     assert weights.keys() == expected.keys()
     assert all(weight.dtype == torch.bfloat16 and weight.equal(expected[name]) for name, weight in weights.items())
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
@@ -159,7 +144,7 @@ def test_every_step_runs(tmp_path, monkeypatch, capfd):
     little = ("--size=128", "--max_signs=2")
     towers = ("--reading_steps=2", "--joint_steps=2", "--reading_batch_size=4", "--joint_batch_size=2")
 
-    def shrink(course: Course) -> Course:
+    def shrink(course: train.Course) -> train.Course:
         return dataclasses.replace(course, size=course.size // 4, num_train=8, steps=2, batch_size=2)
 
     preset = dataclasses.replace(
@@ -175,9 +160,8 @@ def test_every_step_runs(tmp_path, monkeypatch, capfd):
     parts, output = tmp_path / "parts", tmp_path / "output"
     run(monkeypatch, "--preset=gpu", "--only_parts", f"--output={parts}", "--workers=1")
     assert sorted(path.name for path in parts.iterdir()) == ["language-model", "seconds.jsonl", "towers"]
-    assert {weight.dtype for weight in load_file(parts / "language-model" / "model.safetensors").values()} == {
-        torch.bfloat16
-    }
+    weights = load_file(parts / "language-model" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     made = {path: path.stat().st_mtime_ns for path in parts.rglob("*")}
 
     options = ("--preset=gpu", f"--parts={parts}", f"--output={output}", "--pathway=low_res", "--workers=1")
