@@ -9,30 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_configs import TEXT_SIZES, VIT_SIZES
 
 from benchmarks.measure import is_installed
-from benchmarks.models import SHAPES
+from benchmarks.models import CONTENDERS, SHAPES, Contender, make_contenders
 
 
 # With patches of 112 pixels LLaVA-HR has 9, 9, 16 and 36 image tokens and LLaVA-1.5 has 9, 16, 36 and 81
 TINY = dataclasses.replace(
     SHAPES["cpu"],
-    text={
-        "vocab_size": 128,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 512,
-    },
-    vision={
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 4,
-        "image_size": 336,
-        "patch_size": 112,
-    },
+    text={**TEXT_SIZES, "num_hidden_layers": 1, "vocab_size": 128, "max_position_embeddings": 512},
+    vision={**VIT_SIZES, "hidden_size": 32, "intermediate_size": 32, "image_size": 336, "patch_size": 112},
     high_res={**SHAPES["cpu"].high_res, "model_args": {"depths": [1] * 4, "dims": [4, 8, 16, 24]}},
 )
 
@@ -42,6 +29,12 @@ def tiny(monkeypatch):
     """The CPU preset has tiny shapes."""
     monkeypatch.setitem(SHAPES, "cpu", TINY)
     return TINY
+
+
+@pytest.fixture
+def contenders(tiny) -> dict[str, Contender]:
+    """All that benchmarks compare, with tiny shapes."""
+    return make_contenders(tiny, CONTENDERS, "cpu", torch.float32)
 
 
 @pytest.fixture

@@ -55,16 +55,3 @@ def test_targets_compare_rates():
 
 def test_no_more_workers_than_cores():
     assert max(loader.LoaderArguments(workers=[0, 1, 100_000]).workers) <= os.cpu_count()
-
-
-@pytest.mark.parametrize(
-    "option, named",
-    [
-        ({"batch_size": 0}, "--batch_size must be"),
-        ({"num_batches": 0}, "--num_b"),
-        ({"workers": [10**6]}, "--workers"),
-    ],
-)
-def test_refused_options(option, named):
-    with pytest.raises(ValueError, match=named):
-        loader.LoaderArguments(**option)

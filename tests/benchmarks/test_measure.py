@@ -13,17 +13,15 @@ from benchmarks import measure
 from benchmarks.measure import BenchmarkArguments, OutputArguments
 
 
-def fail(message: str) -> None:
-    raise RuntimeError(message)
-
-
 def test_everything_runs_once_per_round_and_warmup_does_not_count():
-    calls = []
+    calls, counts = [], []
     functions = {name: lambda name=name: calls.append(name) or {"first": len(calls), "second": 7} for name in "ab"}
-    *_, timings = measure.compare(functions, BenchmarkArguments(repeats=3, warmup=2))
-    assert calls == ["a", "b"] * 5
-    assert timings["a"] == {"first": [5, 7, 9], "second": [7] * 3}
-    assert measure.get_phase(timings, "first") == {"a": [5, 7, 9], "b": [6, 8, 10]}
+    for timings in measure.compare(functions, BenchmarkArguments(repeats=2, warmup=1)):
+        counts.append({name: len(phases["first"]) for name, phases in timings.items()})
+    assert calls == ["a", "b"] * 3
+    assert counts == [{"a": 1}, {"a": 1, "b": 1}, {"a": 2, "b": 1}, {"a": 2, "b": 2}]
+    assert timings["a"] == {"first": [3, 5], "second": [7] * 2}
+    assert measure.get_phase(timings, "first") == {"a": [3, 5], "b": [4, 6]}
 
 
 def test_ratios_are_taken_round_by_round():
@@ -33,15 +31,6 @@ def test_ratios_are_taken_round_by_round():
     assert measure.ratio(None, [1.0]) is None and measure.ratio([1.0], None) is None
     assert measure.ratio([4.0, 9.0], [2.0])["median"] == 2  # so far measured in one round alone
     assert measure.spread([3.0]) == {"low": 3.0, "median": 3.0, "high": 3.0}
-
-
-def test_timings_are_there_after_each_run():
-    functions = {name: lambda: {"seconds": 1.0} for name in "ab"}
-    counts = [
-        {name: len(phases["seconds"]) for name, phases in timings.items()}
-        for timings in measure.compare(functions, BenchmarkArguments(repeats=2, warmup=1))
-    ]
-    assert counts == [{"a": 1}, {"a": 1, "b": 1}, {"a": 2, "b": 1}, {"a": 2, "b": 2}]
 
 
 def test_a_function_that_runs_out_of_memory_is_not_called_again():
@@ -72,28 +61,8 @@ def test_memory_is_freed_after_running_out_of_it(monkeypatch):
     assert measure.unless_out_of_memory(fill) is None
     assert freed == [True]  # not before the function's tensors were gone
     assert measure.unless_out_of_memory(lambda: 3) == 3
-    with pytest.raises(RuntimeError, match="other"):
-        measure.unless_out_of_memory(lambda: fail("other"))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"preset": "large"}, "--preset must be cpu or full, but got 'large'"),
-        ({"repeats": 0}, "--repeats must be at least 1"),
-        ({"warmup": -1}, "--warmup 0, but got 5 and -1"),
-    ],
-)
-def test_wrong_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        BenchmarkArguments(**options)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_full_preset_needs_a_gpu(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["x", "--preset", "full"])
-    with pytest.raises(SystemExit, match="--preset full needs a GPU"):
-        measure.parse_arguments(BenchmarkArguments)
+    with pytest.raises(ZeroDivisionError):
+        measure.unless_out_of_memory(lambda: 1 / 0)
 
 
 @pytest.mark.parametrize(("at_least", "target", "met"), [(True, 2, True), (True, 3, False), (False, 2, False)])

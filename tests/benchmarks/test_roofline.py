@@ -55,8 +55,3 @@ def test_shares_are_taken_round_by_round(monkeypatch):
     assert results["parts"]["x"]["share"]["median"] == pytest.approx(0.125)
     assert results["parts"]["y"]["share"]["median"] == pytest.approx(0.8)
     assert results["flops_per_second"] == pytest.approx(2e6 / 1.5)
-
-
-def test_wrong_options_are_named():
-    with pytest.raises(ValueError, match="--new_tokens must be"):
-        RooflineArguments(new_tokens=1)

@@ -150,12 +150,3 @@ def test_unknown_steps_are_named(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run", "--steps", "plan", "everything"])
     with pytest.raises(ValueError, match="--steps are inference, .*, plan, but got everything"):
         run.main()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"preset": "7b-cpu"}, "--preset must be cpu or full"), ({"minutes": 0}, "--minutes must be above 0, but got 0")],
-)
-def test_wrong_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        RunArguments(**options)

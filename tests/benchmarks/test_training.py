@@ -9,11 +9,6 @@ from benchmarks.models import CONTENDERS, get_weight_bytes, make_contenders
 from benchmarks.training import TrainingArguments
 
 
-@pytest.fixture
-def contenders(tiny):
-    return make_contenders(tiny, CONTENDERS, "cpu", torch.float32)
-
-
 def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -65,13 +60,8 @@ def test_the_batch_is_doubled_until_memory_ends(tiny, exhaust, fits, largest):
     arguments.max_batch_size = 10
     exhaust(training, "step", lambda model, batch, optimizer: len(batch["input_ids"]) > fits)
     assert training.find_largest_batch(tiny, "llava-hr-384", arguments) == largest
-
-
-def test_a_model_that_memory_does_not_suffice_for_has_no_batch(tiny, exhaust):
-    arguments = TrainingArguments()
-    arguments.max_batch_size = 10
-    exhaust(training, "prepare", lambda *_: True)
-    assert training.find_largest_batch(tiny, "llava-1.5-336", arguments) == 0
+    exhaust(training, "prepare", lambda *_: True)  # not even the model fits
+    assert training.find_largest_batch(tiny, "llava-hr-384", arguments) == 0
 
 
 def test_the_largest_batch_is_looked_for_instead(tiny, exhaust):
@@ -143,17 +133,3 @@ def test_a_step_changes_what_the_stage_trains(contenders, method, checkpointing)
 def test_the_loss_is_on_text_alone(contenders):
     labels = training.make_batch(contenders["llava-hr-1024"], "pretrain", 2)["labels"]
     assert (labels != -100).sum() == 2 * 30 and labels.shape == (2, 16 + 30)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"method": "sgd"}, "--method must be one of full, full_8bit, lora"),
-        ({"contenders": ["llava-hr-512"]}, "--contenders are llava-hr-384, .* but got llava-hr-512"),
-        ({"stages": ["third"]}, "--stages are pretrain, finetune, but got third"),
-        ({"max_batch_size": 4}, "--max_batch_size needs --preset full"),
-    ],
-)
-def test_wrong_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        TrainingArguments(**options)
