@@ -56,7 +56,7 @@ class OutputArguments:
 class BenchmarkArguments(OutputArguments):
     """
     Options of what is measured. Device and dtype follow from the preset: a CPU and float32 (cpu), or a GPU
-    (`CUDA_VISIBLE_DEVICES`) and bfloat16 (full).
+    (`CUDA_VISIBLE_DEVICES`) and bfloat16 (full). A CPU that only emulates bfloat16 takes float32 for every preset.
     """
 
     PRESETS: ClassVar[tuple[str, ...]] = ("cpu", "full")
@@ -71,7 +71,8 @@ class BenchmarkArguments(OutputArguments):
         if self.preset not in self.PRESETS:
             raise ValueError(f"--preset must be {' or '.join(self.PRESETS)}, but got {self.preset!r}.")
         self.device = "cuda" if self.preset == "full" else "cpu"
-        self.dtype = "float32" if self.preset == "cpu" else "bfloat16"
+        in_bfloat16 = self.preset != "cpu" and (self.on_gpu or computes_bfloat16())
+        self.dtype = "bfloat16" if in_bfloat16 else "float32"
         if self.on_gpu and not self.records and not torch.cuda.is_available():
             raise ValueError("--preset full needs a GPU, and there is none here. Use --preset cpu.")
         if self.repeats < 1 or self.warmup < 0:
@@ -87,6 +88,11 @@ class BenchmarkArguments(OutputArguments):
 
     def get_name(self, name: str) -> str:
         return super().get_name(f"{name}-{self.preset}")
+
+
+def computes_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16. One that emulates it is about a hundred times as slow."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def spread(values: list[float]) -> dict[str, float]:

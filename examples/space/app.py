@@ -53,49 +53,6 @@ HINTS = """<p class='hint'>Orange: tokens that change most without the high-reso
 <p class='hint'>Gate: the factor, -1 to 1, of the high-resolution view in an adapter.</p>"""
 EMPTY_ANSWER = "(The answer is empty: the model ended it before the first word.)"
 
-CSS = """
-.gradio-container { width: 100%; max-width: 1240px !important; margin: 0 auto; }
-footer, #chat [aria-label="Share"] { display: none !important; }
-button, #chat a, #side label, #ask textarea { min-width: 40px; min-height: 40px !important; }
-#chat a { display: inline-flex; }
-#chat .message-wrap { padding-right: 44px; }
-#head h1 { font-size: 1.6rem; font-weight: 700; margin: 0; }
-#head p { color: var(--body-text-color-subdued); margin: 0; }
-.hint { color: var(--body-text-color-subdued); font-size: .8rem; line-height: 1.35; margin: 0; }
-#side [data-testid="block-info"] { background: none; padding: 0; color: var(--body-text-color); }
-#side .wrap { gap: .4rem; }
-#chat .user img:not(:fullscreen *) { max-height: 180px; width: auto; }
-#chat .example { border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); padding: .75rem; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(5.3rem, 1fr)); gap: .5rem; }
-.answers { grid-template-columns: repeat(auto-fit, minmax(6.2rem, 1fr)); }
-.facts div { background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
-  border-radius: var(--radius-lg); padding: .5rem .75rem; overflow-wrap: anywhere; }
-.facts b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
-.facts span, .gates span { color: var(--body-text-color-subdued); font-size: .8rem; }
-.pair { flex-wrap: nowrap !important; gap: .75rem; }
-.pair > * { min-width: 0 !important; }
-.pair [data-testid="block-label"] { position: static; background: none; border: 0; box-shadow: none;
-  color: var(--body-text-color); font-weight: 600; font-size: .85rem; padding: .5rem .6rem; }
-.pair [data-testid="block-label"] span { display: none; }
-.pair img { image-rendering: pixelated; object-fit: contain !important; }
-.pair .block:not(.fullscreen) :is(.image-container, .image-container > button, .image-frame) { width: 100%;
-  height: auto; }
-.pair .block:not(.fullscreen) img { aspect-ratio: 1; width: 100%; }
-.pair .fullscreen [data-testid="block-label"] { position: absolute; }
-.gates h3 { font-size: .85rem; font-weight: 600; margin: .5rem 0; }
-.gates p { display: flex; justify-content: space-between; align-items: baseline; margin: 0; }
-.gates b { font-size: .8rem; font-variant-numeric: tabular-nums; }
-.gates div { position: relative; height: .5rem; border-radius: .25rem; margin: .15rem 0 .6rem;
-  background: linear-gradient(90deg, transparent 49.6%, var(--body-text-color-subdued) 0 50.4%, transparent 0),
-  var(--border-color-primary); }
-.gates i { position: absolute; top: 0; bottom: 0; border-radius: .25rem; background: var(--primary-500); }
-@media (max-width: 640px) {
-  #head .about { display: none; }
-  #chat { height: 42vh !important; }
-  #chat .user img:not(:fullscreen *) { max-height: 110px; }
-}
-"""
-
 
 def show_plain_text(chatbot: gr.Chatbot) -> gr.Chatbot:
     """
@@ -350,7 +307,7 @@ def main() -> None:
         ssr_mode=False,
         footer_links=[],
         app_kwargs={"middleware": [Middleware(OwnPages)]},
-        css=CSS,
+        css_paths=HERE / "page.css",
         # no fonts from elsewhere: a visitor's browser contacts this server only
         theme=gr.themes.Soft(
             primary_hue="orange", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["monospace"]

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from benchmarks import inference
+from benchmarks import inference, measure
 from benchmarks.inference import InferenceArguments
 from benchmarks.measure import is_installed
 from benchmarks.models import CONTENDERS, compile_towers, get_weight_bytes
@@ -49,7 +49,9 @@ def test_real_shapes_on_a_cpu(tiny, run_benchmark, monkeypatch):
     unpadded = ["llava-hr-1024-16:9", "llava-hr-1024-1:3"]
     assert list(results["resolutions"]["1"]) == ["llava-hr-384", "llava-hr-1024", "llava-1.5-1022", *unpadded]
     assert all(target["measured"] for target in results["targets"])
-    assert InferenceArguments(preset="7b-cpu").torch_dtype == torch.bfloat16
+    for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(measure, "computes_bfloat16", lambda supported=supported: supported)
+        assert InferenceArguments(preset="7b-cpu").torch_dtype == dtype
 
 
 def test_targets_compare_round_by_round():

@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from benchmarks.measure import computes_bfloat16
 from benchmarks.models import SHAPES, make_contenders
 from modeling_llava_hr.utils import get_4bit_config
 
@@ -28,9 +29,8 @@ IMAGE = ROOT / "examples" / "pictures" / "street.jpg"
 TEXT = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
 VOCABULARY = 32000
 CONVERTER = "conversion.convert_llava_hr_weights_to_hf"
-# A CPU without instructions for bfloat16 would take hours: there the model runs in 4 bits, too, and
-# computes in float32
-DTYPE = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+# Where bfloat16 is emulated, the model runs in 4 bits, too, and computes in float32
+DTYPE = torch.bfloat16 if computes_bfloat16() else torch.float32
 SHARDS = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
 # Names here -> names in an original checkpoint (docs/architecture.md)
 TOWER = "model.vision_tower"
