@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from modeling_llava_hr.utils import new_file
+from modeling_llava_hr.utils import write_text
 
 
 if TYPE_CHECKING:
@@ -264,8 +264,7 @@ def write_record(
         "arguments": asdict(arguments),
         "results": results,
     }
-    with new_file(path) as file:
-        file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(record, indent=2) + "\n")
 
 
 def run_benchmark(

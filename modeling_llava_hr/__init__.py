@@ -9,6 +9,10 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from .configuration_llava_hr import (
     LlavaHrConfig,
@@ -35,6 +39,9 @@ AutoImageProcessor.register(
     image_processor_classes={"torchvision": LlavaHrImageProcessor, "pil": LlavaHrImageProcessorPil},
     exist_ok=True,
 )
+# `register` does not extend these, in which `transformers serve` and TRL's OnlineDPOTrainer look a model up
+for _names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+    _names[LlavaHrConfig.model_type] = LlavaHrForConditionalGeneration.__name__
 
 __all__ = [
     "LlavaHrConfig",

@@ -139,6 +139,12 @@ def new_file(output: str | os.PathLike) -> Iterator[Path]:
             partial.unlink()
 
 
+def write_text(file: Path, text: str) -> None:
+    """Writes or replaces a text file atomically, and creates its folder."""
+    with new_file(file) as partial_file:
+        partial_file.write_text(text, encoding="utf-8")
+
+
 def follow_umask(folder: Path) -> None:
     """
     Gives the files of a new folder the permissions that the umask asks for. safetensors writes files that only their

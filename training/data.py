@@ -23,7 +23,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Valu
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
-from modeling_llava_hr.utils import new_file
+from modeling_llava_hr.utils import write_text
 
 from . import rows
 from .checks import LengthLimit, describe, find_broken_rows
@@ -241,12 +241,6 @@ def load_table(config: DataConfig) -> tuple[Dataset, Dataset | None]:
         table = read_table(replace(config, data_path=path), None)
         tables.append(table if strategy == "all" else table.select(sample_rows(len(table), strategy)))
     return datasets.concatenate_datasets(tables), None
-
-
-def write_text(file: Path, text: str) -> None:
-    """Writes or replaces a text file atomically, and creates its folder."""
-    with new_file(file) as partial_file:
-        partial_file.write_text(text, encoding="utf-8")
 
 
 def read_report(report: Path | None) -> list[dict]:

@@ -33,9 +33,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 from transformers.image_processing_utils import BatchFeature
 from trl.data_utils import prepare_multimodal_messages
 
-from modeling_llava_hr.utils import run_command
+from modeling_llava_hr.utils import run_command, write_text
 
-from .data import DataConfig, leave_out_broken_rows, load_table, read_images, to_messages, write_text
+from .data import DataConfig, leave_out_broken_rows, load_table, read_images, to_messages
 from .lora import find_base
 
 

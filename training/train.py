@@ -23,10 +23,10 @@ from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config, get_quantiza
 
 from modeling_llava_hr import LlavaHrConfig, LlavaHrProcessor
 from modeling_llava_hr.processing_llava_hr import PLAIN_CHAT_TEMPLATE
-from modeling_llava_hr.utils import run_command
+from modeling_llava_hr.utils import run_command, write_text
 
 from .checks import LengthLimit
-from .data import DataConfig, load_data, write_text
+from .data import DataConfig, load_data
 from .lora import BASE_FOLDER, Start, find_base, fits, get_modules_to_save, load_adapter, write_base
 from .stages import LORA_TARGET_MODULES, STAGES, Stage, freeze, load_config, load_processor, save_trained_part
 from .trainer import (

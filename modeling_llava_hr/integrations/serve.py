@@ -30,10 +30,9 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.cli.serve import Serve
 from transformers.cli.serving import server
 from transformers.cli.serving.utils import GenerateManager
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from modeling_llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration
+from modeling_llava_hr import LlavaHrForConditionalGeneration
 from modeling_llava_hr.utils import OUT_OF_MEMORY_ADVICE, is_loopback, run_command
 
 from .serve_requests import Body, Limits
@@ -181,7 +180,6 @@ def serve(**options: Any) -> None:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except (OSError, OverflowError) as error:
         raise ValueError(f"Cannot listen on --host {host} --port {port} ({error}). Choose another --port.") from error
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[LlavaHrConfig.model_type] = LlavaHrForConditionalGeneration.__name__
     server.build_server = functools.partial(build_app, host=host)
     LlavaHrServe(**options | {"non_blocking": True})
 

@@ -11,7 +11,7 @@ import unittest
 
 import pytest
 from transformers import TimmWrapperConfig, is_torch_available
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.testing_utils import require_torch, torch_device
 from transformers_tests.generation.test_utils import GenerationTesterMixin
 from transformers_tests.test_configuration_common import ConfigTester
@@ -29,7 +29,6 @@ def listed_by_transformers():
     """The suites look up by class name which models take labels; a model outside transformers has to be added."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setitem(MODEL_MAPPING_NAMES, "llava_hr", "LlavaHrModel")
-        monkeypatch.setitem(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "llava_hr", "LlavaHrForConditionalGeneration")
         yield
 
 

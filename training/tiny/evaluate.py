@@ -21,9 +21,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 from transformers.image_processing_utils import BatchFeature
 
 import modeling_llava_hr  # noqa: F401  (makes the model known to the Auto classes)
-from modeling_llava_hr.utils import run_command
+from modeling_llava_hr.utils import run_command, write_text
 
-from ..data import DataConfig, load_table, write_text
+from ..data import DataConfig, load_table
 from ..evaluate import answer_questions, list_questions
 
 

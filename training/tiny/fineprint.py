@@ -37,7 +37,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from modeling_llava_hr.utils import new_file, run_command
+from modeling_llava_hr.utils import run_command, write_text
 
 
 T = TypeVar("T")
@@ -584,8 +584,7 @@ def generate(arguments: FinePrintArguments) -> None:
             for name, new in sample.items():
                 rows[name].extend(new)
     for name, content in rows.items():
-        with new_file(output / f"{name}.jsonl") as file:
-            file.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+        write_text(output / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in content))
 
 
 def main() -> None:
