@@ -44,16 +44,20 @@ def reward_by_place(completions, **kwargs) -> list[float]:
 
 def make_trainer(kind: str, folder: Path, num_images: int = 1, model=None, **options):
     """A trainer of two steps with the tiny model in float32."""
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer  # warns of being experimental
+
     preferences = {"chosen": answer(RIGHT), "rejected": answer(WRONG)}
     trainer_class, config_class, columns, arguments = {
         "sft": (trl.SFTTrainer, trl.SFTConfig, {"completion": answer(RIGHT)}, {"max_length": None}),
         "dpo": (trl.DPOTrainer, trl.DPOConfig, preferences, {"max_length": None}),
         "grpo": (trl.GRPOTrainer, trl.GRPOConfig, {}, {"beta": 0.1}),
         "rloo": (trl.RLOOTrainer, trl.RLOOConfig, {}, {"beta": 0.1}),
+        "online_dpo": (OnlineDPOTrainer, OnlineDPOConfig, {}, {"max_length": 512, "max_new_tokens": 4}),
         "reward": (trl.RewardTrainer, trl.RewardConfig, preferences, {"max_length": None}),
     }[kind]
     if kind in ("grpo", "rloo"):
         arguments |= {"num_generations": 2, "max_completion_length": 4}
+    if kind in ("grpo", "rloo", "online_dpo"):
         options["reward_funcs"] = reward_by_place
     config = config_class(
         output_dir=str(folder),
@@ -70,6 +74,8 @@ def make_trainer(kind: str, folder: Path, num_images: int = 1, model=None, **opt
     model = model or AutoModelForImageTextToText.from_pretrained(TINY_MODEL, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(TINY_MODEL)
     rows = make_rows(num_images, **columns)
+    if kind == "online_dpo":  # knows one image a row
+        rows = Dataset.from_list([{"prompt": row["prompt"], "image": row["images"][0]} for row in rows])
     return trainer_class(model=model, args=config, train_dataset=rows, processing_class=processor, **options)
 
 
@@ -112,6 +118,16 @@ def test_two_steps_with_unpad(kind, tmp_path):
     take_two_steps(trainer)
     sizes = [size for batch in seen if batch is not None for size in batch.tolist()]
     assert {tuple(size) for size in sizes} == {(144, 256), (256, 85)}
+
+
+def test_online_dpo_sees_the_images(tmp_path):
+    """TRL looks in one of transformers' lists, rather than at the model, whether a model takes images."""
+    trainer, seen = make_trainer("online_dpo", tmp_path), []
+    trainer.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs.get("pixel_values") is not None), with_kwargs=True
+    )
+    take_two_steps(trainer)
+    assert any(seen)
 
 
 def test_log_probabilities_of_dpo_are_those_of_the_model(tmp_path):
