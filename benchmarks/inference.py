@@ -54,9 +54,9 @@ if TYPE_CHECKING:
 # The paper's protocol
 PAPER_TOKENS = 10
 VARIANTS = ("eager", "static", "4bit")
-# Images that are not square, with `unpad`: their cost beside that of the padded square
+# Images that are not square, with `unpad`, and the targets for the padded square's cost over theirs
 UNPADDED = {"llava-hr-1024-16:9": 1.35, "llava-hr-1024-1:3": 1.65}
-# Those that the variants are measured with
+# Contenders that are measured with each variant
 VARIED = ("llava-hr-1024", "llava-1.5-1022")
 
 
@@ -149,7 +149,7 @@ def get_gap(moments: list[float]) -> float:
 def measure(
     contender: Contender, inputs: dict[str, torch.Tensor], num_tokens: int, variant: str = "sdpa"
 ) -> dict[str, float]:
-    """Seconds of an answer: `towers` (by themselves), `first_token`, `ten_tokens`, `next_token` (the median gap)."""
+    """Seconds of an answer: `towers` (alone), `first_token`, `ten_tokens`, `next_token` (the median gap)."""
     moments = answer(contender, inputs, num_tokens, variant)
     pixels = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
     return {
@@ -200,7 +200,7 @@ def run_contest(
     """
 
     def run(name: str) -> dict[str, float]:
-        """A run; on a GPU the first one measures the memory of the model by itself: its weights and what is added."""
+        """One run. On a GPU the first one measures the memory of this model alone: its weights and what a run adds."""
         if not arguments.on_gpu or name in peaks:
             return runs[name]()
         phases: dict[str, float] = {}
@@ -252,7 +252,7 @@ def find_targets(timings: Timings, arguments: InferenceArguments) -> list[dict[s
 
 
 def draw(figure: "Figure", results: dict[str, Any], arguments: InferenceArguments) -> None:
-    """Time to first token and tokens/s over the side of the image, and what the towers cost."""
+    """Time to first token and tokens/s over the side of the image, and the cost of the towers."""
     figure.set_size_inches(13, 4)
     left, middle, right = figure.subplots(1, 3)
     batch_size = arguments.batch_sizes[0]

@@ -48,12 +48,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-llava-hr"
-# Of the image processor: the tiny model's at 256 px, 7B's at 1024 px
+# Arguments of the image processor: the tiny model's at 256 px, 7B's at 1024 px
 SIZES = {256: {"size": 256, "low_res_size": 56, "patch_size": 7}, 1024: {"size": 1024}}
-# LLaVA-1.5 as it is used: the whole image, padded to a square
+# LLaVA-1.5 as users run it: the whole image, padded to a square
 LLAVA_SIDE = 1022
 LLAVA_SIZES = {"size": {"shortest_edge": LLAVA_SIDE}, "crop_size": LLAVA_SIDE, "do_pad": True}
-# A training on one GPU with many cores: samples per step, workers, batches per worker that are ready (torch's default)
+# Training on one GPU with many cores: samples per step, workers, prefetched batches per worker (torch's default)
 SHARED_MEMORY_CASE = {"batch_size": 64, "workers": 12, "prefetch_factor": 2}
 TURNS = [
     ("What is shown?", "A street with three signs and a blue circle at the top left."),
@@ -62,7 +62,7 @@ TURNS = [
     ("What does the green sign say?", "0815"),
     ("Is anything else written on the signs?", "No, those are all the texts that can be read here."),
 ]
-# By name and number of workers, seconds per sample
+# Seconds per sample, by name and number of workers
 Rates = dict[str, dict[int, list[float]]]
 
 
@@ -89,7 +89,7 @@ class LoaderArguments(BenchmarkArguments):
 
 
 class TransformersMasks(LlavaHrProcessor):
-    """LLaVA-HR's processor with transformers' own way of masking: it iterates over a tensor of offsets."""
+    """LLaVA-HR's processor without its shortcut: to mask answers, transformers iterates over a tensor."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = super().__call__(*args, **kwargs)
@@ -99,7 +99,7 @@ class TransformersMasks(LlavaHrProcessor):
 
 
 def make_collators(side: int) -> dict[str, DataCollatorForVisionLanguageModeling]:
-    """What is compared at a side of the image, by name."""
+    """The collators to compare at one image side, by name."""
     processor = AutoProcessor.from_pretrained(TINY)
     parts = {"tokenizer": processor.tokenizer, "chat_template": processor.chat_template}
     ours = {"image_processor": LlavaHrImageProcessor(**SIZES[side]), **parts}
@@ -121,7 +121,7 @@ def make_collators(side: int) -> dict[str, DataCollatorForVisionLanguageModeling
 
 
 def draw_image(width: int, height: int) -> Image.Image:
-    """An image of random blobs about 8 pixels wide, the same at each call."""
+    """An image of random blobs about 8 pixels wide, deterministic."""
     blobs = np.random.default_rng(0).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
     return Image.fromarray(blobs).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -169,7 +169,7 @@ def measure(side: int, folder: Path, arguments: LoaderArguments) -> Rates:
 
 
 def measure_views(arguments: LoaderArguments) -> dict[str, list[float]]:
-    """Seconds that both views of an image of 4000 x 3000 pixels take, and LLaVA's one view, from memory."""
+    """Seconds to compute both views of a 4000 x 3000 image in memory, and LLaVA's single view."""
     image = draw_image(4000, 3000)
     processors = {"llava-hr": LlavaHrImageProcessor(**SIZES[1024]), "llava": LlavaImageProcessor(**LLAVA_SIZES)}
     options = {"return_tensors": "pt", "device": arguments.device}
@@ -185,7 +185,7 @@ def count_bytes(side: int, folder: Path) -> dict[str, float]:
 
 
 def get_needs(bytes_per_sample: float) -> dict[str, float]:
-    """What a training of 7B asks of its loader: shared memory in bytes, and samples per second for an H100."""
+    """Requirements of a 7B training: shared memory in bytes, and samples per second that keep an H100 busy."""
     utilization, _ = calibrate()
     flops = get_stage_flops("7b", "llava-hr-1024", "finetune") / SAMPLES["finetune"]
     case = SHARED_MEMORY_CASE
@@ -228,7 +228,7 @@ def draw(figure: "Figure", results: dict[str, Any], arguments: LoaderArguments) 
 
 
 def run(arguments: LoaderArguments) -> Iterator[dict[str, Any]]:
-    """Measures one side after the other; yields the results after each."""
+    """Measures each side in turn; yields the results after each."""
     torch.set_num_threads(1)  # as in a worker
     rates: dict[int, Rates] = {}
     results: dict[str, Any] = {"sides": {}}

@@ -102,14 +102,14 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def ratio(ours: list[float] | None, theirs: list[float] | None) -> dict[str, float] | None:
-    """How many times as long one took, round by round, see [`spread`]; `None` if one of them is."""
+    """Ratio of two timings, round by round, see [`spread`]; `None` if one of them is `None`."""
     if ours is None or theirs is None:
         return None
     return spread([one / other for one, other in zip(ours, theirs, strict=False)])
 
 
 def get_phase(timings: Timings, phase: str = "seconds") -> dict[str, list[float]]:
-    """The seconds of one phase of everything that has it."""
+    """The seconds of one phase, by name, of everything that has this phase."""
     return {name: phases[phase] for name, phases in timings.items() if phases and phase in phases}
 
 
@@ -120,7 +120,7 @@ def synchronize() -> None:
 
 
 def unless_out_of_memory(function: Callable[[], T]) -> T | None:
-    """The result of a function, or `None` if the GPU runs out of memory; the memory is free again then."""
+    """The result of a function, or `None` if the GPU runs out of memory, which is then freed."""
     try:
         return function()
     except torch.OutOfMemoryError:
@@ -130,7 +130,7 @@ def unless_out_of_memory(function: Callable[[], T]) -> T | None:
 
 
 def free_memory() -> None:
-    """Gives memory that is not used any more back to the GPU."""
+    """Returns unused cached memory to the GPU."""
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -177,7 +177,7 @@ def compare(
 
 
 def added_gpu_bytes(function: Callable[[], Any]) -> int:
-    """By how much a function raises the memory that torch has allocated on the GPU, at its peak, in bytes."""
+    """Peak of the GPU memory that a function allocates beyond what was allocated before, in bytes."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -202,7 +202,7 @@ def get_versions() -> dict[str, str]:
 
 
 def get_machine() -> dict[str, Any]:
-    """Processor, cores, threads, the GPU if one is in use, and versions: what a figure depends on."""
+    """Processor, cores, threads, the GPU if one is in use, and versions."""
     cpuinfo = Path("/proc/cpuinfo")  # Linux
     cpu = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", flags=re.MULTILINE)
     machine = {"cpu": cpu[1] if cpu else platform.processor(), "cores": os.cpu_count()}

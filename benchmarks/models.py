@@ -33,7 +33,7 @@ class Shapes:
     text: dict[str, Any]  # language model, `LlamaConfig`; its last token id is the image token
     vision: dict[str, Any]  # ViT, `CLIPVisionConfig`
     high_res: dict[str, Any]  # ConvNeXt of LLaVA-HR, `TimmWrapperConfig`
-    # layers of the language model with weights of their own; the others share theirs in turn, to save memory
+    # number of language-model layers with distinct weights, which the others share in turn to save memory
     distinct_layers: int | None = None
 
     @property
@@ -56,9 +56,9 @@ SHAPES = {
         vision=_transformer(1024, 24, 16, 4096, **_CLIP),
         high_res=_CONVNEXT,
     ),
-    # Two cores, minutes. FLOPs of ViT, ConvNeXt and language model stand to each other about as in 7B at 1024 px (5, 9
-    # and 86 of 100). Language model: width x 3/16, layers / 8; vocabulary in proportion. ViT: width x 3/16, layers
-    # / 6. ConvNeXt: width / 8, layers / 3.
+    # Two cores, minutes. ViT, ConvNeXt and language model have about the same shares of the FLOPs as in 7B at 1024 px
+    # (5, 9 and 86 of 100). Language model: width x 3/16, layers / 8; vocabulary in proportion. ViT: width x 3/16,
+    # layers / 6. ConvNeXt: width / 8, layers / 3.
     "cpu": Shapes(
         text=_transformer(768, 4, 6, 2064, vocab_size=1024, **_LLAMA),
         vision=_transformer(192, 4, 3, 768, **_CLIP),
@@ -69,14 +69,14 @@ SHAPES = {
 # layer's weights come from memory, as they would if all 32 differed.
 SHAPES["7b-cpu"] = dataclasses.replace(SHAPES["full"], distinct_layers=4)
 
-# Of a prompt without its image
+# Tokens of a prompt without its image
 PROMPT_TOKENS = 50
 # Side of the high-resolution view -> side of the low-resolution view, in pixels (section 4.1 of the paper)
 LLAVA_HR_SIDES = {384: 336, 768: 336, 1024: 448, 1536: 672}
 # The sides at which LLaVA-1.5 has as many visual tokens, and the one that sees as much as LLaVA-HR at 1024 px
 LLAVA_SIDES = (336, 448, 672, 1022)
 CONTENDERS = (*(f"llava-hr-{side}" for side in LLAVA_HR_SIDES), *(f"llava-1.5-{side}" for side in LLAVA_SIDES))
-# Of a language model that is going to be replaced
+# Sizes of a language model that is replaced afterwards
 _STUB = {"num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 64}
 
 
@@ -148,7 +148,7 @@ def make_contenders(
             model, sides = _make(config, device, dtype, shapes.distinct_layers), {"pixel_values": side}
         first = first or model
         model.model.language_model, model.lm_head = first.model.language_model, first.lm_head
-        model.config.text_config = first.config.text_config  # one switch of its attention implementation
+        model.config.text_config = first.config.text_config  # so that one switch sets its attention implementation
         grid = min(sides.values()) // shapes.vision["patch_size"]
         num_tokens, image_size = grid**2, None
         if shape:

@@ -52,8 +52,8 @@ MODELS = {
 SAMPLES = {"pretrain": 558_128, "finetune": 665_298}
 # Text tokens of a sample: a caption; an estimate for the chats, of which most are short and some are long
 TEXT_TOKENS = {"pretrain": 30, "finetune": 280}
-# Forward passes' worth of FLOPs. A backward pass of trained parameters is worth two, one that only passes gradients on
-# is worth one, and gradient checkpointing repeats the forward pass.
+# FLOPs in units of a forward pass. A backward pass counts as two, or as one where parameters are frozen and gradients
+# only pass through; gradient checkpointing repeats the forward pass.
 TOWER_PASSES = {"pretrain": 1, "finetune": 4}
 TEXT_PASSES = {"pretrain": 3, "finetune": 4}
 PRETRAIN_SIDE = 384
@@ -68,7 +68,7 @@ PAPER_LLAVA_HR_MEMORY = {384: 34, 768: 38, 1024: 40, 1536: 52}
 
 @dataclass
 class PlanArguments(OutputArguments):
-    """Which training."""
+    """Options: the training to plan."""
 
     model: str = HfArg(default="7b", help="7b or 13b-x")
     gpus: int = HfArg(default=8, help="number of GPUs")
@@ -138,7 +138,7 @@ def get_stage_flops(model: str, name: str, stage: str) -> float:
 
 
 def get_training_flops(model: str, name: str) -> float:
-    """FLOPs of both stages; stage 1 runs at the lowest resolution always."""
+    """FLOPs of both stages; stage 1 always runs at the lowest resolution."""
     pretrain = "llava-1.5-336" if name.startswith("llava-1.5") else f"llava-hr-{PRETRAIN_SIDE}"
     return get_stage_flops(model, pretrain, "pretrain") + get_stage_flops(model, name, "finetune")
 

@@ -22,7 +22,7 @@ from .models import PROMPT_TOKENS, SHAPES, Contender, compile_towers, count_flop
 
 
 NAME = "llava-hr-1024"
-# What the limits are measured with, by preset: side of the multiplied matrices, bytes of the copy
+# Sizes for measuring the limits, by preset: side of the multiplied matrices, bytes of the copy
 LIMITS = {"cpu": (2048, 256 * 2**20), "full": (8192, 2 * 2**30)}
 
 
@@ -63,7 +63,7 @@ def make_parts(contender: Contender, arguments: RooflineArguments) -> dict[str, 
 
 
 def get_decoding_bytes(contender: Contender, arguments: RooflineArguments) -> int:
-    """What a new token has to move on average: weights of the language model's layers and head, and the cache."""
+    """Bytes that a new token reads on average: weights of the language model's layers and head, and the cache."""
     model, config = contender.model, contender.model.config.text_config
     length = contender.num_image_tokens + PROMPT_TOKENS + arguments.new_tokens // 2
     width = config.num_key_value_heads * config.head_dim

@@ -43,7 +43,7 @@ PACKAGES = (
     "sentencepiece",
     "flash_attn",
 )
-# Files, since others would not even be collected where packages are missing
+# Files rather than the folder: others cannot be collected where packages are missing
 GPU_TESTS = ("tests/modeling_llava_hr/test_modeling_llava_hr.py", "tests/reliability/test_numerics.py")
 # A step that takes longer than its estimate gets up to this many times as long, if the budget allows
 PATIENCE = 2
@@ -74,7 +74,7 @@ class Step:
     name: str
     command: list[str]  # module and options, run by this Python
     estimate: float  # seconds
-    needs: tuple[str, ...] = ()  # packages without which it is skipped
+    needs: tuple[str, ...] = ()  # packages that it needs; it is skipped if one is missing
     status: str = "pending"  # "pending", "running", "done", "failed", "timeout", "skipped" or "stopped"
     reason: str = ""  # why it was skipped
     exit_status: int | None = None  # that of the command; negative for a signal
@@ -145,7 +145,7 @@ def run_step(step: Step, timeout: float, log: TextIO) -> None:
         step.status = "timeout"
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # what is left of the group
+            os.killpg(process.pid, signal.SIGKILL)  # the rest of the group
         step.exit_status, step.seconds = process.wait(), round(time.monotonic() - start, 1)
 
 

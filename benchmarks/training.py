@@ -52,8 +52,8 @@ from .plan import TEXT_TOKENS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Of stage 2: everything with AdamW, the same with states in 8 bits (one GPU of 80 GB), or the language model at rank
-# 128 beside adapters, fusion and projector
+# Methods of stage 2: full training with AdamW, the same with 8-bit states (one GPU of 80 GB), or LoRA of rank 128 on
+# the language model, with adapters, fusion and projector trained fully
 METHODS = ("full", "full_8bit", "lora")
 OMITTED = "float32 master weights: weights, gradients and the step are in {dtype}; the recipe keeps float32 weights"
 
@@ -113,7 +113,7 @@ def prepare(contenders: dict[str, Contender], name: str, arguments: TrainingArgu
         is_llava = contender_name.startswith("llava-1.5")
         freeze(contender.model, stage, [r"model\.vision_tower\."] if is_llava else [])
         contender.model.train()
-        if arguments.on_gpu:  # as the recipe
+        if arguments.on_gpu:  # as in the recipe
             contender.model.gradient_checkpointing_enable({"use_reentrant": False})
     parameters = {
         id(parameter): parameter
@@ -156,7 +156,7 @@ def find_largest_batch(shapes: Shapes, name: str, arguments: TrainingArguments) 
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # makes the states
+        optimizer.step()  # creates the states
         optimizer.zero_grad(set_to_none=True)
         return alone[name], optimizer
 
@@ -195,7 +195,7 @@ def run_stage(
         """A timed step. On a GPU the first ones measure the memory of the model by itself."""
         one_step = partial(step, contenders[name].model, batches[name], optimizer)
         if arguments.on_gpu and name not in peaks:
-            one_step()  # makes the optimizer's states
+            one_step()  # creates the optimizer's states
             peaks[name] = added_gpu_bytes(one_step) + get_state_bytes(contenders[name].model, optimizer)
         return time_phase(one_step)
 

@@ -62,7 +62,7 @@ def answer(pipe, rows: list[dict[str, str]], folder: Path, max_new_tokens: int) 
         options = {"max_new_tokens": max_new_tokens, "do_sample": False}
         outputs = pipe(chats, batch_size=len(chats), generate_kwargs=options, return_full_text=False)
     except ValueError as error:
-        if len(rows) > 1:  # one by one, to find the one that fails
+        if len(rows) > 1:  # one by one, to isolate the failing one
             return [answered for row in rows for answered in answer(pipe, [row], folder, max_new_tokens)]
         return [{**rows[0], "error": str(error)}]
     return [{**row, "answer": output[0]["generated_text"].strip()} for row, output in zip(rows, outputs, strict=True)]

@@ -29,9 +29,9 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
-# Encoded images that are kept in all: 8 MB of features each for a 7B model at 1024 pixels, and 10 MB of views
+# Number of encoded images that are cached: 8 MB of features each for a 7B model at 1024 pixels, and 10 MB of views
 MAX_ENCODED = 16
-# The choices of the high-resolution side, by the side that the model was trained with: 384 to 1536 for 1024 pixels
+# Choices of the high-resolution side, relative to the side of the training: 384 to 1536 for 1024 pixels
 SIDES = (3 / 8, 1 / 2, 3 / 4, 1, 3 / 2)
 # For activations, the cache of a long chat, and CUDA itself
 HEADROOM = 1.25
@@ -141,7 +141,7 @@ def get_high_res_contribution(
     """
     encoded = model.get_image_features(pixel_values, low_res_pixel_values, image_sizes, return_dict=True)
     vision_tower = model.model.vision_tower
-    stride = vision_tower.high_res_tower.stride  # the smallest view will do, as it is zeroed
+    stride = vision_tower.high_res_tower.stride  # the smallest view suffices, as it is zeroed
     with high_res_silenced(vision_tower):
         silent = vision_tower(pixel_values[:, :, :stride, :stride], low_res_pixel_values, return_dict=True)
     heat = (encoded.last_hidden_state - silent.last_hidden_state).float().norm(dim=-1)  # (images, g * g)
@@ -308,7 +308,7 @@ class Engine:
         parts = [part for message in messages for part in message["content"]]
         paths = [part["path"] for part in parts if part["type"] == "image"]
         num_characters = sum(len(part["text"]) for part in parts if part["type"] == "text")
-        # before very many images are read and texts tokenized
+        # before reading images and tokenizing, which take long for very many
         fewest = self.get_num_tokens(side, [1, 10**9])  # with `unpad`, an image of one line has the fewest
         self._check_length(len(paths) * fewest + num_characters // MAX_CHARACTERS_PER_TOKEN)
         unpad = self.processor.image_processor.unpad
@@ -317,7 +317,7 @@ class Engine:
         look, last, features = self.look if session else self._look, None, []
         for path in paths:
             last = look(self.read(path), side, session)
-            features.append(last.features)  # nothing else is kept of earlier images
+            features.append(last.features)  # the only thing kept of earlier images
         yield "", last, None
 
         text, seconds = "", None
@@ -343,7 +343,7 @@ class Engine:
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
             )
-            # also after an error, where the loop would wait forever
+            # also after an error, or the loop would wait forever
             generation.add_done_callback(lambda _: streamer.end())
             try:
                 yield from streamer

@@ -29,7 +29,7 @@ from ..evaluate import answer_questions, list_questions
 
 @dataclass
 class EvaluateArguments:
-    """What is evaluated, and how; described in the help of each field."""
+    """Options of the command; the help describes each field."""
 
     model: str = field(metadata={"help": "folder or Hub id"})
     data: str = field(metadata={"help": "folder that training.tiny.fineprint made"})

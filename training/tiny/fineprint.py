@@ -54,7 +54,7 @@ COLORS = {
     "black": (26, 26, 26),
 }
 SHAPES = ("circle", "square", "triangle", "star")
-# What carries a text in each scene, and the form of the text: d a digit, c a digit or (alphanumeric) a letter
+# The object with the text in each scene, and the text's format: d is a digit, c a digit or (alphanumeric) a letter
 SCENES = {
     "street": ("sign", "cccc"),
     "shelf": ("tag", "d.dd"),
@@ -62,11 +62,11 @@ SCENES = {
     "table": ("row", "cccc"),
     "panel": ("dial", "dd.d"),
 }
-# Width and height with `natural_shapes`, of which the larger is the image's size
+# Aspect ratios with `natural_shapes`; the longer side is the image's size
 NATURAL_SHAPES = {"street": (16, 9), "shelf": (4, 3), "table": (1, 1.41), "receipt": (1, 3)}
 TEXT_LENGTH = 4
 DIGITS = "0123456789"
-# Letters that are no digit's or other letter's twin at a few pixels
+# Letters that cannot be confused with digits or other letters at a few pixels
 LETTERS = "ACEFHJKLMNPRTUVXY"
 FONTS = (
     "DejaVuSans",
@@ -80,18 +80,18 @@ FONT_SIZES = (11, 12, 13)  # in pixels; digits are about 0.73 times as high
 MAX_BLUR = 0.3  # largest standard deviation in pixels
 MIN_NOISE = 3.0  # smallest standard deviation, of 255
 MIN_QUALITY = 80  # of JPEG; the highest is 95
-# Texts that stand below one another are so many pixels apart: nearly two positions of a CNN of stride 32
+# Vertical distance of texts in pixels: nearly two positions of a CNN of stride 32
 PITCH = 56
-# What [`get_targets`] tells
+# Classes of [`get_targets`]
 COLOR_NAMES = list(COLORS)
 OBJECTS = ["nothing", *(carrier for carrier, _ in SCENES.values()), *SHAPES]
-IGNORED = -100  # `cross_entropy` leaves it out
+IGNORED = -100  # `cross_entropy` ignores it
 STRIDE, WORD_STRIDE, STROKE_STRIDE = 32, 16, 8  # of the last three stages of a CNN, in pixels
 
 
 @dataclass
 class FinePrintConfig:
-    """What the images look like; described in the help of each field."""
+    """Options of the images; the help describes each field."""
 
     size: int = field(default=256, metadata={"help": "side of the square images in pixels"})
     min_signs: int = field(default=1, metadata={"help": "smallest number of texts in an image"})
@@ -124,7 +124,7 @@ class FinePrintConfig:
 
 
 class Sign(NamedTuple):
-    """A text and what carries it: `center` of the text and the `centers` of its characters, `(x, y)` in pixels."""
+    """A text and its object: `center` of the text and the `centers` of its characters, `(x, y)` in pixels."""
 
     text: str
     color: str
@@ -142,7 +142,7 @@ class Shape(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What an image of `width` x `height` pixels shows."""
+    """The contents of an image of `width` x `height` pixels."""
 
     name: str
     width: int
@@ -152,13 +152,13 @@ class Scene(NamedTuple):
 
 
 def get_split(text: str) -> str:
-    """The split that may show a text: eight tenths of all texts are for training, a tenth each for the others."""
+    """The split that may show a text: 80 % of all texts are for training, 10 % for each of the others."""
     bucket = hashlib.sha256(text.encode()).digest()[0] * 10 // 256
     return {8: "validation", 9: "test"}.get(bucket, "train")
 
 
 def count_cores() -> int:
-    """The cores that this process may use, at most 16: more hardly help to draw or to load batches."""
+    """Number of cores that this process may use, at most 16: more hardly speed up drawing or loading batches."""
     try:
         return min(len(os.sched_getaffinity(0)), 16)
     except AttributeError:  # not Linux
@@ -166,7 +166,7 @@ def count_cores() -> int:
 
 
 def get_rng(seed: int, split: str, index: int) -> np.random.Generator:
-    """Random numbers of one image; the same whatever was drawn before and in whichever process."""
+    """Random generator of one image, independent of other images and of the process."""
     digest = hashlib.sha256(f"{seed}/{split}/{index}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8]))
 
@@ -186,18 +186,18 @@ def get_font(name: str | None, size: int) -> ImageFont.FreeTypeFont | ImageFont.
 
 
 class Painter:
-    """Draws one image, which may show the texts of `split`."""
+    """Draws one image with texts of `split`."""
 
     def __init__(self, config: FinePrintConfig, split: str, rng: np.random.Generator):
         self.config, self.split, self.rng = config, split, rng
         self.width = self.height = config.size
-        self.boxes: list[tuple[float, float, float, float]] = []  # what is taken: left, top, right, bottom
+        self.boxes: list[tuple[float, float, float, float]] = []  # occupied areas: left, top, right, bottom
         self.signs: list[Sign] = []
         self.shapes: list[Shape] = []
         self.colors = list(rng.permutation(list(COLORS)))
 
     def paint(self) -> tuple[Image.Image, Scene]:
-        """Draws everything and returns the image, without blur and noise, and what it shows."""
+        """Draws everything; returns the image, without blur and noise, and its contents."""
         name = self.choice(list(SCENES))
         if self.config.natural_shapes:
             shape = NATURAL_SHAPES.get(name, (1, 1))
@@ -215,7 +215,7 @@ class Painter:
         return self.image, Scene(name, self.width, self.height, self.signs, self.shapes)
 
     def paint_page(self) -> tuple[Image.Image, Scene]:
-        """Fills the image with texts on black, white or coloured ground: nothing but reading practice."""
+        """Fills the image with texts on black, white or coloured ground, for reading practice."""
         self.image = Image.new("RGB", (self.width, self.height))
         self.draw = ImageDraw.Draw(self.image)
         self.carrier = "page"
@@ -238,7 +238,7 @@ class Painter:
         return float(self.rng.uniform(low, high)) if high > low else low
 
     def muted(self, low: int, high: int) -> tuple[int, ...]:
-        """A grey with a tint, which is none of `COLORS`."""
+        """A tinted grey that is not one of `COLORS`."""
         grey = self.rng.integers(low, high + 1)
         return tuple(int(value) for value in np.clip(grey + self.rng.integers(-14, 15, 3), 0, 255))
 
@@ -253,7 +253,7 @@ class Painter:
                 return text
 
     def place(self, width: float, height: float) -> tuple[float, float] | None:
-        """Left and top of a box of that size that is free, or `None` if none was found."""
+        """Left and top of a free box of this size, or `None` if none was found."""
         if width > self.width - 4 or height > self.height - 4:
             return None
         for _ in range(40):
@@ -287,7 +287,7 @@ class Painter:
             self.draw.line((x, y, *end), fill=self.muted(80, 220), width=int(self.rng.integers(1, 4)))
 
     def draw_text(self, x: float, y: float, background: tuple[int, ...], color: str) -> None:
-        """Writes a new text centred at a point, in black or white, and notes it with the colour of what carries it."""
+        """Writes a new text centred at a point, in black or white, and records it with the colour of its object."""
         text = self.get_text()
         font = get_font(self.choice(FONTS), self.choice(FONT_SIZES))
         is_light = np.dot(background, (0.299, 0.587, 0.114)) > 128
@@ -299,7 +299,7 @@ class Painter:
         self.signs.append(Sign(text, color, self.carrier, ((ends[0] + ends[-1]) / 2, y), centers))
 
     def draw_plates(self, count: int) -> None:
-        """Street signs, price tags or dial plates, each at a place of its own."""
+        """Draws street signs, price tags or dial plates without overlap."""
         for _ in range(count):
             if self.carrier == "dial":
                 width = height = self.between(48, 56)
@@ -340,7 +340,7 @@ class Painter:
         self.draw_text(x, y + 0.36 * radius, fill, color)
 
     def draw_paper(self, name: str, count: int) -> None:
-        """A receipt or a table: texts below one another, each behind its colour."""
+        """Draws a receipt or a table: texts below one another, each beside its colour."""
         pitch = self.between(PITCH, PITCH + 4)
         width = self.between(58, min(76, self.width - 4)) if self.width > 64 else 58
         count = min(count, int((self.height - 4) // pitch))
@@ -409,7 +409,7 @@ def draw_sample(config: FinePrintConfig, split: str, index: int, page: bool = Fa
 
 
 def get_position(center: tuple[float, float], scene: Scene) -> str | None:
-    """The quarter of the image that a point lies in, such as "top left"; `None` near the middle lines."""
+    """The quarter of the image that contains a point, such as "top left"; `None` near the middle lines."""
     x, y = center[0] / scene.width - 0.5, center[1] / scene.height - 0.5
     if min(abs(x), abs(y)) < 1 / 16:
         return None
@@ -417,7 +417,7 @@ def get_position(center: tuple[float, float], scene: Scene) -> str | None:
 
 
 def get_questions(scene: Scene) -> list[tuple[str, str, str]]:
-    """Everything that is asked about a scene: kind (`"fine"` or `"coarse"`), question, answer."""
+    """All questions about a scene: kind (`"fine"` or `"coarse"`), question, answer."""
     questions = [("coarse", "What is shown?", scene.name)]
     for sign in scene.signs:
         questions.append(("fine", f"What does the {sign.color} {sign.object} say?", sign.text))
@@ -500,11 +500,11 @@ def get_targets(scene: Scene, characters: str) -> dict[str, torch.Tensor]:
     texts = torch.full((grid, grid, TEXT_LENGTH), IGNORED)
     words = texts.new_full((scene.width // WORD_STRIDE, scene.width // WORD_STRIDE, TEXT_LENGTH), IGNORED)
     strokes = torch.zeros(scene.width // STROKE_STRIDE, 2 * scene.width // STROKE_STRIDE, dtype=torch.long)
-    if scene.name == "page":  # too many for the coarse map
+    if scene.name == "page":  # longer than the coarse map can hold
         objects.fill_(IGNORED)
     else:
         things: list[Any] = [*scene.shapes, *scene.signs]
-        for thing in things:  # texts last: they win where a shape's centre is the same position
+        for thing in things:  # texts last, so that they win where a shape has the same position
             column, row = (int(coordinate) // STRIDE for coordinate in thing.center)
             objects[row, column] = OBJECTS.index(thing.object if thing in scene.signs else thing.shape)
             colors[row, column] = COLOR_NAMES.index(thing.color)
@@ -552,7 +552,7 @@ def make_sample(
 
 @dataclass
 class FinePrintArguments(FinePrintConfig):
-    """How many images, and where to; described in the help of each field."""
+    """Options of the command; the help describes each field."""
 
     output: str = field(kw_only=True, metadata={"help": "folder to write to"})
     num_train: int = field(default=10000, metadata={"help": "number of training images"})

@@ -49,13 +49,13 @@ from training.tiny.fineprint import (
 from training.tiny.optimization import fit
 
 
-# Of all weights. 0.02 stays flat within such short training.
+# Standard deviation of all weights. With 0.02 the loss stays flat in such short training.
 INITIALIZER_RANGE = 0.07
 
 
 @dataclass
 class PretrainLanguageModelArguments:
-    """What is trained, how long, and where to; described in the help of each field."""
+    """Options of the command; the help describes each field."""
 
     output: str = field(metadata={"help": "folder for model and tokenizer"})
     size: int = field(default=256, metadata={"help": "side of the largest images: 64 pixels times a power of 2"})
@@ -64,7 +64,7 @@ class PretrainLanguageModelArguments:
     vocab_size: int = field(default=960, metadata={"help": "largest size of the vocabulary"})
     width: int = field(default=128, metadata={"help": "channels"})
     layers: int = field(default=4, metadata={"help": "number of layers"})
-    # Four narrow heads had not learned which text is asked for in the steps that were tried
+    # Four narrow heads did not learn to select the right text within the steps that were tried
     heads: int = field(default=2, metadata={"help": "number of attention heads"})
     steps: int = field(default=600, metadata={"help": "number of steps"})
     batch_size: int = field(default=64, metadata={"help": "texts a step"})
@@ -173,7 +173,7 @@ class SceneEmbedding(nn.Module):
         self.colors = nn.Embedding(1 + len(COLOR_NAMES), width)
         self.texts = nn.ModuleList(nn.Embedding(1 + num_characters, width) for _ in range(TEXT_LENGTH))
         self.place = nn.Linear(2, width)
-        with torch.no_grad():  # what is asked for must stand out from the many characters
+        with torch.no_grad():  # objects and colours must stand out from the many characters
             self.objects.weight.mul_(3)
             self.colors.weight.mul_(3)
 
@@ -291,7 +291,7 @@ def _train(
     records = []
 
     def get_loss(step: int) -> torch.Tensor:
-        # half of the steps are for the smallest, where it learns to look things up
+        # half of the steps use the smallest grid, where the model learns to look things up
         later = 2 * step / arguments.steps - 1
         number = 0 if later < 0 else min(1 + int(later * (len(grids) - 1)), len(grids) - 1)
         # a grid above 8 x 8 doubles the sequence and more: half as many texts for each doubling

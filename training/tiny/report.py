@@ -21,7 +21,7 @@ from ..trainer import list_checkpoints
 
 @dataclass
 class ReportArguments:
-    """What is compared, and where to."""
+    """Options of the command."""
 
     runs: list[str] = field(metadata={"help": "outputs of finished trainings"})
     output: str = field(metadata={"help": "folder for images and results.json"})

@@ -55,12 +55,12 @@ from training.tiny.optimization import fit
 
 # timm's name; widths and depths are ours. The conversion reads them from the weights.
 ARCHITECTURE = "convnext_tiny"
-CUT = 64  # side of the parts of images that reading begins with, in pixels
+CUT = 64  # side in pixels of the image crops that reading starts with
 
 
 @dataclass
 class PretrainTowersArguments:
-    """What is trained, how long, and where to; described in the help of each field."""
+    """Options of the command; the help describes each field."""
 
     output: str = field(metadata={"help": "folder for the results"})
     tokenizer: str = field(metadata={"help": "folder with the tokenizer of the captions"})
@@ -112,7 +112,7 @@ def crop(pixels: np.ndarray, scene: Scene, side: int, rng: np.random.Generator) 
 
 
 def draw_one(config: FinePrintConfig, split: str, page: bool, side: int | None, index: int) -> dict:
-    """A image, `pixels` `(3, S, S)` of uint8, with its `caption` and targets, all as NumPy arrays."""
+    """An image, `pixels` `(3, S, S)` of uint8, with its `caption` and targets, all as NumPy arrays."""
     image, scene = draw_sample(config, split, index, page)
     pixels = np.array(Image.open(io.BytesIO(image))).transpose(2, 0, 1)
     if side is not None:
@@ -151,7 +151,7 @@ def draw_images(
 
 
 def take(images: dict, indices: torch.Tensor, device: str) -> dict:
-    """Those of the drawn images, pixels normalised."""
+    """Selects drawn images and normalises their pixels."""
     batch = {name: values[indices].to(device) for name, values in images.items() if name != "captions"}
     pixels = normalize(batch.pop("pixels"))
     return {"pixels": pixels, "captions": [images["captions"][index] for index in indices.tolist()], **batch}
@@ -181,7 +181,7 @@ class Reader(nn.Module):
     def __init__(self, depths: list[int], dims: list[int], num_characters: int):
         super().__init__()
         self.num_characters = num_characters
-        # Layer scale starts at 1: from timm's 1e-6 nothing is read within such short training
+        # Layer scale starts at 1: with timm's 1e-6 the tower does not learn to read in such short training
         self.tower = timm.create_model(
             ARCHITECTURE, pretrained=False, num_classes=0, depths=depths, dims=dims, ls_init_value=1.0
         )
@@ -233,7 +233,7 @@ def get_reading_loss(scores: dict[str, torch.Tensor], targets: dict[str, torch.T
 
 
 def count_texts_read(scores: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> tuple[int, int]:
-    """How many texts are read without a fault, and how many there are."""
+    """Number of texts that are read exactly, and number of texts."""
     is_text = targets["texts"][..., 0] != IGNORED
     is_right = (scores["texts"].argmax(-1) == targets["texts"]).all(-1)
     return int((is_right & is_text).sum()), int(is_text.sum())
@@ -271,7 +271,7 @@ def make_clip(arguments: PretrainTowersArguments, vocab_size: int, tokenizer: Pr
         "num_hidden_layers": arguments.vision_layers,
         "patch_size": arguments.patch_size,
         "image_size": round(arguments.size * arguments.low_res_ratio),
-        # `fusion` of the assembled model starts with it: 0.02 stays flat within such short training
+        # `fusion` of the assembled model inherits it; with 0.02 the loss stays flat in such short training
         "initializer_range": 0.07,
     }
     text = {
@@ -317,7 +317,7 @@ def train(
 
 
 def show(arguments: PretrainTowersArguments, pixels: torch.Tensor, blind: bool) -> torch.Tensor:
-    """What the high-resolution tower sees of images: all, or what the low-resolution view holds."""
+    """Input of the high-resolution tower: the images, or only what the low-resolution view contains."""
     pixels = reduce_and_enlarge(pixels, arguments.low_res_ratio) if blind else pixels
     return pixels.contiguous(memory_format=torch.channels_last)
 
@@ -372,7 +372,7 @@ def train_reader(arguments: PretrainTowersArguments, blind: bool) -> tuple[Reade
 
 def pretrain(arguments: PretrainTowersArguments) -> dict:
     """Trains both towers and writes `vision_tower/` (a CLIP model) and `high_res_tower/` (timm's names)."""
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)  # first: what is wrong with it is said at once
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)  # first, so that a broken one is reported at once
     reader, result = train_reader(arguments, arguments.blind)
     clip = make_clip(arguments, len(tokenizer), tokenizer)
     towers = Towers(reader, clip)
@@ -389,7 +389,7 @@ def pretrain(arguments: PretrainTowersArguments) -> dict:
         low_res = get_low_res_view(batch["pixels"], arguments.low_res_ratio)
         return towers(show(arguments, batch["pixels"], arguments.blind), low_res, text, batch)
 
-    # at the first part's rate it would unlearn to read
+    # at the first part's rate it would forget how to read
     rate, batch_size = 0.2 * arguments.learning_rate, arguments.joint_batch_size * (arguments.size // CUT) ** 2
     name, steps = "reading and captions", arguments.joint_steps
     train(arguments, name, towers, rate, steps, batch_size, lambda step: images, get_loss)

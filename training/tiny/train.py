@@ -60,13 +60,13 @@ class Course:
     steps: int  # optimizer steps
     learning_rate: float  # peak
     batch_size: int = 32  # images per step
-    # The high-resolution tower is small and unlearns to read at the learning rate that the rest needs
+    # The high-resolution tower is small and forgets how to read at the learning rate that the rest needs
     frozen: bool = True
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Everything that differs between a short and a long training."""
+    """The settings that differ between a short and a long training."""
 
     towers: tuple[str, ...]  # options of training.tiny.towers
     language_model: tuple[str, ...]  # options of training.tiny.language_model
@@ -109,7 +109,7 @@ PRESETS = {
 
 @dataclass
 class TrainTinyArguments:
-    """Which training, and where to; described in the help of each field."""
+    """Options of the command; the help describes each field."""
 
     preset: str = field(default="cpu", metadata={"help": "cpu (an hour on two cores) or gpu"})
     output: str = field(default=".cache/train-tiny", metadata={"help": "folder for everything that is made"})
@@ -138,7 +138,7 @@ class TrainTinyArguments:
 
 @dataclass(frozen=True)
 class Step:
-    """A module of this project with its options, and the file that it leaves when it is complete."""
+    """A command of this project, and the file that it writes last."""
 
     name: str
     done: Path
@@ -216,7 +216,7 @@ def get_steps(arguments: TrainTinyArguments) -> Iterator[Step]:
 
 
 def silence(model: Path, pathway: str) -> None:
-    """Sets what a pathway alone has no use for in the fusion to zero, in a model that has no MR-Adapters yet."""
+    """Zeroes the part of the fusion that a single pathway does not use, in a model without MR-Adapters."""
     weights = load_file(model / "model.safetensors")
     for name, weight in weights.items():
         if any(re.match(pattern, name) for pattern in UNUSED[pathway]):
@@ -251,7 +251,7 @@ def main() -> None:
         if step.done.exists():
             print(f"{step.done} exists already.", flush=True)
             continue
-        if step.name.endswith("pretrain"):  # not right after assembling, where a kill could come between
+        if step.name.endswith("pretrain"):  # here rather than after assembling: a kill could come in between
             silence(output / "untrained", arguments.pathway)
         if step.name == "evaluation" and not (output / "model").exists():
             save_final(steps[-2].done.parent, output / "model")
