@@ -137,7 +137,7 @@ def convert(row: Any, index: int, config: DataConfig | RowsConfig) -> dict[str, 
     return {**chat, "file": config.data_path, "row": index, "id": chat["id"] or str(index)}
 
 
-def find_source(config: DataConfig) -> Dataset | IterableDataset | None:
+def open_source(config: DataConfig) -> Dataset | IterableDataset | None:
     """
     Opens data that `datasets` reads; `None` for JSON, which [`read_table`] reads because `datasets` would hold whole
     arrays in memory and needs the same fields in all rows.
@@ -233,7 +233,7 @@ def sample_rows(num_rows: int, strategy: str) -> list[int] | range:
 
 def load_table(config: DataConfig) -> tuple[Dataset, Dataset | None]:
     """The converted rows, and the dataset that they come from unless that is JSON."""
-    source = find_source(config)
+    source = open_source(config)
     if source is not None:
         return read_table(config, source), source
     tables = []
@@ -409,7 +409,7 @@ def load_data(config: DataConfig, limit: LengthLimit | None = None, batch_size: 
         FileNotFoundError: If a data file does not exist.
         ValueError: If the data has no supported form, or broken rows, or no such configuration or split.
     """
-    if config.streaming and isinstance(source := find_source(config), IterableDataset):
+    if config.streaming and isinstance(source := open_source(config), IterableDataset):
         arguments = {"source": source, "config": config, "limit": limit, "batch_size": batch_size}
         return IterableDataset.from_generator(stream_samples, gen_kwargs=arguments)
     table, source = load_table(config)

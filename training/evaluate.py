@@ -36,7 +36,7 @@ from trl.data_utils import prepare_multimodal_messages
 from modeling_llava_hr.utils import run_command, write_text
 
 from .data import DataConfig, leave_out_broken_rows, load_table, read_images, to_messages
-from .lora import find_base
+from .lora import find_start
 
 
 METRICS = {
@@ -297,7 +297,7 @@ def evaluate(options: EvaluateOptions) -> dict:
         if answers.exists():  # remove an incomplete last line
             text = answers.read_text(encoding="utf-8")
             write_text(answers, text[: text.rfind("\n") + 1])
-        start = find_base(str(options.model))
+        start = find_start(str(options.model))
         model = AutoModelForImageTextToText.from_pretrained(start.base, dtype=options.dtype)
         if start.adapter is not None:
             model = PeftModel.from_pretrained(model, start.adapter)  # transformers drops the magnitudes of DoRA

@@ -35,7 +35,7 @@ def get_modules_to_save(config: LlavaHrConfig) -> list[str]:
     return [*adapters, "vision_tower.fusion", "multi_modal_projector"]
 
 
-def find_base(model_name_or_path: str, **kwargs: Any) -> Start:
+def find_start(model_name_or_path: str, **kwargs: Any) -> Start:
     """The base and the adapter of a model or a LoRA result, which may have been moved together with its `_base`."""
     is_model = os.path.isfile(os.path.join(model_name_or_path, "config.json"))
     if is_model or find_adapter_config_file(model_name_or_path, revision=kwargs.get("revision")) is None:

@@ -27,7 +27,7 @@ from modeling_llava_hr.utils import run_command, write_text
 
 from .checks import LengthLimit
 from .data import DataConfig, load_data
-from .lora import BASE_FOLDER, Start, find_base, fits, get_modules_to_save, load_adapter, write_base
+from .lora import BASE_FOLDER, Start, find_start, fits, get_modules_to_save, load_adapter, write_base
 from .stages import LORA_TARGET_MODULES, STAGES, Stage, freeze, load_config, load_processor, save_trained_part
 from .trainer import (
     LlavaHrDataCollator,
@@ -202,7 +202,7 @@ def make_trainer(
         training_args.learning_rate = stage.lora_learning_rate if model_args.use_peft else stage.learning_rate
 
     revision = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
-    start = find_base(model_args.model_name_or_path, **revision)
+    start = find_start(model_args.model_name_or_path, **revision)
     config = load_config(stage, start.base, options.low_res_size, **start.kwargs)
     sides: dict[str, Any] = {"size": options.size, "low_res_size": options.low_res_size, "unpad": options.unpad}
     processor = load_processor(stage, model_args.model_name_or_path, **sides, **revision)
