@@ -3,7 +3,7 @@
 Answers about images: LLaVA-HR against LLaVA-1.5 with the same ViT and language model.
 
     python -m benchmarks.inference                    # small models on a CPU
-    python -m benchmarks.inference --preset 7b-cpu    # the shapes of 7B on a CPU, 8 to 16 GB of memory
+    python -m benchmarks.inference --preset 7b-cpu    # the shapes of 7B on a CPU, 8 GB of memory in bfloat16
     python -m benchmarks.inference --preset full      # 7B on a GPU
 
 An answer is one call of `generate`, which reports each token: time to the first token and to the tenth (the paper's

@@ -140,7 +140,7 @@ def test_requests_that_do_not_come_to_an_end_take_places_only_while_they_last(se
                 until = time.monotonic() + serve_requests.MAX_SECONDS
                 while await try_once(client, user, stream=False) is not None:
                     assert time.monotonic() < until
-                    take_places(8)  # a slow server refuses some of many that come at once, as each counts at once
+                    take_places(8)  # a slow server refuses part of a burst: connections count before their requests
             assert await ask(client.with_options(max_retries=10), user)
 
     asyncio.run(come_last())
