@@ -7,12 +7,14 @@ Training batches from files: LLaVA-HR's collator against TRL's with transformers
 
 At 256 px with the sizes of the tiny model, at 1024 px with those of 7B, and LLaVA-1.5 at 1022 px. LLaVA-HR masks all
 but the answers; "transformers' masks" is LLaVA-HR without its processor's shortcut for that, and LLaVA is measured as
-it is, without masks. Also: both views of a 12-megapixel image against LLaVA's one, the shared memory of prefetched
-batches, and the samples per second that keep an H100 busy.
+it is, without masks. Also: the CPU time of the main process, which limits how many workers are of use; both views of
+a 12-megapixel image against LLaVA's one; the shared memory of prefetched batches; and the samples per second that keep
+an H100 busy.
 """
 
 import dataclasses
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +41,7 @@ from .measure import (
     ratio,
     run_benchmark,
     spread,
+    synchronize,
     time_phase,
 )
 from .plan import GPUS, SAMPLES, calibrate, get_stage_flops
@@ -62,7 +65,7 @@ TURNS = [
     ("What does the green sign say?", "0815"),
     ("Is anything else written on the signs?", "No, those are all the texts that can be read here."),
 ]
-# Seconds per sample, by name and number of workers
+# Seconds per sample by number of workers, by name
 Rates = dict[str, dict[int, list[float]]]
 
 
@@ -74,7 +77,8 @@ class LoaderArguments(BenchmarkArguments):
     batch_size: int = HfArg(default=8, help="samples per batch")
     num_batches: int = HfArg(default=4, help="batches per round and worker")
     workers: list[int] = HfArg(
-        default_factory=lambda: [0, 1, 2, 4, 16], help="numbers of worker processes; those above the cores are skipped"
+        default_factory=lambda: [number for number in (0, 1, 2, 4, 16) if number <= count_cores()],
+        help="numbers of worker processes; by default 0, 1, 2, 4 and 16 as far as there are cores",
     )
 
     def __post_init__(self):
@@ -82,10 +86,8 @@ class LoaderArguments(BenchmarkArguments):
         for name in ("batch_size", "num_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, but got {getattr(self, name)}.")
-        cores = count_cores()
-        self.workers = [number for number in self.workers if 0 <= number <= cores]
-        if not self.workers:
-            raise ValueError(f"--workers must have a number from 0 to {cores}, the cores of this machine.")
+        if min(self.workers) < 0:
+            raise ValueError(f"--workers must be at least 0, but got {min(self.workers)}.")
 
 
 class TransformersMasks(LlavaHrProcessor):
@@ -138,17 +140,20 @@ def make_samples(folder: Path, side: int, number: int) -> list[dict[str, Any]]:
     return [{"messages": messages, "images": [str(file)]} for _ in range(number)]
 
 
-def load(loader: DataLoader, device: str) -> None:
-    """Copies all batches to the device."""
+def load(loader: DataLoader, device: str) -> dict[str, float]:
+    """Copies all batches to the device; returns the seconds, and the CPU seconds of the main process."""
+    start, start_cpu = time.perf_counter(), time.process_time()
     for batch in loader:
         for tensor in batch.values():
             tensor.to(device, non_blocking=True)
+    synchronize()
+    return {"seconds": time.perf_counter() - start, "main_process": time.process_time() - start_cpu}
 
 
-def measure(side: int, folder: Path, arguments: LoaderArguments) -> Rates:
-    """Seconds per sample of each collator at a side of the image, for each number of workers."""
+def measure(side: int, folder: Path, arguments: LoaderArguments) -> tuple[Rates, Rates]:
+    """Seconds per sample of each collator at a side of the image, all of them and those of the main process' CPU."""
     collators = make_collators(side)
-    rates: Rates = {name: {} for name in collators}
+    rates, main_process = ({name: {} for name in collators} for _ in range(2))
     for workers in arguments.workers:
         samples = make_samples(folder, side, arguments.batch_size * arguments.num_batches * max(workers, 1))
         functions = {}
@@ -161,11 +166,12 @@ def measure(side: int, folder: Path, arguments: LoaderArguments) -> Rates:
                 pin_memory=arguments.on_gpu,
                 persistent_workers=workers > 0,
             )
-            functions[name] = partial(time_phase, partial(load, loader, arguments.device))
+            functions[name] = partial(load, loader, arguments.device)
         *_, timings = compare(functions, arguments, f"{side} px, {workers} workers")
-        for name, seconds in get_phase(timings).items():
-            rates[name][workers] = [value / len(samples) for value in seconds]
-    return rates
+        for phase, found in (("seconds", rates), ("main_process", main_process)):
+            for name, seconds in get_phase(timings, phase).items():
+                found[name][workers] = [value / len(samples) for value in seconds]
+    return rates, main_process
 
 
 def measure_views(arguments: LoaderArguments) -> dict[str, list[float]]:
@@ -234,11 +240,15 @@ def run(arguments: LoaderArguments) -> Iterator[dict[str, Any]]:
     results: dict[str, Any] = {"sides": {}}
     with tempfile.TemporaryDirectory() as folder:
         for side in SIZES:
-            num_bytes, rates[side] = count_bytes(side, Path(folder)), measure(side, Path(folder), arguments)
+            num_bytes = count_bytes(side, Path(folder))
+            rates[side], main_process = measure(side, Path(folder), arguments)
             results["sides"][str(side)] = {
                 name: {
                     "bytes_per_sample": num_bytes[name],
                     "samples_per_second": {str(n): 1 / spread(seconds)["median"] for n, seconds in entry.items()},
+                    "main_process_seconds": {
+                        str(n): spread(seconds)["median"] for n, seconds in main_process[name].items()
+                    },
                 }
                 for name, entry in rates[side].items()
             }
