@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
+from packaging.version import Version
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -199,10 +201,13 @@ def load_language_model(source: str) -> tuple[StateDict, PreTrainedConfig, PreTr
 
     Raises:
         ValueError: If it cannot be loaded, or has an output bias, which LLaVA-HR does not support.
+        ImportError: If it is a `.gguf` file and transformers is too old for it.
     """
     options: dict[str, Any] = {}
     path = Path(source).expanduser()
     if path.suffix == ".gguf" and path.is_file():
+        if Version(transformers.__version__) < Version("5.23"):  # reads the file's tokenizer incompletely
+            raise ImportError("--language_model: GGUF needs transformers 5.23: pip install --upgrade transformers")
         source, options = str(path.parent), {"gguf_file": path.name}
     config = load_part_config("language_model", source, **options)
     options = {"config": config, "dtype": "auto", **options}

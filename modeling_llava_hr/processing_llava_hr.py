@@ -20,6 +20,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .chat_templates_llava_hr import (
@@ -172,14 +173,21 @@ class LlavaHrProcessor(ProcessorMixin):
                     f"Sample {index} of `text` has an unpaired surrogate, such as half of a cut character. "
                     'Remove it: text.encode(errors="replace").decode().'
                 )
-        is_nested = isinstance(images, (list, tuple)) and all(isinstance(sample, (list, tuple)) for sample in images)
-        if samples and is_nested:
-            num_tags = [sample.count(self.image_token) for sample in samples]
+        if not samples:
+            return
+        num_tags = [sample.count(self.image_token) for sample in samples]
+        if isinstance(images, (list, tuple)) and all(isinstance(sample, (list, tuple)) for sample in images):
             num_images = [len(sample) for sample in images]
             if num_tags != num_images:
                 raise ValueError(
                     f"`images` must be a list for each sample of `text`, with one image for each {self.image_token}, "
                     f"but the texts have {num_tags} of them and the lists {num_images} images."
+                )
+        else:  # transformers before 5.23 does not count these
+            total = 0 if images is None else len(make_flat_list_of_images(images))
+            if sum(num_tags) != total:
+                raise ValueError(
+                    f"`text` has {sum(num_tags)} {self.image_token} tags, but `images` has {total} images."
                 )
 
     @property

@@ -61,3 +61,5 @@ class LlavaHrImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
     @unittest.skip("torchvision is a dependency of this package, so that neither backend has to do without it")
     def test_pil_can_run_without_torchvision(self):
         pass
+
+    test_pil_can_load_without_torchvision = test_pil_can_run_without_torchvision  # its name in older versions
