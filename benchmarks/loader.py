@@ -150,8 +150,11 @@ def load(loader: DataLoader, device: str) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start, "main_process": time.process_time() - start_cpu}
 
 
-def measure(side: int, folder: Path, arguments: LoaderArguments) -> tuple[Rates, Rates]:
-    """Seconds per sample of each collator at a side of the image, all of them and those of the main process' CPU."""
+def measure(side: int, folder: Path, arguments: LoaderArguments) -> Iterator[tuple[Rates, Rates]]:
+    """
+    Seconds per sample of each collator at a side of the image, all of them and those of the main process' CPU. Yields
+    those so far after each number of workers.
+    """
     collators = make_collators(side)
     rates, main_process = ({name: {} for name in collators} for _ in range(2))
     for workers in arguments.workers:
@@ -171,7 +174,7 @@ def measure(side: int, folder: Path, arguments: LoaderArguments) -> tuple[Rates,
         for phase, found in (("seconds", rates), ("main_process", main_process)):
             for name, seconds in get_phase(timings, phase).items():
                 found[name][workers] = [value / len(samples) for value in seconds]
-    return rates, main_process
+        yield rates, main_process
 
 
 def measure_views(arguments: LoaderArguments) -> dict[str, list[float]]:
@@ -234,25 +237,26 @@ def draw(figure: "Figure", results: dict[str, Any], arguments: LoaderArguments) 
 
 
 def run(arguments: LoaderArguments) -> Iterator[dict[str, Any]]:
-    """Measures each side in turn; yields the results after each."""
+    """Measures each side in turn; yields the results after each number of workers."""
     torch.set_num_threads(1)  # as in a worker
     rates: dict[int, Rates] = {}
     results: dict[str, Any] = {"sides": {}}
     with tempfile.TemporaryDirectory() as folder:
         for side in SIZES:
             num_bytes = count_bytes(side, Path(folder))
-            rates[side], main_process = measure(side, Path(folder), arguments)
-            results["sides"][str(side)] = {
-                name: {
-                    "bytes_per_sample": num_bytes[name],
-                    "samples_per_second": {str(n): 1 / spread(seconds)["median"] for n, seconds in entry.items()},
-                    "main_process_seconds": {
-                        str(n): spread(seconds)["median"] for n, seconds in main_process[name].items()
-                    },
+            for found, main_process in measure(side, Path(folder), arguments):
+                rates[side] = found
+                results["sides"][str(side)] = {
+                    name: {
+                        "bytes_per_sample": num_bytes[name],
+                        "samples_per_second": {str(n): 1 / spread(seconds)["median"] for n, seconds in entry.items()},
+                        "main_process_seconds": {
+                            str(n): spread(seconds)["median"] for n, seconds in main_process[name].items()
+                        },
+                    }
+                    for name, entry in found.items()
                 }
-                for name, entry in rates[side].items()
-            }
-            yield results
+                yield results
     views = measure_views(arguments)
     results["views"] = {name: spread(seconds) for name, seconds in views.items()}
     results["needs"] = get_needs(results["sides"]["1024"]["llava-hr"]["bytes_per_sample"])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 How close LLaVA-HR comes to what the machine can do: counted FLOPs of its parts against the rate of a large matrix
-product, and the bytes that decoding must move against the rate of a large copy, measured in the same rounds. And what
-compiled towers change.
+product, and then the bytes that decoding must move against the rate of a large copy, each measured in the same rounds.
+And what compiled towers change.
 
     python -m benchmarks.roofline                  # small model on a CPU
     python -m benchmarks.roofline --preset full    # 7B on a GPU, decoding with a static cache, compiled
@@ -93,28 +93,21 @@ def compare_compiled(contender: Contender, arguments: RooflineArguments) -> Iter
         yield compared
 
 
-def describe(
-    seconds: dict[str, list[float]], flops: dict[str, int], num_bytes: dict[str, int], arguments: RooflineArguments
-) -> dict[str, Any]:
+def describe(seconds: dict[str, list[float]], limit: str, most: int, work: dict[str, int]) -> dict[str, Any]:
     """
-    The record's entries: for each part its work and time, and its share of the measured limit.
+    The record's entries of the parts that are measured against a limit: time and share.
 
     Args:
-        seconds (`dict[str, list[float]]`): Of `"matrix product"`, `"copy"` and all parts that did not run out of
-            memory.
-        flops, num_bytes (`dict[str, int]`): Work of the parts that are measured against the one limit or the other.
-        arguments ([`RooflineArguments`]): Options.
+        seconds (`dict[str, list[float]]`): Of the limit and of all parts that did not run out of memory.
+        limit (`str`): `"matrix product"` or `"copy"`.
+        most (`int`): FLOPs or bytes of the limit.
+        work (`dict[str, int]`): FLOPs or bytes of the parts.
     """
-    results: dict[str, Any] = {"parts": {}}
-    side, copied = LIMITS[arguments.preset]
-    for limit, work, most in (("matrix product", flops, 2 * side**3), ("copy", num_bytes, 2 * copied)):
-        unit = "flops" if work is flops else "bytes"
-        results[f"{unit}_per_second"] = most / spread(seconds[limit])["median"]
-        for name in (name for name in work if name in seconds):
-            share = {key: value * work[name] / most for key, value in ratio(seconds[limit], seconds[name]).items()}
-            entry = {unit: work[name], "seconds": spread(seconds[name]), "limit": limit, "share": share}
-            results["parts"][name] = entry
-    return results
+    parts = {}
+    for name in (name for name in work if name in seconds):
+        share = {key: value * work[name] / most for key, value in ratio(seconds[limit], seconds[name]).items()}
+        parts[name] = {"work": work[name], "seconds": spread(seconds[name]), "limit": limit, "share": share}
+    return parts
 
 
 def find_targets(parts: dict[str, Any], arguments: RooflineArguments) -> list[dict[str, Any]]:
@@ -130,7 +123,7 @@ def find_targets(parts: dict[str, Any], arguments: RooflineArguments) -> list[di
 
 @torch.no_grad()
 def run(arguments: RooflineArguments) -> Iterator[dict[str, Any]]:
-    """Measures the parts, then compiled towers; yields the results after each run."""
+    """Measures the parts, then decoding, then compiled towers; yields the results after each run."""
     shapes = SHAPES[arguments.preset]
     contender = make_contenders(shapes, [NAME], arguments.device, arguments.torch_dtype)[NAME]
     on_meta = make_contenders(shapes, [NAME], "meta", arguments.torch_dtype)[NAME]
@@ -142,17 +135,24 @@ def run(arguments: RooflineArguments) -> Iterator[dict[str, Any]]:
     left, right = (torch.randn(side, side, **like) for _ in range(2))
     source = torch.ones(copied, dtype=torch.uint8, device=arguments.device)
     target = torch.empty_like(source)
-    limits = {"matrix product": lambda: left @ right, "copy": lambda: target.copy_(source)}
-    parts = {**limits, **make_parts(contender, arguments)}
-    functions = {name: partial(time_phase, part) for name, part in parts.items()}
-    functions["decoding"] = partial(decode, contender, contender.make_inputs(1), arguments)
-    results: dict[str, Any] = {}
-    for timings in compare(functions, arguments):
-        seconds = get_phase(timings)
-        if limits.keys() <= seconds.keys():
-            results = describe(seconds, flops, num_bytes, arguments)
-            results["targets"] = find_targets(results["parts"], arguments)
-            yield results
+    parts = {"matrix product": lambda: left @ right, **make_parts(contender, arguments)}
+    computing = {name: partial(time_phase, part) for name, part in parts.items()}
+    decoding = partial(decode, contender, contender.make_inputs(1), arguments)
+    moving = {"copy": partial(time_phase, lambda: target.copy_(source)), "decoding": decoding}
+    results: dict[str, Any] = {"parts": {}}
+    # decoding after the others: on a GPU it is compiled first, and their figures are on disk by then
+    for contest, unit, most, work in (
+        (computing, "flops", 2 * side**3, flops),
+        (moving, "bytes", 2 * copied, num_bytes),
+    ):
+        limit = next(iter(contest))
+        for timings in compare(contest, arguments, limit):
+            seconds = get_phase(timings)
+            if limit in seconds:
+                results[f"{unit}_per_second"] = most / spread(seconds[limit])["median"]
+                results["parts"] |= describe(seconds, limit, most, work)
+                results["targets"] = find_targets(results["parts"], arguments)
+                yield results
     if arguments.compiled:
         for results["compiled_towers"] in compare_compiled(contender, arguments):
             yield results

@@ -144,10 +144,10 @@ def step(model: nn.Module, batch: dict[str, torch.Tensor], optimizer: torch.opti
         optimizer.zero_grad(set_to_none=True)
 
 
-def find_largest_batch(shapes: Shapes, name: str, arguments: TrainingArguments) -> int:
+def find_largest_batch(shapes: Shapes, name: str, arguments: TrainingArguments) -> Iterator[int]:
     """
     Samples of the largest step of stage 2 that fits into the GPU's memory beside the model and the optimizer's states:
-    1, 2, 4 ... up to `max_batch_size`, or 0 if not even one does.
+    yields 0 and then 1, 2, 4 ... up to `max_batch_size`, as long as they fit.
     """
 
     def prepare_alone() -> tuple[Contender, torch.optim.Optimizer]:
@@ -164,16 +164,15 @@ def find_largest_batch(shapes: Shapes, name: str, arguments: TrainingArguments) 
         step(contender.model, make_batch(contender, "finetune", batch_size), optimizer)
         return batch_size
 
+    yield 0
     prepared = unless_out_of_memory(prepare_alone)
     if prepared is None:
-        return 0
+        return
     contender, optimizer = prepared
-    largest = 0
-    while (size := 2 * largest or 1) <= arguments.max_batch_size:
-        if unless_out_of_memory(partial(take, size)) is None:
-            break
-        largest = size
-    return largest
+    size = 1
+    while size <= arguments.max_batch_size and unless_out_of_memory(partial(take, size)) is not None:
+        yield size
+        size *= 2
 
 
 def run_stage(
@@ -272,12 +271,16 @@ def run(arguments: TrainingArguments) -> Iterator[dict[str, Any]]:
     omitted = None if arguments.dtype == "float32" else OMITTED.format(dtype=arguments.dtype)
     results: dict[str, Any] = {"omitted": omitted}
     if arguments.max_batch_size:
+        if torch.cuda.is_available():  # the rest is for kernels that are loaded late, whose lack is another error
+            torch.cuda.set_per_process_memory_fraction(0.95)
         largest = results["largest_batch"] = {}
         for name in tqdm(arguments.contenders, desc="largest batch", unit="model"):
-            largest[name] = find_largest_batch(shapes, name, arguments)
+            for size in find_largest_batch(shapes, name, arguments):
+                largest[name] = size
+                yield results
             free_memory()  # the next model has the GPU to itself
-            results["targets"] = [compare_largest(largest, arguments.max_batch_size)]
-            yield results
+        results["targets"] = [compare_largest(largest, arguments.max_batch_size)]
+        yield results
         return
     for name in arguments.stages:
         contenders = make_contenders(shapes, arguments.contenders, **make, mr_adapters=STAGES[name].mr_adapters)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run of tiny shapes, and the figures that are derived from what was measured."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from benchmarks import inference, measure
 from benchmarks.inference import InferenceArguments
 from benchmarks.measure import is_installed
-from benchmarks.models import CONTENDERS, compile_towers, get_weight_bytes
+from benchmarks.models import CONTENDERS, compile_towers, get_weight_bytes, make_contenders
 
 
 def test_a_run_compares_all_resolutions_and_draws(run_benchmark, capsys):
@@ -108,13 +110,15 @@ def test_the_language_model_is_in_memory_once(contenders):
     assert sizes == [10, 17, 37, 82]
 
 
-def test_attention_is_switched(contenders):
-    contender = contenders["llava-hr-1024"]
+def test_attention_is_switched(tiny):
+    shapes = dataclasses.replace(tiny, text={**tiny.text, "num_hidden_layers": 2})
+    contender = make_contenders(shapes, ["llava-hr-1024"], "cpu", torch.float32)["llava-hr-1024"]
     inputs = contender.make_inputs(1)
     for variant, expected in (("eager", "eager"), ("sdpa", "sdpa"), ("static", "sdpa")):
         assert len(inference.answer(contender, inputs, 3, variant)) == 3
         model = contender.model.model
-        assert model.language_model.config._attn_implementation == expected
+        for layer in model.language_model.layers:
+            assert layer.self_attn.config._attn_implementation == expected
         assert model.vision_tower.config._attn_implementation == expected
 
 

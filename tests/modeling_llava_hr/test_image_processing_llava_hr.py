@@ -28,6 +28,17 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 SHAPES = [(500, 375), (375, 500), (401, 300), (300, 401), (40, 30), (31, 40), (384, 384), (1, 1)]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [*SHAPES, (850, 1100)])
+def test_views_made_on_a_gpu_are_those_of_the_cpu(shape):
+    processor, image = LlavaHrImageProcessor(**SIZES), draw_document(*shape)
+    options = {"return_tensors": "pt", "return_low_res": True, "do_rescale": False, "do_normalize": False}
+    expected, actual = (processor(image, device=device, **options) for device in ("cpu", "cuda"))
+    assert actual["pixel_values"].is_cuda and actual.keys() == expected.keys()
+    for name, view in expected.items():
+        torch.testing.assert_close(actual[name].cpu(), view, atol=2, rtol=0)  # levels of 255
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     return request.param
