@@ -21,7 +21,7 @@ the high-resolution feature map, `D` language-model width.
 import math
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,7 @@ from .generation_llava_hr import CACHE_NAME
 from .image_processing_llava_hr import make_low_res_view
 
 
+_Layer = TypeVar("_Layer", bound=nn.Module)
 _VISION_LAYERS = {"clip_vision_model": CLIPEncoderLayer, "siglip_vision_model": SiglipEncoderLayer}
 _GATE_ACTS: dict[str, Any] = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
 # The high-resolution tower dominates vision memory (about 240 MB per image at 1024 pixels in bfloat16). Unless it is
@@ -80,21 +81,15 @@ class LlavaHrVisionModelOutput(BaseModelOutputWithPooling):
 
 
 # transformers does not call `_init_weights` on modules of custom code that own no parameter directly, so a branch on
-# the adapter itself would never run. The layers that start in a particular way have classes of their own instead.
-class LlavaHrXavierLinear(nn.Linear):
-    """Linear layer of an MR-Adapter; starts Xavier-uniform with zero bias (released code)."""
-
-
-class LlavaHrXavierConv2d(nn.Conv2d):
-    """Convolution of an MR-Adapter; starts Xavier-uniform with zero bias (released code)."""
-
-
-class LlavaHrZeroLinear(nn.Linear):
-    """Last linear layer of a mapping; starts at zero, so that an inserted adapter changes nothing at first."""
-
-
-class LlavaHrSumLinear(nn.Linear):
-    """Linear layer over two concatenated halves of equal width; starts as their sum."""
+# the adapter itself would never run. Instead, each layer that starts in a particular way says so. Subclasses would do
+# as well, but tools such as compressed-tensors look for `nn.Linear` itself.
+def _start(layer: _Layer, weight: str) -> _Layer:
+    """
+    Says how the weight of an MR-Adapter's layer starts: `"xavier"` (uniform, released code), `"zero"` (so that an
+    inserted adapter changes nothing at first) or `"sum"` (of the two halves of the input).
+    """
+    layer.initial_weight = weight  # type: ignore[assignment]  # torch declares attributes as tensors or modules
+    return layer
 
 
 class LlavaHrConvMapping(nn.Module):
@@ -102,8 +97,10 @@ class LlavaHrConvMapping(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.depthwise = LlavaHrXavierConv2d(in_channels, in_channels, kernel_size=7, padding=3, groups=in_channels)
-        self.pointwise = LlavaHrZeroLinear(in_channels, out_channels)
+        self.depthwise = _start(
+            nn.Conv2d(in_channels, in_channels, kernel_size=7, padding=3, groups=in_channels), "xavier"
+        )
+        self.pointwise = _start(nn.Linear(in_channels, out_channels), "zero")
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """`(images, in_channels, h, w)` -> `(images, out_channels, h, w)`."""
@@ -116,8 +113,8 @@ class LlavaHrMlpMapping(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.fc1 = LlavaHrXavierLinear(in_channels, in_channels)
-        self.fc2 = LlavaHrZeroLinear(in_channels, out_channels)
+        self.fc1 = _start(nn.Linear(in_channels, in_channels), "xavier")
+        self.fc2 = _start(nn.Linear(in_channels, out_channels), "zero")
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """`(images, in_channels, h, w)` -> `(images, out_channels, h, w)`."""
@@ -133,8 +130,8 @@ class LlavaHrGate(nn.Module):
 
     def __init__(self, hidden_size: int, out_features: int, act: str):
         super().__init__()
-        self.fc1 = LlavaHrXavierLinear(2 * hidden_size, hidden_size // 2)
-        self.fc2 = LlavaHrXavierLinear(hidden_size // 2, out_features)
+        self.fc1 = _start(nn.Linear(2 * hidden_size, hidden_size // 2), "xavier")
+        self.fc2 = _start(nn.Linear(hidden_size // 2, out_features), "xavier")
         self.act = _GATE_ACTS[act]
 
     def forward(self, low_res: torch.Tensor, high_res: torch.Tensor) -> torch.Tensor:
@@ -173,7 +170,7 @@ class LlavaHrMixtureOfResolutionAdapter(GradientCheckpointingLayer):
         self.low_res_mapping = _MAPPINGS[config.mr_adapter_low_res_mapping](hidden_size, hidden_size)
         self.high_res_mapping = _MAPPINGS[config.mr_adapter_high_res_mapping](high_res_channels, hidden_size)
         self.gate = LlavaHrGate(hidden_size, hidden_size if self.gate_per_channel else 1, config.mr_adapter_gate_act)
-        self.fusion = LlavaHrSumLinear(2 * hidden_size, hidden_size) if config.fusion == "concat" else None
+        self.fusion = _start(nn.Linear(2 * hidden_size, hidden_size), "sum") if config.fusion == "concat" else None
 
     def forward(
         self, hidden_states: torch.Tensor, high_res_features: torch.Tensor, grid: int
@@ -265,11 +262,12 @@ class LlavaHrPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (LlavaHrXavierLinear, LlavaHrXavierConv2d)):
+        weight = getattr(module, "initial_weight", None)
+        if weight == "xavier":
             init.xavier_uniform_(module.weight)
-        elif isinstance(module, LlavaHrZeroLinear):
+        elif weight == "zero":
             init.zeros_(module.weight)
-        elif isinstance(module, LlavaHrSumLinear):
+        elif weight == "sum" and isinstance(module, nn.Linear):
             identity = torch.eye(module.out_features, dtype=module.weight.dtype, device=module.weight.device)
             init.copy_(module.weight, torch.cat([identity, identity], dim=1))
 
@@ -455,7 +453,8 @@ class LlavaHrVisionModel(LlavaHrPreTrainedModel):
         """`(images, 3, H, H)` -> F_vh, `(images, C, k, k)`; in several passes where that bounds memory."""
         keeps_activations = torch.is_grad_enabled() and any(p.requires_grad for p in self.high_res_tower.parameters())
         max_pixels = _MAX_HIGH_RES_PIXELS.get(pixel_values.device.type, _MAX_HIGH_RES_PIXELS["cuda"])
-        if keeps_activations or torch.compiler.is_exporting():  # chunks would fix the number of images
+        is_traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        if keeps_activations or is_traced:  # chunks would fix the number of images in the trace
             return self.high_res_tower(pixel_values).last_hidden_state
         chunks = pixel_values.split(max(1, max_pixels // pixel_values.shape[-1] ** 2))
         features = [self.high_res_tower(chunk).last_hidden_state for chunk in chunks]

@@ -118,6 +118,15 @@ def test_inserted_adapters_change_nothing_at_first(tmp_path, source, choices):
         torch.testing.assert_close(with_adapters(**inputs).logits, stage1(**inputs).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_layers_of_adapters_are_torchs_own():
+    """compressed-tensors saves by class which layers it left alone, and takes a subclass for one that it did not."""
+    adapter = make_model(fusion="concat").model.vision_tower.mr_adapters[0]
+    assert {type(module) for module in adapter.modules() if not list(module.children())} == {
+        torch.nn.Linear,
+        torch.nn.Conv2d,
+    }
+
+
 def test_every_parameter_of_a_new_adapter_learns():
     """Neither side of a zero-initialised adapter may be dead: after one step all of it gets a gradient."""
     for choices in ({}, {"fusion": "concat"}):

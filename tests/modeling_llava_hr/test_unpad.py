@@ -138,8 +138,10 @@ def test_the_pipeline_batches_it(model, processor):
 
 def test_sizes_that_do_not_fit_are_named(model, processor):
     inputs = encode(processor, chat(QUESTION, WIDE, TALL))
-    with pytest.raises(ValueError, match=r"`image_sizes` must have the shape \(2, 2\).*got \(1, 2\)"):
-        model.get_image_features(inputs["pixel_values"], image_sizes=inputs["image_sizes"][:1])
+    sizes = inputs["image_sizes"]
+    for wrong, got in ((sizes[:1], r"\(1, 2\)"), (sizes.tolist(), "list")):  # an exporter passes a list
+        with pytest.raises(ValueError, match=rf"`image_sizes` must be a tensor of shape \(2, 2\).*got {got}\."):
+            model.get_image_features(inputs["pixel_values"], image_sizes=wrong)
     del inputs["image_sizes"]
     with pytest.raises(ValueError, match="Image features and image tokens do not match"):
         model.generate(**inputs, max_new_tokens=1)
