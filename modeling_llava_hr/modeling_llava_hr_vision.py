@@ -315,6 +315,9 @@ class LlavaHrHighResVisionModel(TimmWrapperModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # Those of transformers look for plans in timm's own model, and raise
+    supports_tp_plan = False
+    supports_pp_plan = False
 
     def __init__(self, config: TimmWrapperConfig):
         super().__init__(config)

@@ -11,7 +11,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from PIL import Image
 from tiny_configs import TEXT_SIZES, TOKENS, VIT_SIZES, make_config, make_inputs, make_model
-from transformers import AutoModel, Qwen2Config, SiglipVisionConfig, TimmWrapperConfig
+from transformers import AutoModel, PreTrainedModel, Qwen2Config, SiglipVisionConfig, TimmWrapperConfig
 from transformers.utils import is_flash_attn_2_available
 
 import modeling_llava_hr.modeling_llava_hr_vision as modeling
@@ -125,6 +125,13 @@ def test_layers_of_adapters_are_torchs_own():
         torch.nn.Linear,
         torch.nn.Conv2d,
     }
+
+
+def test_every_part_says_whether_it_can_be_split():
+    """Tools such as GPTQ's ask every part for its plans."""
+    parts = [module for module in make_model().modules() if isinstance(module, PreTrainedModel)]
+    plans = [(part.supports_tp_plan, part.supports_pp_plan) for part in parts]
+    assert plans == [(True, True), (True, True), (False, False), (False, False), (True, True)]
 
 
 def test_every_parameter_of_a_new_adapter_learns():
