@@ -216,6 +216,11 @@ def load_language_model(source: str) -> tuple[StateDict, PreTrainedConfig, PreTr
     if info["missing_keys"] or head.bias is not None:
         fault = f"lacks {', '.join(sorted(info['missing_keys']))}" if info["missing_keys"] else "has an output bias"
         raise ValueError(f"--language_model: {source!r} {fault}.")
+    with torch.no_grad():
+        token = torch.zeros(1, 1, dtype=torch.long)
+        plain, logits = head(model.base_model(token).last_hidden_state), model(token).logits
+    if not torch.allclose(logits, plain, rtol=1e-2, atol=1e-2 * plain.std().item()):
+        print(f"note: {source} scales or caps its logits, LLaVA-HR does not: its first losses and samples will differ")
     folder = find_source(source, "language_model")
     if "gguf_file" not in options and (folder / "tokenizer.model").is_file() and _is_llama_tokenizer(folder):
         tokenizer = load_tokenizer(folder)

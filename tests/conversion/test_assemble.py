@@ -27,6 +27,8 @@ from transformers import (
     CLIPModel,
     CLIPVisionModel,
     GenerationConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -363,6 +365,14 @@ def test_gguf_is_dequantized(gguf_file, parts, tmp_path):
     text = "What does it say? 4711"
     ids = [AutoProcessor.from_pretrained(tmp_path / name).tokenizer(text).input_ids for name in ("out", "expected")]
     assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_scaled_logits_are_reported(scale, qwen3, parts, tmp_path, capsys):
+    folder = shutil.copytree(qwen3, tmp_path / "granite")
+    GraniteForCausalLM(GraniteConfig(**TEXT_SIZES, vocab_size=384, logits_scaling=scale)).save_pretrained(folder)
+    run_assemble(parts, tmp_path / "out", language_model=str(folder), size=128)
+    assert ("granite scales or caps its logits" in capsys.readouterr().out) == (scale != 1)
 
 
 @pytest.mark.parametrize("language_model", ["qwen3", "gguf_file"])
