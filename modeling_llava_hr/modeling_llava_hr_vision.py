@@ -286,7 +286,7 @@ class LlavaHrPreTrainedModel(PreTrainedModel):
         for name in ("vision_tower", "multi_modal_projector"):  # patterns are anchored at the start
             self._keep_in_fp32_modules |= {name, f"model.{name}"}
 
-    # transformers has no hook that can stop a save, and files of repacked weights would be silently wrong
+    # transformers has no hook that can stop either, and the weights would be silently wrong
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """
         Like [`PreTrainedModel.save_pretrained`].
@@ -295,14 +295,22 @@ class LlavaHrPreTrainedModel(PreTrainedModel):
             ValueError: If this is a 4-bit model that already ran on a CPU: bitsandbytes has then repacked its weights
                 with a loss, and the file would be another model.
         """
-        states = [getattr(getattr(module, "weight", None), "quant_state", None) for module in self.modules()]
-        saves_adapter_alone = self._hf_peft_config_loaded
-        if not saves_adapter_alone and any(getattr(state, "packing_format_for_cpu", False) for state in states):
-            raise ValueError(
-                "This 4-bit model has already run on the CPU, where bitsandbytes repacks its weights in place, and "
-                "would be saved wrong. Load it again and call `save_pretrained` before the first forward pass."
-            )
+        if not self._hf_peft_config_loaded:  # which saves the adapter alone
+            self._check_not_repacked("save_pretrained")
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def dequantize(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """Like [`PreTrainedModel.dequantize`]. Raises a `ValueError` where `save_pretrained` does."""
+        self._check_not_repacked("dequantize")
+        return super().dequantize(*args, **kwargs)
+
+    def _check_not_repacked(self, method: str) -> None:
+        states = [getattr(getattr(module, "weight", None), "quant_state", None) for module in self.modules()]
+        if any(getattr(state, "packing_format_for_cpu", False) for state in states):
+            raise ValueError(
+                "This 4-bit model has already run on the CPU, where bitsandbytes repacks its weights in place with a "
+                f"loss. Load it again and call `{method}` before the first forward pass."
+            )
 
 
 class LlavaHrHighResVisionModel(TimmWrapperModel):

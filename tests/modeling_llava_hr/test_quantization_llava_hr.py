@@ -119,6 +119,8 @@ def test_a_repacked_4bit_model_is_not_saved(tmp_path, folder):
     states = [model.get_submodule(name).weight.quant_state for name in quantized_modules(model)]
     if not any(getattr(state, "packing_format_for_cpu", False) for state in states):
         pytest.skip("bitsandbytes repacks on CPUs with AVX512-BF16 alone")
-    with pytest.raises(ValueError, match="before the first forward"):
+    with pytest.raises(ValueError, match="`save_pretrained` before the first forward"):
         model.save_pretrained(tmp_path / "wrong")
+    with pytest.raises(ValueError, match="`dequantize` before the first forward"):
+        model.dequantize()
     assert not (tmp_path / "wrong").exists()
