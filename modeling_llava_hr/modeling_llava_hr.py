@@ -119,11 +119,9 @@ class LlavaHrModel(LlavaHrPreTrainedModel):
         outputs = self.vision_tower(pixel_values, low_res_pixel_values, return_dict=True, **kwargs)
         outputs.pooler_output = self.multi_modal_projector(outputs.last_hidden_state)
         if image_sizes is not None:
+            # an exporter passes a list, with which its graph would fit no other image
             got = tuple(image_sizes.shape) if isinstance(image_sizes, torch.Tensor) else type(image_sizes).__name__
-            if got != (
-                len(pixel_values),
-                2,
-            ):  # an exporter passes a list, with which the graph would fit no other image
+            if got != (len(pixel_values), 2):
                 raise ValueError(
                     f"`image_sizes` must be a tensor of shape ({len(pixel_values)}, 2), the height and width of each "
                     f"image, but got {got}. Use the processor's; to export, use a processor with `unpad=False`."
