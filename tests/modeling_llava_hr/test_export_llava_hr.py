@@ -81,6 +81,8 @@ def test_exported_models_have_equal_logits(small, backend, dynamic):
     exporter, config, options, tolerance = backend
     traced = make_inputs(2, 3)
     exported = exporter.export(small, traced, config(dynamic=dynamic, **options))
+    if config.__name__ == "OpenVINOConfig":  # by itself it computes in bfloat16 where the CPU has it
+        exported.to(config={"INFERENCE_PRECISION_HINT": "f32"})
     # other samples, other lengths, and another number of images
     for inputs in (traced, make_inputs(1, 0, 2, seed=1))[: 1 + dynamic]:
         kept = inputs["attention_mask"].bool()
