@@ -40,7 +40,7 @@ from .serve_requests import Body, Limits
 
 logger = logging.get_logger(__name__)
 
-MAX_CONNECTIONS = 64
+MAX_CONNECTIONS = 512  # idle ones included; a process may have 1,024 files open
 
 
 class Generation(GenerateManager):

@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal
 
 import anyio
 from fastapi import HTTPException
+from fastapi.responses import JSONResponse
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, Json, model_validator
 
 
+MAX_REQUESTS = 64  # that wait for their turn or are answered
 MAX_BODY_BYTES = 32 * 2**20  # room for 24 MB of images in base64
 MAX_SECONDS = 60  # to send a request, and to take each piece of the answer
 MAX_IMAGES = 16
@@ -136,15 +138,15 @@ class Body(Options):
 
 class Limits:
     """
-    ASGI middleware that bounds the bytes of a request, and the seconds that a client may take to send it and to take
-    each piece of the answer.
+    ASGI middleware that bounds the number of requests (uvicorn counts connections, idle ones as well), the bytes of
+    each, and the seconds that a client may take to send it and to take each piece of the answer.
 
     Args:
         app (`Callable`): The ASGI app around which it is put.
     """
 
     def __init__(self, app: Callable):
-        self.app = app
+        self.app, self.places = app, anyio.Semaphore(MAX_REQUESTS)
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         num_bytes, is_complete, until = 0, False, anyio.current_time() + MAX_SECONDS
@@ -168,5 +170,16 @@ class Limits:
             with anyio.fail_after(MAX_SECONDS):
                 await send(message)
 
-        is_http = scope["type"] == "http"
-        await self.app(scope, *((receive_within_limits, send_within_limits) if is_http else (receive, send)))
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        if scope["method"] != "POST":  # such as /health
+            return await self.app(scope, receive_within_limits, send_within_limits)
+        try:
+            self.places.acquire_nowait()
+        except anyio.WouldBlock:
+            error = {"message": f"{MAX_REQUESTS} requests are waiting. Try again later.", "type": "server_error"}
+            return await JSONResponse({"error": {**error, "param": None, "code": None}}, 503)(scope, receive, send)
+        try:
+            await self.app(scope, receive_within_limits, send_within_limits)
+        finally:
+            self.places.release()

@@ -322,7 +322,7 @@ def test_clients_that_do_not_take_their_answer_are_dropped(monkeypatch):
         await asyncio.Event().wait()
 
     with pytest.raises(TimeoutError):
-        asyncio.run(serve_requests.Limits(answer)({"type": "http"}, None, never_read))
+        asyncio.run(serve_requests.Limits(answer)({"type": "http", "method": "POST"}, None, never_read))
 
 
 def build_app(handle) -> fastapi.FastAPI:
