@@ -15,7 +15,6 @@ package is skipped. On a GPU, torch's own FlashAttention is preferred to cuDNN's
 each length that it has not met.
 """
 
-import ctypes
 import json
 import os
 import signal
@@ -136,12 +135,6 @@ def get_steps(arguments: RunArguments, missing: set[str]) -> list[Step]:
     ]
 
 
-def die_with_parent() -> None:
-    """Has this process killed when its parent ends, even if that was killed itself (on Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 def run_step(step: Step, timeout: float, log: TextIO) -> None:
     """
     Runs a step in a process group of its own, all of which is killed at the timeout or when this program is stopped.
@@ -158,7 +151,6 @@ def run_step(step: Step, timeout: float, log: TextIO) -> None:
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=die_with_parent,
         # one line of the log per update of a progress bar; FlashAttention before cuDNN's
         env={**os.environ, "TQDM_MININTERVAL": "10", "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"},
     )
