@@ -161,7 +161,7 @@ def run_step(step: Step, timeout: float, log: TextIO) -> None:
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # the rest of the group
-        step.exit_status, step.seconds = process.wait(), round(time.monotonic() - start, 1)
+        step.exit_status, step.seconds = process.wait(), round(time.monotonic() - start, 2)
 
 
 def run_steps(steps: list[Step], arguments: RunArguments, missing: set[str]) -> None:
