@@ -75,7 +75,7 @@ test: lint types docs suites ## Check style and types and run the tests; PYTEST_
 test-long: suites ## Run the tests that take minutes; they print their figures
 	$(VENV)/bin/python -m pytest -q -s -m slow $(LONG_ARGS)
 
-# A worker of a data loader measures nothing of the packages, and coverage warns of that, which must not end it as an error.
+# A data loader's worker runs none of the measured code; coverage's warning about that must not become an error.
 # Left out: its command runs as somebody who cannot write what was measured
 coverage: suites ## Run the tests and measure which lines of each package they reach: at least 95 %
 	$(VENV)/bin/python -m pytest --cov -W default::coverage.exceptions.CoverageWarning $(PYTEST_ARGS) \

@@ -197,11 +197,13 @@ def _make(config: PreTrainedConfig, device: str, dtype: torch.dtype, distinct_la
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
     layers = model.get_decoder().layers
-    config = layers[0].self_attn.config
+    attention_config = layers[0].self_attn.config
     for index in range(1, num_layers):
         is_shared = distinct_layers is not None and index >= distinct_layers
         source = layers[index % distinct_layers if is_shared else 0]
-        shared = {id(config): config}  # so that a switch of the attention implementation reaches every layer
+        shared = {
+            id(attention_config): attention_config
+        }  # so that a switch of the attention implementation reaches every layer
         if is_shared:
             shared |= {id(parameter): parameter for parameter in source.parameters()}
         layer = copy.deepcopy(source, shared)

@@ -323,7 +323,7 @@ class LlavaHrHighResVisionModel(TimmWrapperModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # Those of transformers look for plans in timm's own model, and raise
+    # The inherited properties look up plans in timm's model and raise
     supports_tp_plan = False
     supports_pp_plan = False
 

@@ -124,7 +124,7 @@ class LlavaHrModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCas
 
     @unittest.skipIf(
         Version(transformers.__version__) < Version("5.20"),
-        "older versions give a part without an entry of its own, the vision tower, what is meant for the whole alone",
+        "older versions apply the top-level choice to a submodel whose configuration is not a registered sub-config",
     )
     def test_can_set_attention_dynamically_composite_model(self):
         super().test_can_set_attention_dynamically_composite_model()

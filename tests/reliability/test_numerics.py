@@ -51,7 +51,7 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 @torch.no_grad()
 def compute(model, inputs: BatchFeature) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Image features, if there are images, and logits."""
-    outputs = model(**BatchFeature(dict(inputs)).to(model.device, model.dtype))  # `to` changes its own
+    outputs = model(**BatchFeature(dict(inputs)).to(model.device, model.dtype))  # `to` works in place
     return outputs.image_outputs and outputs.image_outputs.pooler_output, outputs.logits
 
 
